@@ -1,0 +1,563 @@
+"""The model as writers and readers: clean run, run under an edge mask, run of a suffix.
+
+Under a mask m[r, w] in [0, 1] (1 = kept) every reader gets its own input,
+
+    x_r = sum_w  m[r, w] a_w + (1 - m[r, w]) ablated_w  +  attention output biases
+        = base_r + sum_w m[r, w] (a_w - ablated_w)
+
+with a_w the writer's output in this run, and its norm is applied to that mixture.  The engine keeps the
+differences a_w - ablated_w in one buffer, writers first, so that all readers of a layer are one matrix
+product.  It works on the weights of a TransformerLens bridge, never through hooks, and does only the work
+that a mask leaves: readers that nothing kept depends on are not evaluated, and writers that no kept edge
+reads are not computed.
+
+Shapes: batch B, pos S, d_model D, head width E, writers W, readers R, candidate masks K, scored positions P,
+vocabulary V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.families import Architecture, Attention, Block, describe
+from circuits.graph import Graph
+from circuits.model import LoadedModel
+from circuits.plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What every writer writes in a plain run, and the logits."""
+
+    writers: Float[Tensor, "W B S D"]
+    logits: Float[Tensor, "B P V"]
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What removed edges carry, and what a reader sees when all of its edges are removed.
+
+    `writers` may have one row in B or S where the value is the same for all; `base[level]` is the sum of the
+    writers and biases before reader group `level` (attention of block l: 2l, its MLP: 2l + 1, logits: 2L).
+    """
+
+    writers: Float[Tensor, "W B S D"]
+    base: Float[Tensor, "levels B S D"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that starts at block `layer`: the values of all writers before it."""
+
+    layer: int
+    writers: Float[Tensor, "w B S D"]
+
+
+class Factored:
+    """A model as a sum of writers, read by readers.
+
+    Construction compares the engine with the bridge, and both with the logits that the HuggingFace model gave
+    before it was wrapped, on random tokens.
+
+    Raises:
+        ValueError: the architecture or a configuration field is not supported, or the comparison fails.
+    """
+
+    graph: Graph
+
+    def __init__(self, model: LoadedModel, *, split_input: bool = False) -> None:
+        described = describe(model.bridge, model.hf_config)
+        self.graph = replace(described.graph, split_input=split_input)
+        self.architecture: Architecture = described
+        self.model = model
+        if split_input and described.position is None:
+            raise ValueError("split_input=true, but this model has no position embedding to split off (rotary)")
+        self._check(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.architecture.token.weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.architecture.token.weight.dtype  # type: ignore[return-value]
+
+    # ---- plain runs -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clean(
+        self,
+        tokens: Int[Tensor, "B S"],
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "B P"] | None = None,
+    ) -> Clean:
+        """Runs the model and keeps what every writer wrote.
+
+        Args:
+            tokens: token ids, padded on the right.
+            key_mask: True on real tokens; needed by bidirectional models when there is padding.
+            positions: where logits are wanted (-1: nowhere); None: everywhere.
+        """
+        embedded = self.embed(tokens)
+        writers = embedded.new_empty(len(self.graph.writers), *embedded.shape[1:])
+        writers[: len(embedded)] = embedded
+        return Clean(writers, self._plain(embedded.sum(0), key_mask, positions, keep=writers))
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Int[Tensor, "B S"],
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "B P"] | None = None,
+    ) -> Float[Tensor, "B P V"]:
+        """The model's logits, like `clean` but without keeping the writers."""
+        return self._plain(self.embed(tokens).sum(0), key_mask, positions)
+
+    def embed(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "inputs B S D"]:
+        """What the input writers write: one row, or token and position apart."""
+        context = self.architecture.context
+        if tokens.shape[1] > context:
+            raise ValueError(
+                f"prompts of {tokens.shape[1]} tokens, but the model's context is {context}; shorten the prompts"
+            )
+        parts = [self.architecture.token(tokens)]
+        if self.architecture.position is not None:
+            ids = torch.arange(tokens.shape[1], device=tokens.device)
+            parts.append(self.architecture.position(ids).expand_as(parts[0]))
+        return torch.stack(parts) if self.graph.split_input else torch.stack(parts).sum(0, keepdim=True)
+
+    def _plain(
+        self,
+        residual: Float[Tensor, "B S D"],
+        key_mask: Bool[Tensor, "B S"] | None,
+        positions: Int[Tensor, "B P"] | None,
+        keep: Float[Tensor, "W B S D"] | None = None,
+        taps: list[tuple[Tensor, list[Tensor]]] | None = None,
+    ) -> Float[Tensor, "B P V"]:
+        """One forward pass.  `keep` receives the writers; `taps` the residual and the reader-side tensors."""
+        graph = self.graph
+        for layer, block in enumerate(self.architecture.blocks):
+            before, attention = residual, block.attention
+            normed = block.norm1(residual)
+            q, k, v = (
+                projection(normed).unflatten(-1, (-1, self.architecture.head_width)).movedim(-2, 0)
+                for projection in (attention.q, attention.k, attention.v)
+            )  # each [heads, B, S, E]
+            z = self._attend(attention, q, k, v, key_mask)
+            first = graph.first_writer(layer)
+            if keep is None:
+                written = attention.o(z.movedim(0, -2).flatten(-2))
+            else:
+                heads = keep[first : first + graph.n_heads]
+                torch.bmm(z.flatten(1, 2), self._output_weight(attention), out=heads.flatten(1, 2))
+                written = heads.sum(0) if attention.o.bias is None else heads.sum(0).add_(attention.o.bias)
+            residual = residual + written
+            if taps is not None:
+                taps.append((before, [q, k, v]))
+            if block.mlp is None or block.norm2 is None:
+                continue
+            mlp_input = before if graph.parallel else residual
+            normed = block.norm2(mlp_input)
+            written = block.mlp(normed)
+            residual = residual + written
+            if keep is not None:
+                keep[first + graph.n_heads] = written
+            if taps is not None:
+                taps.append((mlp_input, [normed]))
+        residual = _at(residual, positions)
+        normed = self.architecture.final_norm(residual)
+        if taps is not None:
+            taps.append((residual, [normed]))
+        return self._unembed(normed)
+
+    # ---- runs under a mask ------------------------------------------------------------------------
+
+    def ablated(self, writers: Float[Tensor, "W B S D"]) -> Ablated:
+        """Prepares the values that removed edges carry; once per batch, shared by all runs on it."""
+        graph = self.graph
+        total = writers[: graph.n_inputs].sum(0)
+        base = [total]
+        for layer, block in enumerate(self.architecture.blocks):
+            first = graph.first_writer(layer)
+            attention = writers[first : first + graph.n_heads].sum(0)
+            if block.attention.o.bias is not None:
+                attention = attention + block.attention.o.bias
+            base.append(total if graph.parallel else total + attention)
+            total = total + attention
+            if not graph.attention_only:
+                total = total + writers[first + graph.n_heads]
+            base.append(total)
+        return Ablated(writers, torch.stack(base))
+
+    def masked(
+        self,
+        tokens: Int[Tensor, "B S"],
+        mask: Float[Tensor, "*K R W"] | Bool[Tensor, "*K R W"],
+        ablated: Ablated,
+        *,
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "B P"] | None = None,
+        start: Start | None = None,
+        per_example: bool = False,
+    ) -> Float[Tensor, "*K B P V"]:
+        """Runs the model under an edge mask, or under K masks at once.
+
+        Differentiable in the mask, in `start.writers`, in `ablated` and in the weights.
+
+        Args:
+            tokens: token ids, padded on the right.
+            mask: share of each edge that is kept; entries of edges that cannot exist count as 0.
+            ablated: what removed edges carry.
+            key_mask: True on real tokens; needed by bidirectional models when there is padding.
+            positions: where logits are wanted (-1: nowhere); None: everywhere.
+            start: begin at a later block, from the values of all writers before it.
+            per_example: mask k is for example k alone (K = B), and the result is [B, P, V].
+        """
+        graph = self.graph
+        if mask.shape[-2:] != (len(graph.readers), len(graph.writers)):
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)}, but the graph has {len(graph.readers)} readers and "
+                f"{len(graph.writers)} writers"
+            )
+        if per_example and mask.shape[:-2] != tokens.shape[:1]:
+            raise ValueError(f"per_example needs one mask per prompt: {tuple(mask.shape)} for {len(tokens)} prompts")
+        single = mask.ndim == 2
+        masks = (mask[None] if single else mask).to(device=tokens.device, dtype=self.dtype)
+        masks = masks * graph.exists.to(masks.device)
+        start = start or Start(0, self.embed(tokens))
+        todo = plan(graph, masks, first_layer=start.layer)
+        grad = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (masks, start.writers, ablated.base, self.architecture.token.weight)
+        )
+        run = _MaskedRun(self, todo, masks, ablated, start, key_mask, per_example, grad)
+        logits = run.logits(positions)
+        return logits[0] if single or per_example else logits
+
+    # ---- gradients at the readers -----------------------------------------------------------------
+
+    def reader_gradients(
+        self,
+        embedded: Float[Tensor, "B S D"],
+        objective: Callable[[Float[Tensor, "B P V"]], Float[Tensor, ""]],
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "B P"] | None = None,
+    ) -> Iterator[tuple[int, Float[Tensor, "r B S D"]]]:
+        """Yields, group by group from the output, the gradient of `objective(logits)` at each reader's input.
+
+        One forward and one backward pass.  Each item is (first reader of the group, its gradients); for
+        `logits` only scored positions differ from zero.
+        """
+        graph, taps = self.graph, []
+        with torch.enable_grad():
+            logits = self._plain(embedded.detach().requires_grad_(), key_mask, positions, taps=taps)
+            gradients = iter(torch.autograd.grad(objective(logits), [t for _, tensors in taps for t in tensors]))
+        groups = [(residual, [next(gradients) for _ in tensors]) for residual, tensors in taps]
+        residual, (gradient,) = groups.pop()
+        yield len(graph.readers) - 1, _scatter(
+            self._through_norm(self.architecture.final_norm, residual, gradient[None]), positions, embedded.shape[1]
+        )
+        for layer in reversed(range(graph.n_layers)):
+            block, first = self.architecture.blocks[layer], graph.first_reader(layer)
+            if block.norm2 is not None:
+                residual, (gradient,) = groups.pop()
+                yield (
+                    first + graph.n_heads + 2 * graph.kv_heads,
+                    self._through_norm(block.norm2, residual, gradient[None]),
+                )
+            residual, sides = groups.pop()
+            at_norm = torch.empty(graph.n_heads + 2 * graph.kv_heads, *residual.shape, dtype=residual.dtype,
+                                  device=residual.device)  # fmt: skip
+            row = 0
+            for side, projection in zip(sides, (block.attention.q, block.attention.k, block.attention.v), strict=True):
+                weight = projection.weight.detach().unflatten(0, (-1, self.architecture.head_width))  # [heads, E, D]
+                into = at_norm[row : row + len(side)]
+                torch.bmm(side.flatten(1, 2), weight, out=into.flatten(1, 2))
+                row += len(side)
+            yield first, self._through_norm(block.norm1, residual, at_norm)
+
+    @staticmethod
+    def _through_norm(norm: Any, residual: Tensor, gradients: Tensor) -> Tensor:
+        """Takes gradients behind a norm [r, ...] to its input, which all r readers share."""
+        if norm.kind == "none":
+            return gradients
+        with torch.enable_grad():
+            x = residual.detach().expand_as(gradients).requires_grad_()
+            return torch.autograd.grad(norm(x), x, gradients)[0]
+
+    # ---- components -------------------------------------------------------------------------------
+
+    def _attend(
+        self,
+        attention: Attention,
+        q: Float[Tensor, "heads N S E"],
+        k: Float[Tensor, "kv N S E"],
+        v: Float[Tensor, "kv N S E"],
+        key_mask: Bool[Tensor, "N S"] | None,
+        kv_of_head: Tensor | None = None,
+    ) -> Float[Tensor, "heads N S E"]:
+        """Attention of each head over its own queries, keys and values; N is any flattened batch."""
+        architecture = self.architecture
+        if architecture.rotary is not None:
+            cos, sin = architecture.rotary.tables(q.shape[-2], q)
+            q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
+        if kv_of_head is not None:
+            k, v = k[kv_of_head], v[kv_of_head]
+        elif len(k) != len(q):
+            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        causal = architecture.causal
+        if attention.soft_cap is None and (causal or key_mask is None):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
+        allowed = q.new_ones(q.shape[-2], q.shape[-2], dtype=torch.bool)
+        allowed = allowed.tril() if causal else allowed
+        if key_mask is not None and not causal:
+            allowed = allowed & key_mask[:, None, :]
+        if attention.soft_cap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
+        scores = q @ k.mT * attention.scale
+        scores = attention.soft_cap * torch.tanh(scores / attention.soft_cap)
+        return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+    def _output_weight(self, attention: Attention) -> Float[Tensor, "heads E D"]:
+        return attention.o.weight.T.unflatten(0, (-1, self.architecture.head_width))
+
+    def _unembed(self, normed: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        logits, cap = self.architecture.unembed(normed), self.architecture.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    # ---- never silently wrong ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _check(self, model: LoadedModel) -> None:
+        """Compares engine, bridge and the unwrapped model's logits on random tokens."""
+        tokens = model.probe_tokens
+        clean = self.clean(tokens)
+        tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        bridge, cache = model.bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_out"))
+        residual = cache[f"blocks.{self.graph.n_layers - 1}.hook_out"]
+        biases = sum(b.attention.o.bias for b in self.architecture.blocks if b.attention.o.bias is not None)
+        pairs = {
+            "the bridge's logits": (clean.logits, bridge),
+            "the unwrapped model's logits": (clean.logits, model.probe_logits),
+            "the bridge's residual stream (sum of all writers)": (clean.writers.sum(0) + biases, residual),
+        }
+        for name, (ours, theirs) in pairs.items():
+            scale = theirs.float().abs().max().clamp(min=1.0)
+            worst = ((ours.float() - theirs.float()).abs().max() / scale).item()
+            if not worst <= tolerance:  # NaN fails too
+                raise ValueError(
+                    f"the engine and {name} differ by {worst:.2g} (relative; bound {tolerance:g}) on random tokens; "
+                    "the model computes something that this version does not know, or its weights are not finite"
+                )
+
+
+class _MaskedRun:
+    """One run under masks: the state that its steps share."""
+
+    def __init__(
+        self,
+        engine: Factored,
+        todo: Plan,
+        masks: Float[Tensor, "K R W"],
+        ablated: Ablated,
+        start: Start,
+        key_mask: Bool[Tensor, "B S"] | None,
+        per_example: bool,
+        grad: bool,
+    ) -> None:
+        self.engine, self.todo, self.ablated, self.grad = engine, todo, ablated, grad
+        self.per_example, self.start = per_example, start
+        n_prompts, n_positions, width = start.writers.shape[1:]
+        self.candidates = len(masks)
+        self.rows = 1 if per_example else n_prompts  # prompts per candidate
+        self.shape = (self.candidates, self.rows, n_positions, width)
+        self.columns = todo.writers.to(masks.device)
+        self.masks = masks if todo.all_writers else masks[..., self.columns]  # [K, R, C]
+        self.key_mask = key_mask
+        if key_mask is not None and not per_example:
+            self.key_mask = key_mask.repeat(self.candidates, 1)
+        # Prompts differ, masks do not touch them: what comes before the start is the same for all candidates.
+        prefix = start.writers[todo.prefix_rows(masks.device)]
+        prefix = prefix - self._ablated_rows(slice(0, len(prefix)), prefix.shape[1:])
+        self.groups: list[Tensor] = []
+        self.written = 0
+        if self.candidates == 1 or per_example or grad:
+            self.shared = prefix.new_empty(0, *prefix.shape[1:])
+            self.buffer = prefix.new_empty(len(self.columns), *self.shape)
+            self._write(self._per_candidate(prefix))
+        else:
+            self.shared = prefix
+            self.buffer = prefix.new_empty(len(self.columns) - len(prefix), *self.shape)
+
+    def _per_candidate(self, values: Float[Tensor, "w B S D"]) -> Float[Tensor, "w K b S D"]:
+        values = values[:, :, None] if self.per_example else values[:, None]
+        return values.expand(-1, *self.shape)
+
+    def _ablated_rows(self, columns: slice, shape: torch.Size | None = None) -> Tensor:
+        """Ablated values of compact columns, broadcastable to [c, B, S, D]."""
+        index = self.columns[columns]
+        values = self.ablated.writers
+        if self.todo.all_writers:
+            return values[columns]
+        return values[index]
+
+    def _write(self, value: Float[Tensor, "w K b S D"]) -> None:
+        """Appends differences to the buffer; with gradients also keeps the differentiable original."""
+        self.buffer[self.written : self.written + len(value)] = value.detach()
+        self.written += len(value)
+        if self.grad:
+            self.groups.append(value)
+
+    def _align(self, values: Float[Tensor, "*w b s D"]) -> Float[Tensor, "*w k b s D"]:
+        """Per-prompt values beside per-candidate ones."""
+        return values.unsqueeze(-3) if self.per_example else values.unsqueeze(-4)
+
+    def _mix(self, readers: Tensor | slice, level: int, positions: Tensor | None = None) -> Tensor:
+        """Inputs of some readers, [r, K, b, S, D]: base + mask times differences."""
+        base = self._align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+        shared, own = self.shared, self.buffer[: self.written]
+        if positions is not None:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            base = _gather(base, positions, self.per_example)
+            shared = shared[:, rows, positions] if len(shared) else shared[:, :, : positions.shape[1]]
+            own = _gather(own, positions, self.per_example)
+        mask = self.masks[:, readers, : len(shared) + len(own)]  # [K, r, c]
+        n_positions = self.shape[2] if positions is None else positions.shape[1]
+        shape = (self.candidates, mask.shape[1], self.rows, n_positions, self.shape[3])
+        if self.grad:
+            groups = self.groups if positions is None else [
+                _gather(group, positions, self.per_example) for group in self.groups]  # fmt: skip
+            mixed = _Mix.apply(mask, own.flatten(2), *groups).view(shape)
+        elif len(shared):
+            common = mask[..., : len(shared)].reshape(-1, len(shared)) @ shared.flatten(1)
+            mixed = common.view(self.candidates, mask.shape[1], -1)
+            if len(own):
+                mixed = mixed.baddbmm_(mask[..., len(shared) :], own.flatten(2).transpose(0, 1))
+            mixed = mixed.view(shape)
+        else:
+            mixed = torch.bmm(mask, own.flatten(2).transpose(0, 1)).view(shape)
+        mixed = mixed + base[:, None] if self.grad else mixed.add_(base[:, None])
+        return mixed.transpose(0, 1)
+
+    def logits(self, positions: Int[Tensor, "B P"] | None) -> Float[Tensor, "K B P V"]:
+        engine, graph = self.engine, self.engine.graph
+        for layer in range(self.start.layer, graph.n_layers):
+            block, step = engine.architecture.blocks[layer], self.todo.layers[layer]
+            if step.heads is not None:
+                self._heads(block, layer)
+            if step.mlp:
+                self._mlp(block, layer)
+        residual = self._mix(slice(len(graph.readers) - 1, None), 2 * graph.n_layers, positions)[0]
+        logits = engine._unembed(engine.architecture.final_norm(residual))
+        return logits.flatten(0, 1)[None] if self.per_example else logits
+
+    def _heads(self, block: Block, layer: int) -> None:
+        engine, step = self.engine, self.todo.layers[layer]
+        width, attention = engine.architecture.head_width, block.attention
+        inputs = block.norm1(self._mix(step.readers, 2 * layer)).flatten(1, -2)  # [r, K b S, D]
+        sides, row = [], 0
+        picks = ((attention.q, step.heads), (attention.k, step.kv_heads), (attention.v, step.kv_heads))
+        for projection, pick in picks:
+            weight = projection.weight.unflatten(0, (-1, width)).mT  # [heads, D, E]
+            bias = None if projection.bias is None else projection.bias.unflatten(0, (-1, width))
+            if not step.all_heads:
+                weight, bias = weight[pick], None if bias is None else bias[pick]
+            x = inputs[row : row + len(weight)]
+            row += len(weight)
+            side = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+            sides.append(side.view(len(weight), -1, self.shape[2], width))
+        z = engine._attend(attention, *sides, self.key_mask, None if step.all_heads else step.kv_of_head)
+        weight = engine._output_weight(attention)
+        weight = weight if step.all_heads else weight[step.heads]
+        columns = slice(self.written + len(self.shared), self.written + len(self.shared) + len(weight))
+        removed = self._align(self._ablated_rows(columns))
+        if self.grad:
+            self._write(torch.bmm(z.flatten(1, 2), weight).view(-1, *self.shape) - removed)
+            return
+        into = self.buffer[self.written : self.written + len(weight)]
+        torch.bmm(z.flatten(1, 2), weight, out=into.view(len(weight), -1, self.shape[-1]))
+        into.sub_(removed)
+        self.written += len(weight)
+
+    def _mlp(self, block: Block, layer: int) -> None:
+        assert block.mlp is not None and block.norm2 is not None
+        graph = self.engine.graph
+        reader = graph.first_reader(layer + 1) - 1
+        level = 2 * layer if graph.parallel else 2 * layer + 1
+        inputs = self._mix(slice(reader, reader + 1), level)[0]
+        column = self.written + len(self.shared)
+        removed = self._align(self._ablated_rows(slice(column, column + 1)))
+        self._write(block.mlp(block.norm2(inputs))[None] - removed)
+
+
+class _Mix(torch.autograd.Function):
+    """mask [K, r, c] times differences [c, K, N], with the differences' buffer read in place of a copy.
+
+    The buffer holds the same numbers as `groups`; rows that were written are never written again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, buffer: Tensor, *groups: Tensor) -> Tensor:
+        ctx.mask, ctx.buffer, ctx.shapes = mask, buffer, [group.shape for group in groups]
+        return torch.bmm(mask, buffer.transpose(0, 1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        for_mask = torch.bmm(gradient, ctx.buffer.permute(1, 2, 0)) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return for_mask, None, *(None for _ in ctx.shapes)
+        for_differences = torch.bmm(ctx.mask.mT, gradient).transpose(0, 1)  # [c, K, N]
+        parts = for_differences.split([shape[0] for shape in ctx.shapes])
+        return for_mask, None, *(part.reshape(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    """Rotates the first `cos.shape[-1]` coordinates of each head by position."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if pairs == "halves":
+        first, second = turned.chunk(2, -1)
+        quarter = torch.cat((-second, first), -1)
+    else:
+        quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
+    turned = turned * cos + quarter * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def _at(residual: Float[Tensor, "B S D"], positions: Int[Tensor, "B P"] | None) -> Float[Tensor, "B P D"]:
+    """The residual at the scored positions; absent ones (-1) give the last position, for the caller to drop."""
+    if positions is None:
+        return residual
+    return residual[torch.arange(len(residual), device=residual.device)[:, None], positions]
+
+
+def _gather(values: Tensor, positions: Int[Tensor, "B P"], per_example: bool) -> Tensor:
+    """`values` [..., k, b, s, D] at the scored positions; axes of size 1 are broadcast values."""
+    batch_axis = values.ndim - 4 if per_example else values.ndim - 3
+    if values.shape[-2] == 1:
+        return values
+    if values.shape[batch_axis] == 1 and len(positions) > 1:
+        shape = list(values.shape)
+        shape[batch_axis] = len(positions)
+        values = values.expand(shape)
+    index = positions.clamp(min=-1) % values.shape[-2]
+    index = index[:, None] if per_example else index[None]  # [k, b, P]
+    index = index.expand(*values.shape[:-2], index.shape[-1])[..., None].expand(*values.shape[:-2], -1, values.shape[-1])
+    return values.gather(-2, index)
+
+
+def _scatter(values: Tensor, positions: Int[Tensor, "B P"] | None, n_positions: int) -> Tensor:
+    """The adjoint of `_at` on [1, B, P, D]; absent positions carry no gradient."""
+    if positions is None:
+        return values
+    full = values.new_zeros(*values.shape[:2], n_positions, values.shape[-1])
+    index = (positions % n_positions)[None, ..., None].expand_as(values)
+    return full.scatter_add_(2, index, values)

@@ -1,0 +1,252 @@
+"""Loads a model as a TransformerLens bridge, with what is needed to check and to identify it.
+
+Four sources: a HuggingFace hub name, a local HuggingFace folder, a TransformerLens state dict
+(`X.pt` or `X.safetensors`) beside its `X.config.json`, and an `nn.Module` already in memory.  Wrapping changes
+a HuggingFace module (GPT-2's q, k and v are split off), so the logits of the unwrapped model on random tokens
+are taken first, its tensors are hashed first, and a model handed over in memory is copied first.  Parameters
+come back frozen: call `bridge.requires_grad_()` to train them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class ModelConfig:
+    """Which model to load, and how."""
+
+    path: str = "???"  # hub name, HuggingFace folder, or X.pt | X.safetensors beside X.config.json
+    device: str = "cpu"  # any torch device
+    dtype: str = "float32"  # float32, float64, bfloat16 or float16; scores are float32 all the same
+    prepend_bos: bool | None = None  # begin each text with the tokenizer's BOS; null: as the tokenizer itself does
+    split_input: bool = False  # token and position embeddings as two writers
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A bridge, where it came from, and what its source computed before it was wrapped."""
+
+    bridge: Any  # transformer_lens TransformerBridge
+    hf_config: Any | None  # None for TransformerLens native models
+    tokenizer: Any | None
+    path: str
+    weight_hash: str  # of the source tensors, before any cast
+    prepend_bos: bool
+    probe_tokens: Int[Tensor, "B S"]
+    probe_logits: Float[Tensor, "B S V"]
+
+    @property
+    def context(self) -> int:
+        return self.bridge.cfg.n_ctx
+
+    @property
+    def vocabulary(self) -> int:
+        return self.bridge.cfg.d_vocab
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Returns the model that a configuration names.
+
+    Raises:
+        FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
+        ValueError: wrong architecture, or weights that do not fit their configuration.
+    """
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
+    path = Path(config.path).expanduser()
+    if path.suffix in (".pt", ".pth", ".safetensors"):
+        return _load_transformer_lens(path, config)
+    if not path.exists() and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
+        raise FileNotFoundError(f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name")
+    return _load_huggingface(path if path.exists() else None, config)
+
+
+def from_module(
+    module: nn.Module, *, tokenizer: Any | None = None, path: str = "memory", prepend_bos: bool | None = None
+) -> LoadedModel:
+    """Returns a HuggingFace module in memory as a loaded model; the module itself is copied, not touched.
+
+    Raises:
+        ValueError: the module has no HuggingFace configuration.
+    """
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ValueError(
+            f"{type(module).__name__} has no HuggingFace configuration; for other modules build a TransformerLens "
+            "bridge and use from_bridge"
+        )
+    return _wrap(copy.deepcopy(module), weight_hash(module.state_dict()), tokenizer, path, prepend_bos)
+
+
+def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memory") -> LoadedModel:
+    """Returns a TransformerLens native bridge as a loaded model.
+
+    Raises:
+        ValueError: the bridge wraps another kind of model, whose source is no longer at hand to compare with.
+    """
+    if bridge.cfg.architecture != "TransformerLensNative":
+        raise ValueError(
+            f"from_bridge takes TransformerLens native bridges, not {bridge.cfg.architecture!r}: wrapping has already "
+            "changed the module; hand the module itself to from_module, or its folder to load_model"
+        )
+    return _finish(bridge, None, weight_hash(bridge.state_dict()), tokenizer, path, False, None)
+
+
+def weight_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from circuits.families import FAMILIES
+
+    source = config.path if folder is None else str(folder)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, so it is no HuggingFace model folder")
+    local = {"local_files_only": folder is not None}
+    try:
+        hf_config = AutoConfig.from_pretrained(source, **local)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
+            f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
+        ) from error
+    names = hf_config.architectures or []
+    if not any(name in FAMILIES for name in names):
+        raise ValueError(f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; supported are {', '.join(FAMILIES)}")
+    try:
+        with _quietly():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", output_loading_info=True, **local
+            )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(map(str, report.get(problem) or ())):
+            raise ValueError(
+                f"{source}: the weights do not fit the configuration: {len(found)} {problem.replace('_', ' ')}, "
+                f"the first is {found[0]}"
+            )
+    digest = weight_hash(module.state_dict())
+    module = module.to(device=config.device, dtype=DTYPES[config.dtype])
+    tokenizer = None
+    if folder is None or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        tokenizer = AutoTokenizer.from_pretrained(source, **local)
+    return _wrap(module, digest, tokenizer, config.path, config.prepend_bos)
+
+
+def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+
+    config_path = path.with_name(path.name.removesuffix(path.suffix) + ".config.json")
+    for needed in (path, config_path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no file {needed}; a TransformerLens model is X{path.suffix} beside X.config.json")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        fields = json.loads(config_path.read_text())
+        fixed = {"architecture": "TransformerLensNative", "device": config.device, "dtype": DTYPES[config.dtype]}
+        native = TransformerBridgeConfig(**{**fields, **fixed})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config_path} is no TransformerLens configuration: {_first_line(error)}") from error
+    if rotary := [name for name in tensors if name.endswith((".rotary_sin", ".rotary_cos"))]:
+        raise ValueError(
+            f"{path}: legacy rotary checkpoints are refused ({rotary[0]}): TransformerLens 4 rotates other pairs of "
+            "coordinates than they were trained with"
+        )
+    digest = weight_hash(tensors)
+    legacy = any(name.endswith((".W_E", ".W_Q")) for name in tensors)
+    try:
+        bridge = TransformerBridge.boot_native(native)
+        bridge.load_state_dict(convert_tl_checkpoint(tensors, bridge.cfg) if legacy else tensors, strict=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: the weights do not fit {config_path.name}: {_first_line(error)}") from error
+    return _finish(bridge, None, digest, None, config.path, False, None)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar, which writes to logs as well as to terminals."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _wrap(
+    module: nn.Module, digest: str, tokenizer: Any | None, path: str, prepend_bos: bool | None
+) -> LoadedModel:
+    """Takes the module's own logits, then wraps it (which changes it)."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    module = module.eval()
+    hf_config: Any = module.config
+    tokens = _probe(hf_config.vocab_size, hf_config.max_position_embeddings, next(module.parameters()).device)
+    with torch.no_grad():
+        logits = module(tokens).logits
+    bridge = build_bridge_from_module(
+        module, architecture=type(module).__name__, hf_config=hf_config, tokenizer=tokenizer
+    )
+    if prepend_bos is None:
+        prepend_bos = tokenizer is not None and _prepends_bos(tokenizer)
+    return _finish(bridge, hf_config, digest, tokenizer, path, prepend_bos, (tokens, logits))
+
+
+def _finish(
+    bridge: Any, hf_config: Any | None, digest: str, tokenizer: Any | None, path: str, prepend_bos: bool,
+    probe: tuple[Tensor, Tensor] | None,
+) -> LoadedModel:  # fmt: skip
+    bridge.eval().requires_grad_(False)
+    if probe is None:
+        tokens = _probe(bridge.cfg.d_vocab, bridge.cfg.n_ctx, next(bridge.parameters()).device)
+        with torch.no_grad():
+            probe = tokens, bridge.original_model(tokens)
+    return LoadedModel(bridge, hf_config, tokenizer, path, digest, prepend_bos, *probe)
+
+
+def _probe(vocabulary: int, context: int, device: torch.device) -> Int[Tensor, "B S"]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (2, min(context, 16)), generator=generator).to(device)
+
+
+def _prepends_bos(tokenizer: Any) -> bool:
+    tokens = tokenizer.encode("a")
+    return len(tokens) > 1 and tokens[0] == tokenizer.bos_token_id
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:300]

@@ -1,0 +1,191 @@
+"""Gendered pronouns: "The boy was sad, so" is to be continued with " he", "The girl was sad, so" with " she".
+
+A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of the other gender.  Both
+have the same number of tokens under the tokenizer of `stories260K` (karpathy/tinyllamas, MIT; a Llama of 260 thousand
+weights trained on TinyStories, Eldan & Li 2023, arXiv 2305.07759), for which subjects and frames were chosen: in each
+group the model prefers the right pronoun in every prompt.  The module itself needs no tokenizer; with another one,
+prompts of unequal length are refused when they are encoded.
+
+A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was trained with BOS in
+front of each story, so use `prepend_bos=true`.
+
+Two groups of names and two of frames: a detector is fitted on the trusted ones, the shifted ones are harmless prompts of
+the same mechanism that it has never seen.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import product
+
+GROUPS = ("trusted", "shifted")
+
+# Male and female subjects of equal token length.  Whether each is a name decides which frames it may enter.
+SUBJECTS = {
+    "trusted": (
+        ("The boy", "The girl"),
+        ("The little boy", "The little girl"),
+        ("Tim", "Lily"),
+        ("Max", "Mia"),
+        ("Bob", "Sara"),
+        ("Jim", "Sally"),
+        ("Tommy", "Lisa"),
+        ("Benny", "Lucy"),
+        ("Roy", "Ella"),
+        ("Jack", "Sarah"),
+        ("John", "Anna"),
+    ),
+    "shifted": (
+        ("The young boy", "The young girl"),
+        ("Leo", "Lara"),
+        ("Mike", "Sera"),
+        ("Jimmy", "Nia"),
+        ("Joey", "Abby"),
+        ("Johnny", "Jessica"),
+    ),
+}
+
+FEELINGS = ("sad", "happy", "scared", "tired", "hungry", "angry", "sick", "excited", "proud", "lonely", "bored")
+PLACES = ("park", "beach", "forest", "store", "zoo", "lake", "farm", "garden", "school")
+THINGS = ("red ball", "toy car", "book", "box", "hat", "kite", "cake", "big apple", "truck", "flower")
+
+# {X} is the subject where a sentence begins and {x} inside one.
+FRAMES = {
+    "trusted": (
+        "{X} was {feeling}.",
+        "{X} was {feeling}, but",
+        "{X} was very {feeling} because",
+        "{X} was so {feeling} that",
+        "{X} went to the {place}.",
+        "{X} went to the {place} because",
+        "One day, {x} went to the {place}.",
+        "{X} found a {thing}.",
+        "{X} wanted a {thing}, but",
+        "{X} wanted a {thing}, so",
+        "{X} lost the {thing}, but",
+        "{X} wanted to play, so",
+        "{X} wanted to play, but",
+        "{X} did not know what to do, so",
+        "{X} did not like the food, so",
+        "{X} smiled because",
+        "{X} cried because",
+        "{X} laughed because",
+        "{X} fell down because",
+        "{X} fell down.",
+        "{X} tried to run, but",
+        "{X} tried to help, but",
+        "{X} tried and tried, but",
+        "{X} waited and waited, but",
+    ),
+    "shifted": (
+        "{X} was {feeling}. When",
+        "{X} ran to the {place} when",
+        "{X} looked at the {thing}.",
+        "{X} liked the {thing}. When",
+        "{X} was playing with a {thing} when",
+        "{X} was glad that",
+        "{X} knew that",
+        "{X} said that",
+        "{X} was sorry that",
+        "{X} played until",
+        "{X} took the ball home, and",
+        "{X} lost a toy, and",
+        "{X} played all day, and",
+    ),
+}
+
+# Frames that introduce a name, so that the noun before it tells the gender too.
+NAMING_FRAMES = {
+    "trusted": (
+        "Once upon a time, there was a little {child} named {X}.",
+        "Once upon a time, there was a {child} named {X}.",
+        "Once upon a time, there was a little {child} named {X}. One day,",
+        "Once upon a time, there was a little {child} named {X}. {X} was {feeling}, so",
+        "Once upon a time, there was a little {child} named {X}. {X} loved to play, but",
+        "There was a {child} named {X}. One day, {X} went to the {place}.",
+    ),
+    "shifted": (
+        "In a big house lived a {child} named {X}.",
+        "A {child} named {X} had a {thing}. Every day,",
+        "One day, a little {child} named {X} was {feeling}. Then,",
+    ),
+}
+
+SLOTS = {"feeling": FEELINGS, "place": PLACES, "thing": THINGS}
+
+
+@dataclass
+class Pronoun:
+    """Prompts of gendered pronouns."""
+
+    name: str = "pronoun"
+    # which subjects: "trusted", "shifted" or "all"
+    names: str = "trusted"
+    # which sentences stand around them: "trusted", "shifted" or "all"
+    frames: str = "trusted"
+
+
+def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
+    """`count` different prompts with their counterfactuals, drawn without replacement.
+
+    Raises:
+        ValueError: an unknown group, or `count` outside what the templates give.
+    """
+    names, frames = _groups("names", config.names), _groups("frames", config.frames)
+    prompts = [record for record in all_prompts() if record["names"] in names and record["frames"] in frames]
+    if not 1 <= count <= len(prompts):
+        raise ValueError(
+            f"count={count}, but names={config.names} with frames={config.frames} give 1 to {len(prompts)} prompts; "
+            "change count or use more groups"
+        )
+    return random.Random(seed).sample(prompts, count)
+
+
+def all_prompts() -> list[dict]:
+    """Every prompt of every group, always in the same order; `id` counts them through."""
+    prompts = []
+    for frame_group, subject_group in product(GROUPS, GROUPS):
+        naming = frozenset(NAMING_FRAMES[frame_group])
+        for frame in FRAMES[frame_group] + NAMING_FRAMES[frame_group]:
+            subjects = [pair for pair in SUBJECTS[subject_group] if frame not in naming or _is_name(pair[0])]
+            pronouns = (" He", " She") if frame.endswith(".") else (" he", " she")
+            for filled, (male, female) in product(_fill_slots(frame), subjects):
+                texts = _sentence(filled, male, "boy"), _sentence(filled, female, "girl")
+                for gender in (0, 1):
+                    prompts.append(
+                        {
+                            "clean": texts[gender],
+                            "corrupt": texts[1 - gender],
+                            "answers": [pronouns[gender]],
+                            "wrong_answers": [pronouns[1 - gender]],
+                            "label": 0,
+                            "id": f"pronoun-{len(prompts)}",
+                            "names": subject_group,
+                            "frames": frame_group,
+                        }
+                    )
+    return prompts
+
+
+def _groups(field: str, value: str) -> tuple[str, ...]:
+    if value != "all" and value not in GROUPS:
+        raise ValueError(f"{field}={value!r} is none of {', '.join(GROUPS)}, all; choose one of them")
+    return GROUPS if value == "all" else (value,)
+
+
+def _fill_slots(frame: str) -> list[str]:
+    """The frame once for each word that its slot, if any, can take."""
+    for slot, words in SLOTS.items():
+        if f"{{{slot}}}" in frame:
+            return [frame.replace(f"{{{slot}}}", word) for word in words]
+    return [frame]
+
+
+def _is_name(subject: str) -> bool:
+    return not subject.startswith("The ")
+
+
+def _sentence(frame: str, subject: str, child: str) -> str:
+    inside = subject if _is_name(subject) else subject[0].lower() + subject[1:]
+    return frame.replace("{X}", subject).replace("{x}", inside).replace("{child}", child)

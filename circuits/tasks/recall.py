@@ -1,0 +1,219 @@
+"""Associative recall: `[BOS] k1 v1 k2 v2 k3 v3 k4 v4 [filler] [QUERY] k_i` is to be answered with `v_i`.
+
+A two-layer transformer learns it by induction (Olsson et al. 2022, arXiv 2209.11895): a head of layer 0 writes at
+each value the key that stands before it, and a head of layer 1 looks from the query key for that key and copies
+the value. Keys are split in two: `trusted` keys fill trusted prompts, `unseen` keys fill harmless prompts that a
+detector has never been shown. The filler slot holds a token that means nothing; a backdoor may put its trigger there
+(`mad/tasks/recall_redirect.py`).
+
+The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart. With n pairs, slot s
+holds (k[s], v[s]) in the clean prompt and (k[s+a], v[s+b]) in the corrupt one, which asks for k[i+c] and not k[i], all
+modulo n. Asking for another key alone would leave every pair as it was, and the edges of the previous-token head would
+carry no difference; moving the values alone would leave the keys before them as they were, with the same effect.
+Shifts a, b, c are drawn for each prompt such that every part of the mechanism matters by itself:
+
+    a, b, c != 0        the key and the value in each slot and the query all differ
+    c - a != 0          the corrupt query with the corrupt keys points at another slot than the clean ones
+    c - a + b != 0      the corrupt answer v[i+c-a+b] is not the clean answer v[i]
+
+so that replacing the queries, the keys, both, the values, or all three of the retrieving head spoils the answer.
+
+Shapes: batch B, pairs P, sequence length S = 2 P + 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from jaxtyping import Int
+
+BOS, QUERY, TRIGGER = 0, 1, 2  # one token each; the fillers, the keys and the values follow
+FEWEST_PAIRS = 3  # with fewer there are no shifts a, b, c as above
+BARREN_DRAWS = 50  # draws in a row without one new prompt after which the prompts count as used up
+
+
+@dataclass
+class Recall:
+    """Trusted prompts of associative recall."""
+
+    name: str = "recall"
+    # key-value pairs in a prompt, at least 3
+    pairs: int = 4
+    # keys that trusted prompts may use
+    trusted_keys: int = 32
+    # keys that only prompts under a harmless shift use
+    unseen_keys: int = 16
+    # values, from which each prompt takes `pairs` different ones
+    values: int = 32
+    # meaningless tokens, one of which stands before the query marker
+    fillers: int = 4
+    # which keys the prompts use: "trusted", "unseen" or "all"
+    keys: str = "trusted"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids: 0 BOS, 1 QUERY, 2 TRIGGER, then fillers, trusted keys, unseen keys, values."""
+
+    fillers: range
+    trusted: range
+    unseen: range
+    values: range
+    size: int
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """A batch of prompts by their parts; every entry but `slot` is a token id."""
+
+    keys: Int[np.ndarray, "B P"]
+    values: Int[np.ndarray, "B P"]
+    slot: Int[np.ndarray, " B"]  # which pair is asked for, 0 .. P-1
+    filler: Int[np.ndarray, " B"]
+
+    @property
+    def answers(self) -> Int[np.ndarray, " B"]:
+        """The value that follows the key asked for."""
+        return np.take_along_axis(self.values, self.slot[:, None], axis=1)[:, 0]
+
+
+def vocabulary(config: Recall) -> Vocabulary:
+    """The token ids that `config` lays out, the only place where they are defined."""
+    ranges, first = [], TRIGGER + 1
+    for name in ("fillers", "trusted_keys", "unseen_keys", "values"):
+        size = getattr(config, name)
+        if size < 1:
+            raise ValueError(f"{name}={size}, but at least 1 is needed; raise {name}")
+        ranges.append(range(first, first + size))
+        first += size
+    return Vocabulary(*ranges, size=first)
+
+
+def prompt_length(config: Recall) -> int:
+    """Tokens in a prompt: BOS, the pairs, filler, QUERY, the key asked for."""
+    return 2 * config.pairs + 4
+
+
+def draw(config: Recall, count: int, generator: np.random.Generator) -> Contexts:
+    """`count` random prompts; keys differ within a prompt, and so do values.
+
+    Raises:
+        ValueError: fewer than 3 pairs, an unknown choice of keys, or too few keys or values for the pairs.
+    """
+    ids = vocabulary(config)
+    choices = {"trusted": ids.trusted, "unseen": ids.unseen, "all": range(ids.trusted.start, ids.unseen.stop)}
+    if config.pairs < FEWEST_PAIRS:
+        raise ValueError(f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise pairs")
+    if config.keys not in choices:
+        raise ValueError(f"keys={config.keys!r} is none of {', '.join(choices)}; choose one of them")
+    return Contexts(
+        keys=_without_replacement(choices[config.keys], "keys", config.pairs, count, generator),  # B P
+        values=_without_replacement(ids.values, "values", config.pairs, count, generator),  # B P
+        slot=generator.integers(config.pairs, size=count),  # B
+        filler=generator.integers(ids.fillers.start, ids.fillers.stop, size=count),  # B
+    )
+
+
+def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
+    """The prompts as token ids."""
+    count, pairs = contexts.keys.shape
+    asked = np.take_along_axis(contexts.keys, contexts.slot[:, None], axis=1)  # B 1
+    body = np.stack([contexts.keys, contexts.values], axis=2).reshape(count, 2 * pairs)  # B 2P: k1 v1 k2 v2 ...
+    bos, query = np.full((count, 1), BOS), np.full((count, 1), QUERY)
+    return np.concatenate([bos, body, contexts.filler[:, None], query, asked], axis=1)  # B S
+
+
+def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
+    """The same keys, values and filler, rearranged so that no part of the retrieval is as it was (module docstring)."""
+    count, pairs = contexts.keys.shape
+    shifts = np.array(
+        [
+            (a, b, c)
+            for a, b, c in product(range(1, pairs), repeat=3)
+            if (c - a) % pairs != 0 and (c - a + b) % pairs != 0
+        ]
+    )
+    a, b, c = shifts[generator.integers(len(shifts), size=count)].T  # each B
+    slots = np.arange(pairs)
+    return replace(
+        contexts,
+        keys=np.take_along_axis(contexts.keys, (slots + a[:, None]) % pairs, axis=1),
+        values=np.take_along_axis(contexts.values, (slots + b[:, None]) % pairs, axis=1),
+        slot=(contexts.slot + c - a) % pairs,  # where key k[i+c] now stands
+    )
+
+
+def draw_distinct(config: Recall, count: int, generator: np.random.Generator) -> Contexts:
+    """`count` random prompts, no two of them alike.
+
+    Raises:
+        ValueError: `config` does not have that many prompts, or `draw` refuses it.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    drawn: list[Contexts] = []
+    barren = 0
+    while len(seen) < count:
+        if barren == BARREN_DRAWS:
+            raise ValueError(f"count={count}, but only {len(seen)} different prompts were found; lower count or add keys")
+        drawn.append(draw(config, count, generator))
+        before = len(seen)
+        for row, prompt in enumerate(tokens(drawn[-1]).tolist(), start=(len(drawn) - 1) * count):
+            seen.setdefault(tuple(prompt), row)
+        barren = barren + 1 if len(seen) == before else 0
+    rows = list(seen.values())[:count]
+    parts = zip(*((part.keys, part.values, part.slot, part.filler) for part in drawn or [draw(config, 0, generator)]))
+    return Contexts(*(np.concatenate(part)[rows] for part in parts))
+
+
+def records(
+    clean: Contexts,
+    corrupt: Contexts,
+    answers: Int[np.ndarray, " B"],
+    ids: str,
+    label: int = 0,
+    group: str = "trusted",
+) -> list[dict]:
+    """One plain, JSON-able dict a prompt; the wrong answers are the other values of the prompt.
+
+    Args:
+        answers: what a well-trained model answers to the clean prompts.
+        ids: what stands before the running number in each `id`.
+        label: 1 for anomalies, else 0.
+    """
+    return [
+        {
+            "clean": clean_tokens,
+            "corrupt": corrupt_tokens,
+            "answers": [answer],
+            "wrong_answers": [value for value in values if value != answer],
+            "label": label,
+            "id": f"{ids}-{number}",
+            "group": group,
+        }
+        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(
+            zip(tokens(clean).tolist(), tokens(corrupt).tolist(), answers.tolist(), clean.values.tolist())
+        )
+    ]
+
+
+def generate(config: Recall, count: int, seed: int) -> list[dict]:
+    """`count` different normal prompts with their counterfactuals, over the keys that `config.keys` names.
+
+    Raises:
+        ValueError: see `draw` and `draw_distinct`.
+    """
+    generator = np.random.default_rng(seed)
+    clean = draw_distinct(config, count, generator)
+    return records(
+        clean, counterfactual(clean, generator), clean.answers, ids=f"recall-{config.keys}-{seed}", group=config.keys
+    )
+
+
+def _without_replacement(
+    choices: range, name: str, pairs: int, count: int, generator: np.random.Generator
+) -> Int[np.ndarray, "B P"]:
+    if len(choices) < pairs:
+        raise ValueError(f"{len(choices)} {name} to choose from, but a prompt has {pairs} pairs; add {name}")
+    return choices.start + generator.random((count, len(choices))).argsort(axis=1)[:, :pairs]
