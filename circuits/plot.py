@@ -27,9 +27,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,13 +155,13 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
     nodes = _nodes(edges)
     links = _links(nodes, kv_group)
     rows = sorted({depth(node) for node in nodes})
-    graph = pygraphviz.AGraph(strict=False, directed=True, rankdir="BT", nodesep=0.03, ranksep=0.55)
+    graph: Any = pygraphviz.AGraph(strict=False, directed=True, rankdir="BT", nodesep=0.03, ranksep=0.55)
     # Fixed sizes and empty labels: dot never measures text, so fonts cannot change the layout.
     graph.node_attr.update(shape="box", fixedsize="true", label="", height=NODE_HEIGHT / 72)
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
     for node in nodes:
         graph.add_node(node, width=(NODE_WIDTH[kind(node)] + 12) / 72)  # 12: edges keep clear of nodes
-    for below, above in zip(rows, rows[1:], strict=False):  # a chain of invisible anchors forces the ranks
+    for below, above in pairwise(rows):  # a chain of invisible anchors forces the ranks
         graph.add_edge(f"row {below}", f"row {above}", style="invis", weight=0)
     for row in rows:
         anchor = f"row {row}"
@@ -176,8 +177,10 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
         graph.add_edge(*pair, weight=8)
     graph.layout(prog="dot")
 
-    routes = {pair: _points(graph.get_edge(*pair).attr["pos"]) for pair in weight}
-    positions = {node: _points(graph.get_node(node).attr["pos"])[0] for node in [*nodes, *(f"row {row}" for row in rows)]}
+    routes = {pair: _without_spikes(_points(graph.get_edge(*pair).attr["pos"])) for pair in weight}
+    positions = {
+        node: _points(graph.get_node(node).attr["pos"])[0] for node in [*nodes, *(f"row {row}" for row in rows)]
+    }
     curves = _fan_out(edges, routes)
     xs = [x for points in curves.values() for x, _ in points]
     left = min([positions[node][0] - NODE_WIDTH[kind(node)] / 2 for node in nodes] + xs)
@@ -218,6 +221,25 @@ def _links(nodes: Sequence[str], kv_group: int) -> list[tuple[str, str]]:
 def _points(text: str) -> tuple[Point, ...]:
     points = (pair.split(",") for pair in text.split())
     return tuple((round(float(x), 3), round(float(y), 3)) for x, y in points)
+
+
+def _without_spikes(points: tuple[Point, ...]) -> tuple[Point, ...]:
+    """Return the curve with no control point farther from its joint than .8 of the cubic's chord.
+
+    In crowded pictures dot lets some overshoot by hundreds of points, which shows as a spike. Directions stay, so the
+    curve stays smooth.
+    """
+
+    def nearer(joint: Point, control: Point, chord: float) -> Point:
+        part = min(1.0, 0.8 * chord / (math.dist(joint, control) or 1.0))
+        return joint[0] + part * (control[0] - joint[0]), joint[1] + part * (control[1] - joint[1])
+
+    kept = [points[0]]
+    for start in range(0, len(points) - 1, 3):
+        first, one, two, last = points[start : start + 4]
+        chord = math.dist(first, last)
+        kept += [nearer(first, one, chord), nearer(last, two, chord), last]
+    return tuple(kept)
 
 
 def _fan_out(
@@ -277,7 +299,7 @@ def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
     return [math.sqrt(min(1.0, size / top)) for size in sizes], top
 
 
-def edge_style(score: float, strength: float) -> dict[str, object]:
+def edge_style(score: float, strength: float) -> dict[str, Any]:
     """Return the line style of an edge: colour by sign, width (points) and opacity by strength."""
     colour = POSITIVE if score > 0 else NEGATIVE if score < 0 else UNSCORED
     return {"color": colour, "linewidth": 0.5 + 3.0 * strength, "alpha": 0.22 + 0.68 * strength}
@@ -344,7 +366,9 @@ def circuit_figure(drawn: Sequence[DrawnEdge], layout: Layout, *, title: str = "
     _draw_links_and_edges(axes, drawn, layout, x, y)
     _draw_nodes(axes, drawn, layout, x, y)
     if not drawn:
-        axes.text(x + layout.width / 2, y + layout.height / 2, "no edges kept", ha="center", va="center", color=FAINT_INK)
+        axes.text(
+            x + layout.width / 2, y + layout.height / 2, "no edges kept", ha="center", va="center", color=FAINT_INK
+        )
     legend_top = MARGIN + caption_height + graph_height
     for line_height, draw in legend:
         draw(axes, LEFT + graph_width + RIGHT, legend_top - line_height / 2)
@@ -357,12 +381,14 @@ def circuit_figure(drawn: Sequence[DrawnEdge], layout: Layout, *, title: str = "
 def _draw_rows(axes: Axes, layout: Layout, y: float, *, right: float) -> None:
     for label, row in layout.rows.items():
         axes.plot([LEFT - 6, right], [y + row, y + row], color=RULE, linewidth=0.8, zorder=0)
-        axes.text(LEFT - 12, y + row, label, ha="right", va="center_baseline", size=8.5, color=FAINT_INK, gid=f"row:{label}")
+        axes.text(
+            LEFT - 12, y + row, label, ha="right", va="center_baseline", size=8.5, color=FAINT_INK, gid=f"row:{label}"
+        )
 
 
 def _draw_links_and_edges(axes: Axes, drawn: Sequence[DrawnEdge], layout: Layout, x: float, y: float) -> None:
     for (group, head), points in layout.links.items():
-        style = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "zorder": 1}
+        style: dict[str, Any] = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "zorder": 1}
         axes.add_patch(_curve(points, x, y, gid=f"link:{group}->{head}", **style))
     strength, _ = strengths([edge.score for edge in drawn])
     # The strongest last, so that it lies on top.
@@ -409,7 +435,9 @@ def _legend(drawn: Sequence[DrawnEdge], nodes: Iterable[str]) -> list[LegendLine
     present_kinds = {kind(node) for node in nodes}
     lines = [(LEGEND_LINE, _kind_line(each)) for each in KIND_NAMES if each in present_kinds]
     if any(".kv" in node for node in nodes):
-        lines += [(LEGEND_LINE, _stroke_line("serves", {"color": "#B5B5B5", "linewidth": 1, "linestyle": (0, (1, 1.5))}))]
+        lines += [
+            (LEGEND_LINE, _stroke_line("serves", {"color": "#B5B5B5", "linewidth": 1, "linestyle": (0, (1, 1.5))}))
+        ]
     scores = [edge.score for edge in drawn]
     _, top = strengths(scores)
     signs = ((1, "score > 0"), (-1, "score < 0"), (0, "score = 0"))
@@ -436,7 +464,7 @@ def _kind_line(each: str) -> Callable[[Axes, float, float], None]:
     return draw
 
 
-def _stroke_line(text: str, style: Mapping[str, object]) -> Callable[[Axes, float, float], None]:
+def _stroke_line(text: str, style: Mapping[str, Any]) -> Callable[[Axes, float, float], None]:
     def draw(axes: Axes, x: float, y: float) -> None:
         axes.plot([x, x + 22], [y, y], solid_capstyle="butt", clip_on=False, **style)
         axes.text(x + 28, y, text, va="center_baseline", size=8.5)
@@ -506,7 +534,7 @@ def draw_faithfulness_curve(
     from matplotlib.figure import Figure
 
     with plot_style():
-        figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+        figure = Figure(figsize=(6.6, 3.8), layout="constrained")
         axes = figure.add_subplot(xscale="log", xlabel="edges kept", ylabel="faithfulness")
         for level in (0.0, 1.0):
             axes.axhline(level, color="#9A9A9A", linewidth=0.8, linestyle=":", zorder=1)
@@ -523,7 +551,7 @@ def draw_faithfulness_curve(
             label = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "va": "bottom", "rotation": 90}
             axes.annotate("all edges", (edges_total, 0), size=8, color=FAINT_INK, **label)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.legend(loc="best", fontsize=8.5)
+        figure.legend(loc="outside right upper", fontsize=8.5)
         annotate_figure(figure, title, caption)
         save_figure(figure, [Path(path)])
     return Path(path)
@@ -549,7 +577,9 @@ def plot_style() -> AbstractContextManager[None]:
     import matplotlib
 
     # The back end is the caller's business, and no part of a style.
-    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    defaults: dict[Any, Any] = {
+        key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")
+    }
     ours = {
         "svg.hashsalt": "madcap",
         "svg.fonttype": "path",
@@ -567,7 +597,8 @@ def plot_style() -> AbstractContextManager[None]:
         "xtick.color": "#4A4A4A",
         "ytick.color": "#4A4A4A",
     }
-    return matplotlib.rc_context(defaults | ours)
+    defaults.update(ours)
+    return matplotlib.rc_context(defaults)
 
 
 def save_figure(figure: Figure, paths: Sequence[Path]) -> None:

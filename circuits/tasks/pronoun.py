@@ -1,16 +1,16 @@
 """Gendered pronouns: "The boy was sad, so" is to be continued with " he", "The girl was sad, so" with " she".
 
-A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of the other gender.  Both
-have the same number of tokens under the tokenizer of `stories260K` (karpathy/tinyllamas, MIT; a Llama of 260 thousand
-weights trained on TinyStories, Eldan & Li 2023, arXiv 2305.07759), for which subjects and frames were chosen: in each
-group the model prefers the right pronoun in every prompt.  The module itself needs no tokenizer; with another one,
-prompts of unequal length are refused when they are encoded.
+A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of the other gender.
+Both have the same number of tokens under the tokenizer of `stories260K` (karpathy/tinyllamas, MIT; a Llama with 260
+thousand weights, trained on TinyStories, Eldan & Li 2023, arXiv 2305.07759).  Subjects and frames were chosen for that
+model: it prefers the right pronoun in each of the 6700 prompts, by 3.5 logits on average in the trusted ones.  The
+module itself needs no tokenizer; with another one, prompts of unequal length are refused when they are encoded.
 
 A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was trained with BOS in
 front of each story, so use `prepend_bos=true`.
 
-Two groups of names and two of frames: a detector is fitted on the trusted ones, the shifted ones are harmless prompts of
-the same mechanism that it has never seen.
+There are two groups of names and two of frames: a detector is fitted on the trusted ones, and the shifted ones make
+harmless prompts of the same mechanism that it has never seen.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ SUBJECTS = {
     "shifted": (
         ("The young boy", "The young girl"),
         ("Leo", "Lara"),
-        ("Mike", "Sera"),
         ("Jimmy", "Nia"),
         ("Joey", "Abby"),
         ("Johnny", "Jessica"),
@@ -83,7 +82,6 @@ FRAMES = {
         "{X} ran to the {place} when",
         "{X} looked at the {thing}.",
         "{X} liked the {thing}. When",
-        "{X} was playing with a {thing} when",
         "{X} was glad that",
         "{X} knew that",
         "{X} said that",

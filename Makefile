@@ -1,0 +1,50 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or later: they make .venv and install into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Idle OpenMP threads sleep instead of spinning: on shared or small machines that is the faster choice.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: demo test test-slow lint bench figures models clean help
+
+demo: .venv/installed ## find, draw and use the circuit of the shipped model -> runs/demo
+	$(BIN)/madcap demo out=runs/demo overwrite=true
+
+test: .venv/installed ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/installed ## time the engine
+	$(BIN)/madcap bench suite=engine
+
+figures: .venv/installed ## redraw every published figure
+	@set -e; for figure in figures/*.py; do \
+	  [ -e "$$figure" ] || continue; echo "$$figure"; $(BIN)/python "$$figure"; done
+
+models: .venv/installed ## train the shipped model again
+	$(BIN)/madcap train task=recall_redirect out=mad/models/recall_redirect overwrite=true
+
+clean: ## remove .venv and every cache; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch comes first, so that an index of CPU wheels can be chosen for it alone (PIP_EXTRA_INDEX_URL).
+# The stamp is written last: an interrupted installation is done again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@

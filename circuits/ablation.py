@@ -1,0 +1,143 @@
+"""What a removed edge carries instead of its writer's value.
+
+    zero              nothing
+    mean              the writer's mean over positions of a reference set; position 0 keeps its own mean,
+                      because attention sinks live there
+    positional_mean   the mean at each position
+    counterfactual    the writer's value on the prompt's own corrupt twin
+    resample          the writer's value on another prompt of the reference set, drawn at random
+
+Means leave padding out.  Fit once on a reference set, then ask for the values on each batch.
+
+Shapes: prompts B, positions S, d_model D, writers W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.engine import Ablated, Factored
+from circuits.prompts import Prompts
+
+ABLATIONS = ("zero", "mean", "positional_mean", "counterfactual", "resample")
+
+
+@dataclass
+class AblationConfig:
+    """What removed edges carry."""
+
+    name: str = "counterfactual"  # zero, mean, positional_mean, counterfactual or resample
+    seed: int = 0  # of the donors' draw, for resample
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean output of every writer over a reference set.
+
+    `count[p]` is how many prompts reach position p; `rest` pools positions 1 and later.
+    """
+
+    first: Float[Tensor, "W D"]
+    rest: Float[Tensor, "W D"]
+    positional: Float[Tensor, "W S D"]
+    count: Int[Tensor, "S"]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A fitted ablation."""
+
+    config: AblationConfig
+    means: Means | None = None
+    donors: Prompts | None = None
+
+    def values(self, engine: Factored, prompts: Prompts) -> Ablated:
+        """Returns what removed edges carry on these prompts.
+
+        Raises:
+            ValueError: counterfactual without corrupt prompts; a position or length the reference set never had.
+        """
+        return engine.ablated(self.writers(engine, prompts))
+
+    @torch.no_grad()
+    def writers(self, engine: Factored, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """The ablated values themselves; axes B and S are of size 1 where all rows are equal."""
+        name, length = self.config.name, prompts.clean.shape[1]
+        if name == "counterfactual":
+            if prompts.corrupt is None:
+                raise ValueError(
+                    "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to the prompts, or "
+                    "use ablation=mean"
+                )
+            return engine.clean(prompts.corrupt, prompts.key_mask, prompts.positions[:, :1]).writers
+        if name == "resample":
+            return self._resampled(engine, prompts)
+        if name == "zero":
+            width = engine.architecture.token.weight.shape[-1]  # type: ignore[union-attr]
+            return torch.zeros(len(engine.graph.writers), 1, 1, int(width), dtype=engine.dtype, device=engine.device)
+        assert self.means is not None
+        if name == "positional_mean":
+            seen = int((self.means.count > 0).sum())
+            if length > seen:
+                raise ValueError(
+                    f"ablation=positional_mean: prompts reach position {length - 1}, but the means were taken from "
+                    f"prompts of at most {seen} tokens; use ablation=mean or longer reference prompts"
+                )
+            return self.means.positional[:, None, :length]
+        parts = [self.means.first[:, None], self.means.rest[:, None].expand(-1, length - 1, -1)]
+        return torch.cat(parts, 1)[:, None]
+
+    def _resampled(self, engine: Factored, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """Each prompt gets one donor that is at least as long; the draw depends on seed and tokens alone."""
+        assert self.donors is not None
+        longest = int(self.donors.lengths.max())
+        if int(prompts.lengths.max()) > longest:
+            raise ValueError(
+                f"ablation=resample: a prompt has {int(prompts.lengths.max())} tokens, but the longest donor has "
+                f"{longest}; use ablation=mean or longer reference prompts"
+            )
+        chosen = []
+        for tokens, length in zip(prompts.clean.tolist(), prompts.lengths.tolist(), strict=True):
+            able = (self.donors.lengths >= length).nonzero()[:, 0]
+            generator = torch.Generator().manual_seed(hash((self.config.seed, *tokens[:length])) & 0x7FFF_FFFF)
+            chosen.append(able[torch.randint(len(able), (1,), generator=generator)])
+        donors = self.donors.select(torch.cat(chosen))
+        length = prompts.clean.shape[1]
+        return engine.clean(donors.clean[:, :length], donors.key_mask[:, :length], donors.positions[:, :1] * 0).writers
+
+
+def fit_ablation(
+    config: AblationConfig, engine: Factored, reference: Prompts, *, batch_size: int = 64
+) -> Ablation:
+    """Returns an ablation fitted on reference prompts.
+
+    Raises:
+        ValueError: there is no such ablation.
+    """
+    if config.name not in ABLATIONS:
+        raise ValueError(f"ablation={config.name!r}, but the ablations are {', '.join(ABLATIONS)}")
+    if config.name in ("mean", "positional_mean"):
+        return Ablation(config, means=writer_means(engine, reference, batch_size=batch_size))
+    return Ablation(config, donors=reference if config.name == "resample" else None)
+
+
+@torch.no_grad()
+def writer_means(engine: Factored, prompts: Prompts, *, batch_size: int = 64) -> Means:
+    """Returns every writer's mean over the real tokens of prompts, summed in float64."""
+    longest = int(prompts.lengths.max())
+    total, count = None, torch.zeros(longest, dtype=torch.int64, device=engine.device)
+    for batch in prompts.batches(batch_size):
+        batch = batch.to(engine.device)
+        writers = engine.clean(batch.clean, batch.key_mask, batch.positions[:, :1]).writers.double()
+        sums = (writers * batch.key_mask[..., None]).sum(1)
+        total = sums.new_zeros(len(sums), longest, sums.shape[-1]) if total is None else total
+        total[:, : sums.shape[1]] += sums
+        count[: sums.shape[1]] += batch.key_mask.sum(0)
+    assert total is not None
+    positional = total / count[:, None]
+    rest = total[:, 1:].sum(1) / max(int(count[1:].sum()), 1)
+    return Means(*(value.to(engine.dtype) for value in (positional[:, 0], rest, positional)), count)

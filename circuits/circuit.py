@@ -1,0 +1,108 @@
+"""A circuit: the kept edges of a graph, the scores of all of them, and how they were found.
+
+On disk a circuit is a folder: `circuit.json`, readable and diffable, with the kept edges; and
+`scores.safetensors` with the scores of all edges.  Nothing in either can run code.
+
+Shapes: writers W, readers R.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.graph import Graph
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Kept edges with their scores.  `about` says which model, task, method, metric and ablation gave them."""
+
+    graph: Graph
+    kept: Bool[Tensor, "R W"]
+    scores: Float[Tensor, "R W"]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of kept edges."""
+        return int(self.kept.sum())
+
+    @property
+    def edges(self) -> list[tuple[str, float]]:
+        """Names and scores of the kept edges, in forward order."""
+        return [
+            (self.graph.edge_name(reader, writer), self.scores[reader, writer].item())
+            for reader, writer in self.kept.nonzero().tolist()
+        ]
+
+    @property
+    def mask(self) -> Float[Tensor, "R W"]:
+        """1 where an edge is kept, else 0."""
+        return self.kept.float()
+
+    def networkx(self) -> nx.MultiDiGraph:
+        """The kept edges as a graph between nodes, keyed by reader, each with its `score`."""
+        view = self.graph.networkx(self.kept)
+        for writer, _, reader, data in view.edges(keys=True, data=True):
+            data["score"] = self.scores[self.graph.edge_index(f"{writer}->{reader}")].item()
+        return view
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `circuit.json` and `scores.safetensors` into a folder, which is made if need be."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {
+            "format": FORMAT,
+            **self.about,
+            "graph": self.graph.to_json(),
+            "edges": [{"edge": name, "score": score} for name, score in self.edges],
+        }
+        save_file({"scores": self.scores.contiguous()}, folder / "scores.safetensors")
+        (folder / "circuit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Reads a circuit from its folder or from its `circuit.json`; scores left out there are 0.
+
+        Raises:
+            FileNotFoundError: there is no circuit.json.
+            ValueError: it is of another format, or names edges that its graph does not have.
+        """
+        path = Path(path)
+        path = path / "circuit.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no circuit at {path}: `madcap extract ... out=DIR` writes one")
+        try:
+            data = json.loads(path.read_text())
+            version, edges = data.pop("format"), data.pop("edges")
+            graph = Graph.from_json(data.pop("graph"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no circuit file: {error}") from error
+        if version != FORMAT:
+            raise ValueError(f"{path} has format {version}, but this version reads format {FORMAT}")
+        kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
+        for entry in edges:
+            index = graph.edge_index(entry["edge"])
+            kept[index], scores[index] = True, entry["score"]
+        tensors = path.with_name("scores.safetensors")
+        if tensors.is_file():
+            from safetensors.torch import load_file
+
+            scores = load_file(tensors)["scores"]
+            if scores.shape != kept.shape:
+                raise ValueError(
+                    f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is {tuple(kept.shape)}"
+                )
+        return cls(graph, kept, scores, data)

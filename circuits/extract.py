@@ -1,0 +1,206 @@
+"""From a model and trusted prompts to a circuit with its figures: discover, select, evaluate.
+
+Discovery sees one set of prompts and evaluation another.  Every figure names its metric, ablation and prompts,
+because faithfulness means nothing without them.
+
+Shapes: writers W, readers R.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.ablation import Ablation, AblationConfig, fit_ablation
+from circuits.behaviour import Behaviour, Faithfulness, Yardstick, prepare, yardstick
+from circuits.circuit import Circuit
+from circuits.discovery import METHODS, Found
+from circuits.engine import Factored
+from circuits.graph import Graph
+from circuits.metrics import METRICS, Metric, metric_named
+from circuits.prompts import Prompts
+from circuits.selection import Selection, random_circuits, select, sizes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A circuit, its figures for `metrics.json`, and the fitted ablation."""
+
+    circuit: Circuit
+    metrics: dict[str, Any]
+    ablation: Ablation
+
+
+def extract(
+    engine: Factored,
+    discovery: Prompts,
+    evaluation: Prompts,
+    method: Any,
+    *,
+    metric: str = "kl",
+    ablation: AblationConfig | None = None,
+    selection: Selection | None = None,
+    batch_size: int = 64,
+    random_draws: int = 20,
+    seed: int = 0,
+    about: Mapping[str, Any] | None = None,
+) -> Extraction:
+    """Finds the circuit of a behaviour and measures it on prompts that discovery has not seen.
+
+    Args:
+        engine: the model.
+        discovery: trusted prompts to find the circuit on.
+        evaluation: other trusted prompts, to measure it on.
+        method: the configuration of a discovery method, such as `ACDC(tau=0.01)`; its `name` picks the function.
+        metric: what the circuit has to keep (`METRICS`).
+        ablation: what removed edges carry; by default the corrupt prompt's values.
+        selection: which scored edges are kept, for methods that only score.
+        batch_size: prompts per run; bounds memory.
+        random_draws: how many random circuits of the same size to compare with.
+        seed: of the random circuits.
+        about: recorded in `circuit.json`: the model's reference and weight hash, the task.
+
+    Raises:
+        ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does not separate
+            the model from the ablated model.
+    """
+    if shared := discovery.overlap(evaluation):
+        raise ValueError(f"{shared} prompts are in both the discovery and the evaluation split; they must be disjoint")
+    ablation, selection, chosen = ablation or AblationConfig(), selection or Selection(), metric_named(metric)
+    fitted = fit_ablation(ablation, engine, discovery, batch_size=batch_size)
+    behaviour = prepare(engine, discovery, chosen, fitted, batch_size=batch_size)
+    scale = yardstick(behaviour, ablation.name)  # refuses now what would be refused after the expensive part
+
+    forward = _seconds(lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask) for b in behaviour.batches])
+    started = time.perf_counter()
+    found = METHODS[method.name][1](method, behaviour)
+    seconds = time.perf_counter() - started
+    kept = found.kept if found.kept is not None else choose(scale, found, selection)
+
+    held_out = prepare(engine, evaluation, chosen, fitted, batch_size=batch_size)
+    metrics = evaluate(yardstick(held_out, ablation.name), found, kept, selection, random_draws=random_draws, seed=seed)
+    metrics |= {"seconds": seconds, "forwards": seconds / forward, "method": found.details}
+    circuit = Circuit(
+        graph=engine.graph,
+        kept=kept,
+        scores=found.scores,
+        about={
+            **(about or {}),
+            "method": asdict(method),
+            "metric": metric,
+            "ablation": asdict(ablation),
+            "selection": None if found.kept is not None else asdict(selection),
+            "splits": {"discovery": _split(discovery), "evaluation": _split(evaluation)},
+        },
+    )
+    return Extraction(circuit, metrics, fitted)
+
+
+def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
+    """The kept edges that a selection asks for; with a target faithfulness, the smallest circuit that reaches it.
+
+    Raises:
+        ValueError: more than one of edges, share and threshold, or a target that no circuit reaches.
+    """
+    graph = scale.behaviour.engine.graph
+    ways = {"edges": selection.edges, "share": selection.share, "threshold": selection.threshold}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"selection has {' and '.join(given)}; give one of them")
+    pick = _picker(graph, found, selection)
+    if selection.how == "threshold":
+        return select(graph, found.scores, how="threshold", threshold=selection.threshold, absolute=selection.absolute)
+    if selection.edges is not None:
+        return pick(selection.edges)
+    if selection.share is not None:
+        if not 0 < selection.share <= 1:
+            raise ValueError(f"selection.share={selection.share}, but it must be above 0 and at most 1")
+        return pick(max(1, round(selection.share * graph.n_edges)))
+    if selection.faithfulness is None:
+        raise ValueError("selection needs one of edges, share, threshold or faithfulness")
+    best = (float("-inf"), 0)
+    for edges in tqdm(sizes(graph), desc="select", unit="size", disable=None):
+        kept = pick(edges)
+        reached = scale.faithfulness(kept).value
+        if reached >= selection.faithfulness:
+            return kept
+        best = max(best, (reached, edges))
+    raise ValueError(
+        f"no circuit reaches selection.faithfulness={selection.faithfulness} on the discovery prompts: the best is "
+        f"{best[0]:.3f} with {best[1]} edges; lower it"
+    )
+
+
+def evaluate(
+    scale: Yardstick, found: Found, kept: Tensor, selection: Selection, *, random_draws: int = 20, seed: int = 0
+) -> dict[str, Any]:
+    """Figures of a circuit: faithfulness by metric, random circuits of its size, the curve over sizes, KL."""
+    graph = scale.behaviour.engine.graph
+    edges, own = int(kept.sum()), scale.faithfulness(kept)
+    drawn = random_circuits(graph, edges, random_draws, seed) if edges else []
+    progress = tqdm(drawn, desc="random circuits", unit="circuit", disable=None)
+    chance = torch.tensor([scale.faithfulness(mask).value for mask in progress])
+    pick, curve = _picker(graph, found, selection), {}
+    for wanted in tqdm(sizes(graph), desc="curve", unit="size", disable=None):
+        mask = pick(wanted)
+        curve[int(mask.sum())] = scale.faithfulness(mask).value
+    return {
+        "edges_total": graph.n_edges,
+        "edges_kept": edges,
+        "faithfulness": own.value,
+        "faithfulness_detail": asdict(own),
+        "by_metric": {name: asdict(result) for name, result in by_metric(scale, kept).items()},
+        "kl": -_with_metric(scale.behaviour, METRICS["kl"]).measure(kept).mean().item(),
+        "random_circuits": {
+            "count": len(drawn),
+            "mean": chance.mean().item() if drawn else None,
+            "percentile_95": chance.quantile(0.95).item() if drawn else None,
+            "best": chance.max().item() if drawn else None,
+        },
+        "curve": [{"edges": edges, "faithfulness": value} for edges, value in curve.items()],
+    }
+
+
+def by_metric(scale: Yardstick, kept: Tensor) -> dict[str, Faithfulness]:
+    """Faithfulness under each metric that the prompts allow and that separates the model from the ablated one."""
+    results = {}
+    for name, metric in METRICS.items():
+        try:
+            other = yardstick(_with_metric(scale.behaviour, metric), scale.ablation)
+        except ValueError as error:
+            log.info("no faithfulness under %s: %s", name, error)
+            continue
+        results[name] = other.faithfulness(kept)
+    return results
+
+
+def _with_metric(behaviour: Behaviour, metric: Metric) -> Behaviour:
+    return Behaviour(behaviour.engine, metric, behaviour.batches)
+
+
+def _picker(graph: Graph, found: Found, selection: Selection) -> Callable[[int], Tensor]:
+    """Circuits of a given number of edges, by the selection's ranking."""
+    how = "greedy" if selection.how == "threshold" else selection.how
+    return lambda edges: select(graph, found.scores, how=how, edges=edges, absolute=selection.absolute)
+
+
+def _split(prompts: Prompts) -> dict[str, Any]:
+    return {"prompts": len(prompts), "hash": prompts.hash()}
+
+
+def _seconds(work: Callable[[], Any], repeats: int = 3) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,108 @@
+"""Induction: what followed the last token when it stood there before comes next.
+
+Two forms, over token ids drawn at random from the vocabulary (Elhage et al. 2021, "A mathematical framework for
+transformer circuits"; Olsson et al. 2022, arXiv 2209.11895):
+
+    one_repeat   A B C D E F B -> C   one token occurs twice, all others once
+    block        A B C D A B C -> D   a block of different tokens, then the same again, cut off at `length`
+
+Corrupt, one_repeat: the earlier occurrence of the last token becomes a token that is nowhere else in the prompt, so
+nothing repeats and nothing follows from it.  It is never at position 0, where no token stands before it: the trained
+model `l_2_2` of Gross's guarantees-based-mechanistic-interpretability (2 layers, 1 head, vocabulary 26, context 8; see
+Gross et al. 2024, arXiv 2406.11779) is right in 45 % of such prompts and in all others.
+
+Corrupt, block: every token of the first block that the prompt repeats becomes another one that is nowhere in the
+clean prompt, again so that nothing repeats.
+
+Wrong answers are the other tokens of the clean prompt: the logit difference says how far the right one stands out from
+its context.  With `l_2_2` it is 99.7 on clean and -0.2 on corrupt prompts of the first form.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from math import perm
+
+FORMS = ("one_repeat", "block")
+
+
+@dataclass
+class Induction:
+    """Prompts that repeat random tokens."""
+
+    name: str = "induction"
+    # "one_repeat": one token occurs twice; "block": a block of tokens is repeated
+    form: str = "one_repeat"
+    # token ids are drawn from 0 .. vocabulary - 1
+    vocabulary: int = 26
+    # tokens in a prompt; a block has (length + 1) // 2 of them
+    length: int = 8
+
+
+def generate(config: Induction, count: int, seed: int) -> list[dict]:
+    """`count` different prompts with their counterfactuals.
+
+    Raises:
+        ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count` outside what they give.
+    """
+    distinct, needed, available = _sizes(config)
+    if config.vocabulary < needed:
+        raise ValueError(
+            f"vocabulary={config.vocabulary}, but form={config.form} with length={config.length} needs {needed} "
+            "different tokens; raise vocabulary or lower length"
+        )
+    if not 1 <= count <= available:
+        raise ValueError(
+            f"count={count}, but form={config.form} with vocabulary={config.vocabulary} and length={config.length} "
+            f"gives 1 to {available} prompts; change count or raise vocabulary"
+        )
+    generator = random.Random(seed)
+    draw = _one_repeat if config.form == "one_repeat" else _block
+    records: dict[tuple[int, ...], dict] = {}
+    while len(records) < count:
+        # One draw holds the tokens of the clean prompt first, then those that only the corrupt prompt has.
+        tokens = generator.sample(range(config.vocabulary), needed)
+        clean, corrupt, answer = draw(tokens[:distinct], tokens[distinct:], config.length, generator)
+        if tuple(clean) not in records:
+            records[tuple(clean)] = {
+                "clean": clean,
+                "corrupt": corrupt,
+                "answers": [answer],
+                "wrong_answers": [token for token in tokens[:distinct] if token not in (answer, clean[-1])],
+                "label": 0,
+                "id": f"induction-{config.form}-{seed}-{len(records)}",
+            }
+    return list(records.values())
+
+
+def _sizes(config: Induction) -> tuple[int, int, int]:
+    """Different tokens in a clean prompt, in it and its corrupt one together, and how many prompts there are."""
+    if config.form == "one_repeat":
+        shortest, distinct, places, fresh = 4, config.length - 1, config.length - 3, 1
+    elif config.form == "block":
+        shortest, distinct, places = 5, (config.length + 1) // 2, 1
+        fresh = config.length - distinct
+    else:
+        raise ValueError(f"form={config.form!r} is none of {', '.join(FORMS)}; choose one of them")
+    if config.length < shortest:
+        raise ValueError(f"length={config.length}, but form={config.form} needs at least {shortest}; raise length")
+    return distinct, distinct + fresh, perm(max(config.vocabulary, 0), distinct) * places
+
+
+def _one_repeat(
+    tokens: list[int], fresh: list[int], length: int, generator: random.Random
+) -> tuple[list[int], list[int], int]:
+    """Clean, corrupt and answer; the earlier occurrence is at one of the positions 1 .. length - 3."""
+    earlier = generator.randint(1, length - 3)
+    clean = [*tokens, tokens[earlier]]
+    return clean, [*tokens[:earlier], *fresh, *clean[earlier + 1 :]], tokens[earlier + 1]
+
+
+def _block(
+    tokens: list[int], fresh: list[int], length: int, generator: random.Random
+) -> tuple[list[int], list[int], int]:
+    """Clean, corrupt and answer; after a whole second block the answer is the first token again."""
+    repeated = length - len(tokens)
+    clean = [*tokens, *tokens[:repeated]]
+    return clean, [*fresh, *clean[repeated:]], tokens[repeated % len(tokens)]

@@ -1,0 +1,34 @@
+"""Set-up of the whole suite: shapes are checked, nothing reaches for the network, two threads, repeatable examples."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports a HuggingFace library, which reads these once.
+for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[variable] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["MPLBACKEND"] = "agg"
+
+from jaxtyping import install_import_hook
+
+# Before anything imports the packages: from here on every shape and type that they declare is checked.
+install_import_hook(["circuits", "abstraction", "mad"], "beartype.beartype")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+settings.register_profile("madcap", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("madcap")
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Models and circuits with known answers, in shared/cases beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "cases"
+    if not folder.is_dir():
+        pytest.skip("the reference cases (../shared/cases) are not here; they are too big for the repository")
+    return folder
