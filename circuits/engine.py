@@ -120,6 +120,16 @@ class Factored:
         """The model's logits, like `clean` but without keeping the writers."""
         return self._plain(self.embed(tokens).sum(0), key_mask, positions)
 
+    @torch.no_grad()
+    def residual(
+        self,
+        tokens: Int[Tensor, "B S"],
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        positions: Int[Tensor, "B P"] | None = None,
+    ) -> Float[Tensor, "B P D"]:
+        """The residual stream after the last block, before the final norm."""
+        return self._stream(self.embed(tokens).sum(0), key_mask, positions)
+
     def embed(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "inputs B S D"]:
         """What the input writers write: one row, or token and position apart."""
         context = self.architecture.context
@@ -142,6 +152,21 @@ class Factored:
         taps: list[tuple[Tensor, list[Tensor]]] | None = None,
     ) -> Float[Tensor, "B P V"]:
         """One forward pass.  `keep` receives the writers; `taps` the residual and the reader-side tensors."""
+        residual = self._stream(residual, key_mask, positions, keep, taps)
+        normed = self.architecture.final_norm(residual)
+        if taps is not None:
+            taps.append((residual, [normed]))
+        return self._unembed(normed)
+
+    def _stream(
+        self,
+        residual: Float[Tensor, "B S D"],
+        key_mask: Bool[Tensor, "B S"] | None,
+        positions: Int[Tensor, "B P"] | None,
+        keep: Float[Tensor, "W B S D"] | None = None,
+        taps: list[tuple[Tensor, list[Tensor]]] | None = None,
+    ) -> Float[Tensor, "B P D"]:
+        """All blocks of `_plain`."""
         graph = self.graph
         for layer, block in enumerate(self.architecture.blocks):
             before, attention = residual, block.attention
@@ -171,11 +196,7 @@ class Factored:
                 keep[first + graph.n_heads] = written
             if taps is not None:
                 taps.append((mlp_input, [normed]))
-        residual = _at(residual, positions)
-        normed = self.architecture.final_norm(residual)
-        if taps is not None:
-            taps.append((residual, [normed]))
-        return self._unembed(normed)
+        return _at(residual, positions)
 
     # ---- runs under a mask ------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class EncodedPrompt:
 
 
 def encode_record(
-    record: Mapping[str, Any],
+    record: Any,
     *,
     default_id: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -113,7 +113,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase | None, prepend_bos: bool) -> int | 
         raise ValueError("prepend_bos=True, but there is no tokenizer to name BOS; set prepend_bos=False or give one")
     if tokenizer.bos_token_id is None:
         raise ValueError("prepend_bos=True, but the tokenizer has no BOS token; set prepend_bos=False")
-    return tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id  # transformers declares it as id or list or text
+    return bos
 
 
 def _clean_source(record: Mapping[str, Any]) -> Any:

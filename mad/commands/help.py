@@ -40,6 +40,15 @@ class Setting:
     comment: str
 
 
+@dataclass(frozen=True)
+class Comment:
+    """A comment in a source file."""
+
+    column: int
+    text: str
+    alone: bool  # nothing else is on its line
+
+
 def overview(commands: Mapping[str, tuple[str, str]]) -> str:
     """The text of `madcap --help`."""
     lines = [
@@ -66,9 +75,11 @@ def command_help(command: str, module: str, words: list[str]) -> str:
     if plain:
         lines += ["settings", *_table([(s.name, written.get(s.name, s.default), s.comment) for s in plain]), ""]
     for group, default in taken.items():
-        comment = settings[group].comment if group in settings else ""
-        chosen = "" if group == "mode" else f" (default: {default or 'none'})" if default != "???" else " (required)"
-        lines += [f"{group}=NAME{chosen}" + (f": {comment}" if comment else "")]
+        setting = settings.get(group)
+        required = default == "???" or (default is None and setting is not None and setting.default == "required")
+        note = " (required)" if required else "" if group == "mode" else f" (default: {default or 'none'})"
+        about = f": {setting.comment}" if setting and setting.comment else ""
+        lines += [f"{group}=NAME{note}{about}"]
         lines += [*_table([(name, preset_summary(group, name)) for name in preset_names(group)]), ""]
     for word in words:
         group, _, name = word.partition("=")
@@ -161,19 +172,19 @@ def _qualified(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def _comment_of(field: ast.AnnAssign, comments: dict[int, tuple[int, str]], above: int) -> str:
+def _comment_of(field: ast.AnnAssign, comments: Mapping[int, Comment], above: int) -> str:
     """The comment lines between `above` and the field, and the one on it with its continuation lines.
 
-    A comment that starts right of the fields continues the comment of the field before it.
+    A comment line that starts right of the fields continues the comment of the field before it.
     """
     end = field.end_lineno or field.lineno
-    lines = [line for line in range(above + 1, field.lineno) if line in comments]
-    texts = [comments[line][1] for line in lines if comments[line][0] == field.col_offset]
+    between = [comments[line] for line in range(above + 1, field.lineno) if line in comments]
+    texts = [comment.text for comment in between if comment.alone and comment.column == field.col_offset]
     if end in comments:
-        texts.append(comments[end][1])
+        texts.append(comments[end].text)
         line = end + 1
-        while line in comments and comments[line][0] > field.col_offset:
-            texts.append(comments[line][1])
+        while line in comments and comments[line].alone and comments[line].column > field.col_offset:
+            texts.append(comments[line].text)
             line += 1
     return " ".join(texts)
 
@@ -183,7 +194,9 @@ def _default(value: ast.expr | None) -> str:
         return "required"
     if isinstance(value, ast.Constant):  # written as on the command line
         literal = value.value
-        return "null" if literal is None else str(literal).lower() if isinstance(literal, bool) else str(literal)
+        return (
+            "null" if literal is None else str(literal).lower() if isinstance(literal, bool) else str(literal) or "''"
+        )
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
         for keyword in value.keywords:
             if keyword.arg == "default":
@@ -196,10 +209,16 @@ def _default(value: ast.expr | None) -> str:
     return ast.unparse(value)
 
 
-def _comments(module: str) -> dict[int, tuple[int, str]]:
-    """Line number -> column and text of the comment there."""
+def _comments(module: str) -> dict[int, Comment]:
+    """The comment on each line that has one."""
     tokens = tokenize.generate_tokens(io.StringIO(_source(module)).readline)
-    return {t.start[0]: (t.start[1], t.string.lstrip("# ").strip()) for t in tokens if t.type == tokenize.COMMENT}
+    return {
+        token.start[0]: Comment(
+            token.start[1], token.string.lstrip("# ").strip(), alone=not token.line[: token.start[1]].strip()
+        )
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
 
 
 def _parsed(module: str) -> ast.Module:

@@ -1,0 +1,122 @@
+"""Baselines that know no circuit, from well-kept libraries.
+
+    max_probability   minus the log-probability of the model's first choice, averaged over scored positions
+                      (Hendrycks & Gimpel 2017, arXiv 1610.02136)
+    mahalanobis       the largest squared Mahalanobis distance of the last block's residual at a scored position from
+                      trusted ones, with scikit-learn's Ledoit-Wolf covariance (Lee et al. 2018, arXiv 1807.03888)
+
+Shapes: prompts B, scored positions P, d_model D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.engine import Factored
+from circuits.prompts import Prompts
+from mad.detector import Context
+
+
+@dataclass
+class MaxProbability:
+    """How unsure the model is."""
+
+    name: str = "max_probability"
+
+
+@dataclass(frozen=True)
+class MaxProbabilityDetector:
+    config: MaxProbability
+    engine: Factored
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+        """Minus the log-probability of the first choice."""
+        prompts = prompts.to(self.engine.device)
+        logits = self.engine.logits(prompts.clean, prompts.key_mask, prompts.positions).float()
+        scored = (prompts.positions >= 0).float()
+        return -((logits.log_softmax(-1).amax(-1) * scored).sum(-1) / scored.sum(-1)).cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing was fitted."""
+        return {}
+
+
+def fit_max_probability(
+    config: MaxProbability, context: Context, trusted: Prompts, *, batch_size: int = 64
+) -> MaxProbabilityDetector:
+    """Returns the detector; trusted prompts only calibrate it."""
+    return MaxProbabilityDetector(config, context.engine)
+
+
+def restore_max_probability(
+    config: MaxProbability, context: Context, state: Mapping[str, Tensor]
+) -> MaxProbabilityDetector:
+    """Returns a saved detector."""
+    return MaxProbabilityDetector(config, context.engine)
+
+
+@dataclass
+class Mahalanobis:
+    """Distance of the last residual from trusted ones."""
+
+    name: str = "mahalanobis"
+
+
+@dataclass(frozen=True)
+class MahalanobisDetector:
+    config: Mahalanobis
+    engine: Factored
+    mean: Float[Tensor, "D"]
+    precision: Float[Tensor, "D D"]
+
+    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+        """The largest squared distance over the scored positions."""
+        residual = _residual(self.engine, prompts) - self.mean
+        distance = torch.einsum("bpd,de,bpe->bp", residual, self.precision, residual)
+        return distance.masked_fill(prompts.positions.cpu() < 0, float("-inf")).amax(-1).float()
+
+    def state(self) -> dict[str, Tensor]:
+        """Mean and inverse covariance."""
+        return {"mean": self.mean, "precision": self.precision}
+
+
+@torch.no_grad()
+def _residual(engine: Factored, prompts: Prompts) -> Float[Tensor, "B P D"]:
+    """The last block's residual at the scored positions, in float64 on the CPU."""
+    prompts = prompts.to(engine.device)
+    residual = engine.residual(prompts.clean, prompts.key_mask, prompts.positions)
+    return residual.double().cpu()
+
+
+def fit_mahalanobis(
+    config: Mahalanobis, context: Context, trusted: Prompts, *, batch_size: int = 64
+) -> MahalanobisDetector:
+    """Returns the detector with mean and covariance of trusted prompts.
+
+    Raises:
+        ValueError: fewer than two trusted residuals.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    rows = torch.cat(
+        [_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in trusted.batches(batch_size)]
+    )
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} trusted residual, but a covariance needs at least 2; give more trusted prompts")
+    fitted = LedoitWolf().fit(rows.numpy())
+    return MahalanobisDetector(
+        config, context.engine, torch.from_numpy(fitted.location_), torch.from_numpy(fitted.get_precision())
+    )
+
+
+def restore_mahalanobis(
+    config: Mahalanobis, context: Context, state: Mapping[str, Tensor]
+) -> MahalanobisDetector:
+    """Returns a saved detector."""
+    return MahalanobisDetector(config, context.engine, state["mean"], state["precision"])

@@ -1,0 +1,144 @@
+"""A fitted, calibrated detector on disk: `detector.json` and `detector.safetensors` in a folder of its own.
+
+It remembers which weights, circuit and trusted prompts it was made with, and refuses others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from circuits.circuit import Circuit
+from circuits.prompts import Prompts
+from mad.detector import Calibration, Context, Detector
+from mad.detectors import DETECTORS
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A detector with its calibration; `about` names the trusted prompts of both."""
+
+    detector: Detector
+    calibration: Calibration
+    about: Mapping[str, Any]
+
+
+def fit(
+    config: Any, context: Context, trusted: Prompts, calibration: Prompts, *, batch_size: int = 64
+) -> Calibrated:
+    """Fits a detector on trusted prompts and calibrates it on others.
+
+    Args:
+        config: the configuration of a detector, such as `Fast()`; its `name` picks it from `DETECTORS`.
+        context: the model, and the circuit where the detector needs one.
+        trusted: prompts to fit on.
+        calibration: prompts to calibrate on, exchangeable with the normal inputs to come.
+        batch_size: prompts per run.
+
+    Raises:
+        ValueError: the sets overlap each other or those that the circuit was found or evaluated on.
+    """
+    import torch
+
+    if shared := trusted.overlap(calibration):
+        raise ValueError(f"{shared} prompts are in both the fit and the calibration split; they must be disjoint")
+    used = {} if context.circuit is None else context.circuit.about.get("sequences", {})
+    for name, prompts in (("fit", trusted), ("calibration", calibration)):
+        for split, hashes in used.items():
+            if shared := len(set(hashes) & set(sequence_hashes(prompts))):
+                raise ValueError(
+                    f"{shared} prompts of the {name} split are in the circuit's {split} split; they must be disjoint, "
+                    "or false alarms would not be bounded: give other trusted prompts"
+                )
+    detector = DETECTORS[config.name][1](config, context, trusted, batch_size=batch_size)
+    scores = torch.cat([detector.score(batch) for batch in calibration.batches(batch_size)])
+    about = {
+        name: {"prompts": len(prompts), "hash": prompts.hash()}
+        for name, prompts in (("fit", trusted), ("calibration", calibration))
+    }
+    return Calibrated(detector, Calibration.of(scores), about)
+
+
+def sequence_hashes(prompts: Prompts) -> list[str]:
+    """A short hash of each clean token sequence, to find overlaps between runs without keeping the prompts."""
+    import hashlib
+
+    return sorted(
+        hashlib.sha256(" ".join(map(str, sequence)).encode()).hexdigest()[:16] for sequence in prompts.sequences()
+    )
+
+
+def save_detector(calibrated: Calibrated, folder: Path, *, weight_hash: str) -> None:
+    """Writes a detector into its folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "format": FORMAT,
+        "config": asdict(calibrated.detector.config),
+        "weight_hash": weight_hash,
+        **calibrated.about,
+    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in calibrated.detector.state().items()}
+    save_file({**tensors, "calibration": calibrated.calibration.scores}, folder / "detector.safetensors")
+    (folder / "detector.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load_detector(
+    folder: Path, context: Context, *, weight_hash: str, allow_other_weights: bool = False
+) -> Calibrated:
+    """Reads a detector from its folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: another format, an unknown detector, or one fitted on other weights.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / "detector.json"
+    if not path.is_file():
+        there = sorted(found.parent.name for found in folder.parent.glob("*/detector.json"))
+        raise FileNotFoundError(
+            f"no detector at {folder}: fit it with `madcap fit circuit=... detector={folder.name} trusted=FILE`"
+            + (f", or use detector={'|'.join(there)}" if there else "")
+        )
+    try:
+        data = json.loads(path.read_text())
+        version, fields, found_on = data.pop("format"), data.pop("config"), data.pop("weight_hash")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no detector file: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, but this version reads format {FORMAT}")
+    check_weights(found_on, weight_hash, f"detector {folder.name}", allow_other_weights)
+    if fields.get("name") not in DETECTORS:
+        raise ValueError(f"{path}: detector {fields.get('name')!r}, but the detectors are {', '.join(DETECTORS)}")
+    schema, _, restore = DETECTORS[fields["name"]]
+    try:
+        config = schema(**fields)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    state = load_file(folder / "detector.safetensors")
+    calibration = Calibration.of(state.pop("calibration"))
+    return Calibrated(restore(config, context, state), calibration, data)
+
+
+def check_weights(expected: str, found: str, what: str, allow_other_weights: bool) -> None:
+    """Raises ValueError when a model has other weights than those that `what` was made with."""
+    if expected != found and not allow_other_weights:
+        raise ValueError(
+            f"the {what} was made on weights {expected[:16]}..., but this model has {found[:16]}...; give the model it "
+            "was made on, or allow_other_weights=true for a fine-tuned or attacked copy"
+        )
+
+
+def check_circuit(circuit: Circuit, weight_hash: str, allow_other_weights: bool = False) -> None:
+    """Raises ValueError when a circuit was found on other weights."""
+    expected = circuit.about.get("model", {}).get("weight_hash")
+    if expected is None:
+        raise ValueError("the circuit does not say which weights it was found on; extract it again")
+    check_weights(expected, weight_hash, "circuit", allow_other_weights)
