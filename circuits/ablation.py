@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.engine import Ablated, Factored
+from circuits.engine import Factored
+from circuits.masked import Ablated
 from circuits.prompts import Prompts
 
 ABLATIONS = ("zero", "mean", "positional_mean", "counterfactual", "resample")
@@ -110,9 +111,7 @@ class Ablation:
         return engine.clean(donors.clean[:, :length], donors.key_mask[:, :length], donors.positions[:, :1] * 0).writers
 
 
-def fit_ablation(
-    config: AblationConfig, engine: Factored, reference: Prompts, *, batch_size: int = 64
-) -> Ablation:
+def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *, batch_size: int = 64) -> Ablation:
     """Returns an ablation fitted on reference prompts.
 
     Raises:

@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.ablation import Ablation
-from circuits.engine import Ablated, Clean, Factored
+from circuits.engine import Clean, Factored
+from circuits.masked import Ablated
 from circuits.metrics import Metric
 from circuits.prompts import Prompts
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -71,7 +71,9 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if path.suffix in (".pt", ".pth", ".safetensors"):
         return _load_transformer_lens(path, config)
     if not path.exists() and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
-        raise FileNotFoundError(f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name")
+        raise FileNotFoundError(
+            f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name"
+        )
     return _load_huggingface(path if path.exists() else None, config)
 
 
@@ -134,14 +136,18 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
         ) from error
     names = hf_config.architectures or []
     if not any(name in FAMILIES for name in names):
-        raise ValueError(f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     try:
         with _quietly():
             module, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype="auto", output_loading_info=True, **local
             )
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}") from error
+        raise ValueError(
+            f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}"
+        ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(map(str, report.get(problem) or ())):
             raise ValueError(
@@ -151,7 +157,9 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
     digest = weight_hash(module.state_dict())
     module = module.to(device=config.device, dtype=DTYPES[config.dtype])
     tokenizer = None
-    if folder is None or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    if folder is None or any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    ):
         tokenizer = AutoTokenizer.from_pretrained(source, **local)
     return _wrap(module, digest, tokenizer, config.path, config.prepend_bos)
 
@@ -173,7 +181,7 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
         tensors = torch.load(path, weights_only=True, map_location="cpu")
     try:
         fields = json.loads(config_path.read_text())
-        fixed = {"architecture": "TransformerLensNative", "device": config.device, "dtype": DTYPES[config.dtype]}
+        fixed = {"architecture": "TransformerLensNative", "device": config.device}
         native = TransformerBridgeConfig(**{**fields, **fixed})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config_path} is no TransformerLens configuration: {_first_line(error)}") from error
@@ -189,6 +197,8 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
         bridge.load_state_dict(convert_tl_checkpoint(tensors, bridge.cfg) if legacy else tensors, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: the weights do not fit {config_path.name}: {_first_line(error)}") from error
+    bridge.original_model.to(device=config.device, dtype=DTYPES[config.dtype])  # bridge.to() prints
+    bridge.cfg.dtype = DTYPES[config.dtype]
     return _finish(bridge, None, digest, None, config.path, False, None)
 
 
@@ -206,9 +216,7 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _wrap(
-    module: nn.Module, digest: str, tokenizer: Any | None, path: str, prepend_bos: bool | None
-) -> LoadedModel:
+def _wrap(module: nn.Module, digest: str, tokenizer: Any | None, path: str, prepend_bos: bool | None) -> LoadedModel:
     """Takes the module's own logits, then wraps it (which changes it)."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 

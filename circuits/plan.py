@@ -24,7 +24,7 @@ class Layer:
 
     heads: list[int] | None  # living query heads; None: no attention to run
     kv_heads: list[int]  # the key-value heads that they read
-    kv_of_head: list[int]  # for each living head, its place in kv_heads
+    kv_of_head: list[int] | None  # for each living head its place in kv_heads; None: the same place
     all_heads: bool
     readers: slice | list[int]  # rows of the mask: q of the heads, then k and v
     mlp: bool
@@ -69,7 +69,7 @@ def plan(graph: Graph, masks: Float[Tensor, "K R W"], first_layer: int = 0) -> P
         layers[layer] = Layer(
             heads=heads.tolist() if len(heads) else None,
             kv_heads=kv_heads.tolist(),
-            kv_of_head=kv_of_head.tolist(),
+            kv_of_head=None if graph.kv_group == 1 else kv_of_head.tolist(),
             all_heads=all_heads,
             readers=readers,
             mlp=mlp,

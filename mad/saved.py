@@ -28,9 +28,7 @@ class Calibrated:
     about: Mapping[str, Any]
 
 
-def fit(
-    config: Any, context: Context, trusted: Prompts, calibration: Prompts, *, batch_size: int = 64
-) -> Calibrated:
+def fit(config: Any, context: Context, trusted: Prompts, calibration: Prompts, *, batch_size: int = 64) -> Calibrated:
     """Fits a detector on trusted prompts and calibrates it on others.
 
     Args:
@@ -89,9 +87,7 @@ def save_detector(calibrated: Calibrated, folder: Path, *, weight_hash: str) -> 
     (folder / "detector.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def load_detector(
-    folder: Path, context: Context, *, weight_hash: str, allow_other_weights: bool = False
-) -> Calibrated:
+def load_detector(folder: Path, context: Context, *, weight_hash: str, allow_other_weights: bool = False) -> Calibrated:
     """Reads a detector from its folder.
 
     Raises:

@@ -115,7 +115,7 @@ def score_lines(
     for place, line in enumerate(lines):
         identifier: Any = first + place
         try:
-            record = parse_line(line.decode(), first + place)
+            record = parse_line(line.decode())
             identifier = record.get("id", identifier) if isinstance(record, Mapping) else identifier
             good.append((place, _encode(record, str(identifier), model)))
             results.append({"id": identifier})

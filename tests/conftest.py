@@ -14,7 +14,10 @@ os.environ["MPLBACKEND"] = "agg"
 from jaxtyping import install_import_hook
 
 # Before anything imports the packages: from here on every shape and type that they declare is checked.
-install_import_hook(["circuits", "abstraction", "mad"], "beartype.beartype")
+# The "tower" of PEP 484 lets an int stand where a float is declared, as everywhere in Python.
+install_import_hook(
+    ["circuits", "abstraction", "mad"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 import pytest
 import torch
@@ -30,5 +33,5 @@ def cases() -> Path:
     """Models and circuits with known answers, in shared/cases beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "cases"
     if not folder.is_dir():
-        pytest.skip("the reference cases (../shared/cases) are not here; they are too big for the repository")
+        pytest.skip("the reference cases (../shared/cases) are not here; they are not part of the repository")
     return folder

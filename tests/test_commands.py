@@ -55,13 +55,13 @@ FILES = {
         class Recall:
             length: int = 7
 
-        METHODS = {"sweep": (Sweep, None), "gradient": (Gradient, None)}
+        METHODS = {"sweep": (Sweep, None, None), "gradient": (Gradient, None)}
         TASKS = {"recall": (Recall, None), "file": (Load, None)}
     ''',
     "tinylib/probe.py": '''
         """Probe a model and write what was found.
 
-        Example: madcap probe model=tiny out=found
+            madcap probe model=tiny out=found
         """
         import json
         from dataclasses import asdict, dataclass, field
@@ -298,6 +298,7 @@ GIVEN = ["model=tiny", "out=found"]
         (["=3"], 2, ["'=3' is not of the form key=value"]),
         (["--fast"], 2, ["unknown option '--fast'"]),
         (["out=???"], 2, ["required and not given: out=..."]),
+        (["method=???"], 2, ["required and not given: method=...", "presets: broken, gradient, sweep"]),
         (["model=path"], 2, ["required and not given: model.path=..."]),
         (["method.tau=-1"], 1, ["tau=-1.0, but it must not be negative; raise it"]),
         (["fail=value"], 1, ["top_n=9, lower it"]),

@@ -72,4 +72,3 @@ def acdc(config: ACDC, behaviour: Behaviour) -> Found:
     progress.close()
     details = {"runs": evaluated, "closest_to_tau": closest, "final_cost": current}
     return Found(scores=scores, kept=kept, details=details)
-

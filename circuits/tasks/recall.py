@@ -156,7 +156,9 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator) ->
     barren = 0
     while len(seen) < count:
         if barren == BARREN_DRAWS:
-            raise ValueError(f"count={count}, but only {len(seen)} different prompts were found; lower count or add keys")
+            raise ValueError(
+                f"count={count}, but only {len(seen)} different prompts were found; lower count or add keys"
+            )
         drawn.append(draw(config, count, generator))
         before = len(seen)
         for row, prompt in enumerate(tokens(drawn[-1]).tolist(), start=(len(drawn) - 1) * count):

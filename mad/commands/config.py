@@ -18,14 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mad.commands.words import UsageError, explained, normalise, unknown_key
+from mad.commands.words import UsageError, branches, explained, normalise, unknown_key
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIGS = "configs"
 
-# Where each group's dataclasses are: a dict from name to (dataclass, function), registered as `_NAME`,
+# Where each group's dataclasses are: a dict from name to (dataclass, function, ...), registered as `_NAME`,
 # or the one dataclass that all presets of the group fill in, registered as `_GROUP`.
 SCHEMAS = {
     "model": "circuits.model:ModelConfig",
@@ -42,15 +42,13 @@ SCHEMAS = {
 def register(group: str | None, name: str, schema: type) -> None:
     """Make a dataclass known to Hydra as `_name` in `group` (None: a command's own configuration)."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    def writable(node: Any) -> None:
+    def writable(node: DictConfig) -> None:
         # A frozen dataclass makes a read-only node, that no preset could override. Instances are frozen all the same.
-        if isinstance(node, DictConfig):
-            OmegaConf.set_readonly(node, None)
-            for key in node:
-                if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-                    writable(node[key])
+        OmegaConf.set_readonly(node, None)
+        for _, child in branches(node):
+            writable(child)
 
     node = OmegaConf.structured(schema)
     writable(node)
@@ -64,7 +62,7 @@ def register_group(group: str) -> None:
     if isinstance(schemas, type):
         register(group, group, schemas)
         return
-    for name, (schema, _) in schemas.items():
+    for name, (schema, *_) in schemas.items():
         register(group, name, schema)
 
 
@@ -189,16 +187,15 @@ def _presets(loader: Any, command: str, words: list[str], group: str) -> list[st
 
 def _refuse_extra_keys(config: DictConfig, prefix: str = "") -> None:
     """Refuse keys that a `+` smuggled past the schema."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     schema = OmegaConf.get_type(config)
     known = [field.name for field in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else list(config)
     for key in config:
         if key not in known:
             raise UsageError(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
-        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
-            if isinstance(config[key], DictConfig):
-                _refuse_extra_keys(config[key], f"{prefix}{key}.")
+    for key, child in branches(config):
+        _refuse_extra_keys(child, f"{prefix}{key}.")
 
 
 def _refuse_missing(config: DictConfig) -> None:

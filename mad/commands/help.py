@@ -69,7 +69,12 @@ def command_help(command: str, module: str, words: list[str]) -> str:
     taken = groups(command)
     written = {key: str(value) for key, value in primary(command).items() if key != "defaults"}
     settings = {setting.name: setting for setting in class_settings(f"{module}.{class_name(command)}")}
-    lines = [f"usage: madcap {command} [key=value ...] [-m] [-v]", "", ast.get_docstring(_parsed(module)) or "", ""]
+    lines = [
+        f"usage: madcap {command} [key=value ...] [-m] [-v]",
+        "",
+        (ast.get_docstring(_parsed(module), clean=False) or "").strip(),
+        "",
+    ]
 
     plain = [setting for setting in settings.values() if setting.name not in taken and setting.name != "overrides"]
     if plain:

@@ -11,7 +11,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # `model=X` with X no preset means `model=path model.path=X`; a task is then a prompt file.
 OPEN_GROUPS = {"model": "path", "task": "file"}
@@ -114,6 +117,9 @@ def _explanation(error: Exception, presets: Callable[[str], list[str]]) -> str:
     if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         return f"{several[1]} has several values: add -m for one run each, or write [a,b] for a list"
 
+    if unset := re.match(r"You must specify '(.*?)'", str(error)):
+        return f"required and not given: {unset[1]}=...; {_listed(presets(unset[1]))}"
+
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if not isinstance(cause, OmegaConfBaseException):
         return " ".join(str(error).split())
@@ -132,21 +138,27 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key {key!r}{did_you_mean(key, known)}; keys: {', '.join(siblings) or 'none'}"
 
 
-def _dotted_keys(node: Any, full_key: str) -> list[str]:
+def _dotted_keys(node: DictConfig, full_key: str) -> list[str]:
     """Keys beside a key that does not exist, and below, since `tau=.1` may stand for `method.tau=.1`."""
-    from omegaconf import DictConfig, OmegaConf
 
-    def below(node: Any, prefix: str) -> Iterator[str]:
-        for key in node:
-            if prefix + str(key) == "hydra":
-                continue
-            yield prefix + str(key)
-            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-                if isinstance(node[key], DictConfig):
-                    yield from below(node[key], f"{prefix}{key}.")
+    def below(node: DictConfig, prefix: str) -> Iterator[str]:
+        yield from (f"{prefix}{key}" for key in node)
+        for key, child in branches(node):
+            if f"{prefix}{key}" != "hydra":
+                yield from below(child, f"{prefix}{key}.")
 
     parent = full_key.rpartition(".")[0]
-    return list(below(node, f"{parent}." if parent else ""))
+    return [key for key in below(node, f"{parent}." if parent else "") if key != "hydra"]
+
+
+def branches(node: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The keys of a configuration that hold configurations, without resolving anything."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in map(str, node):
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            if isinstance(node[key], DictConfig):
+                yield key, node[key]
 
 
 def did_you_mean(name: str, names: list[str]) -> str:

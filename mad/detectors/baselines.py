@@ -115,8 +115,6 @@ def fit_mahalanobis(
     )
 
 
-def restore_mahalanobis(
-    config: Mahalanobis, context: Context, state: Mapping[str, Tensor]
-) -> MahalanobisDetector:
+def restore_mahalanobis(config: Mahalanobis, context: Context, state: Mapping[str, Tensor]) -> MahalanobisDetector:
     """Returns a saved detector."""
     return MahalanobisDetector(config, context.engine, state["mean"], state["precision"])

@@ -140,9 +140,7 @@ def restore_fast(config: Fast, context: Context, state: Mapping[str, Tensor]) ->
     return _build(config, context, saved)
 
 
-def _build(
-    config: Fast, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]
-) -> CircuitDetector:
+def _build(config: Fast, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]) -> CircuitDetector:
     if context.circuit is None:
         raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
     if config.deviation not in DEVIATIONS:

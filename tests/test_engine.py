@@ -1,0 +1,458 @@
+"""The engine against the bridge, HuggingFace, an independent computation through hooks, and itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from circuits import engine as engine_module
+from circuits.engine import Factored
+from circuits.families import Rotary, describe
+from circuits.masked import Start
+from tests import tiny
+
+MODELS = tiny.models()
+# HuggingFace's RMSNorm, TransformerLens's and its parameter-free norms compute in float32 even in float64 models.
+COARSE = ("llama", "rms", "no parameters")
+
+
+def bound(name: str) -> float:
+    return 2e-5 if any(part in name for part in COARSE) else 1e-10
+
+
+@pytest.fixture(params=list(MODELS))
+def named_engine(request) -> tuple[str, Factored]:
+    return request.param, Factored(MODELS[request.param])
+
+
+def tokens_for(factored: Factored, rows: int = 3, length: int = 9) -> torch.Tensor:
+    return torch.randint(29, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def random_ablated(factored: Factored, tokens: torch.Tensor, batch: int | None = None, pos: int | None = None):
+    clean = factored.clean(tokens).writers
+    shape = (len(clean), batch or clean.shape[1], pos or clean.shape[2], clean.shape[3])
+    noise = torch.randn(shape, dtype=clean.dtype, generator=torch.Generator().manual_seed(5))
+    return factored.ablated(noise)
+
+
+def random_masks(factored: Factored, count: int, kept: float = 0.6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    shape = (count, *factored.graph.exists.shape)
+    soft = torch.rand(shape, generator=generator)
+    return (torch.rand(shape, generator=generator) < kept) * soft
+
+
+def through_hooks(factored: Factored, tokens: torch.Tensor, mask: torch.Tensor, ablated: torch.Tensor):
+    """The masked run as hooks on one bridge forward: each hook mixes what the hooks before it collected."""
+    bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
+    written = list(factored.embed(tokens))
+    biases = [torch.zeros(())]
+    fired = []
+
+    def mixed(reader: str) -> torch.Tensor:
+        row = graph.reader_index[reader]
+        total = sum(biases)
+        for writer in range(graph.upstream[row]):
+            m = mask[row, writer]
+            total = total + m * written[writer] + (1 - m) * ablated[writer]
+        return total
+
+    def side_hook(layer: int, side: str):
+        def hook(value, hook):
+            fired.append(hook.name)
+            heads = graph.n_heads if side == "q" else graph.kv_heads
+            label = "h" if side == "q" or graph.kv_heads == graph.n_heads else "kv"
+            out = value.clone()
+            width = architecture.head_width
+            for head in range(heads):
+                x = bridge.blocks[layer].ln1.original_component(mixed(f"a{layer}.{label}{head}<{side}>"))
+                projected = getattr(bridge.blocks[layer].attn, side).original_component(x)
+                columns = slice(head * width, (head + 1) * width)
+                out.flatten(2)[..., columns] = projected[..., columns]
+            return out
+
+        return hook
+
+    def z_hook(layer: int):
+        def hook(value, hook):
+            fired.append(hook.name)
+            o = bridge.blocks[layer].attn.o.original_component
+            weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
+            z = value.flatten(2)
+            width = architecture.head_width
+            for head in range(graph.n_heads):
+                columns = slice(head * width, (head + 1) * width)
+                written.append(z[..., columns] @ weight[columns])
+            biases.append(torch.zeros(()) if o.bias is None else o.bias)
+
+        return hook
+
+    def mlp_in(layer: int):
+        def hook(value, hook):
+            fired.append(hook.name)
+            return mixed(f"m{layer}")
+
+        return hook
+
+    def mlp_out(value, hook):
+        fired.append(hook.name)
+        written.append(value)
+
+    def logits_in(value, hook):
+        fired.append(hook.name)
+        return mixed("logits")
+
+    hooks = []
+    for layer in range(graph.n_layers):
+        hooks += [(f"blocks.{layer}.attn.{side}.hook_out", side_hook(layer, side)) for side in "qkv"]
+        hooks += [(f"blocks.{layer}.attn.o.hook_in", z_hook(layer))]
+        if not graph.attention_only:
+            hooks += [(f"blocks.{layer}.ln2.hook_in", mlp_in(layer)), (f"blocks.{layer}.mlp.hook_out", mlp_out)]
+    hooks += [("ln_final.hook_in", logits_in)]
+    with torch.no_grad():
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    assert fired == [name for name, _ in hooks], "hooks can silently never fire"
+    return logits
+
+
+def test_engine_is_bridge_is_huggingface(named_engine):
+    name, factored = named_engine
+    clean = factored.clean(factored.model.probe_tokens)
+    bridge = factored.model.bridge(factored.model.probe_tokens)
+    assert clean.logits.std() > 0.3, "weights too small to show anything"
+    torch.testing.assert_close(clean.logits, bridge, atol=bound(name), rtol=bound(name))
+    torch.testing.assert_close(clean.logits, factored.model.probe_logits, atol=bound(name), rtol=bound(name))
+
+
+def test_logits_without_writers(named_engine):
+    _, factored = named_engine
+    tokens = tokens_for(factored)
+    torch.testing.assert_close(factored.logits(tokens), factored.clean(tokens).logits)
+
+
+def test_random_masks_equal_the_computation_through_hooks(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    ablated = random_ablated(factored, tokens)
+    for mask in random_masks(factored, 2).double():
+        ours = factored.masked(tokens, mask, ablated)
+        theirs = through_hooks(factored, tokens, mask, ablated.writers)
+        torch.testing.assert_close(ours, theirs, atol=bound(name), rtol=bound(name))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "native, no norm", "native, grouped queries", "native, attention only"])
+def test_each_single_edge_equals_the_computation_through_hooks(name):
+    factored = Factored(MODELS[name])
+    tokens = tokens_for(factored, rows=2, length=5)
+    ablated = random_ablated(factored, tokens)
+    edges = list(factored.graph.edges())
+    masks = torch.ones(len(edges), *factored.graph.exists.shape, dtype=torch.float64)
+    for row, (reader, writer) in enumerate(edges):
+        masks[row, reader, writer] = 0
+    batched = factored.masked(tokens, masks, ablated)
+    clean = factored.clean(tokens).logits
+    for row in range(0, len(edges), 3):
+        theirs = through_hooks(factored, tokens, masks[row], ablated.writers)
+        torch.testing.assert_close(batched[row], theirs, atol=1e-10, rtol=1e-10)
+        assert not torch.allclose(theirs, clean, atol=1e-6), "this edge shows in no logit"
+
+
+def test_all_ones_is_the_clean_model(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    ones = torch.ones(factored.graph.exists.shape)
+    logits = factored.masked(tokens, ones, random_ablated(factored, tokens))
+    torch.testing.assert_close(logits, factored.clean(tokens).logits, atol=bound(name), rtol=bound(name))
+
+
+def test_all_zeros_is_every_reader_on_ablated_input(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    ablated = random_ablated(factored, tokens)
+    zeros = torch.zeros(factored.graph.exists.shape, dtype=torch.float64)
+    biases = sum(b.attention.o.bias for b in factored.architecture.blocks if b.attention.o.bias is not None)
+    final = factored.model.bridge.ln_final.original_component(ablated.writers.sum(0) + biases)
+    logits = factored.model.bridge.unembed.original_component(final)
+    cap = factored.architecture.logit_cap
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(factored.masked(tokens, zeros, ablated), logits, atol=bound(name), rtol=bound(name))
+
+
+def test_masks_batched_equal_one_at_a_time(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    for kept in (0.6, 0.1):
+        masks = random_masks(factored, 4, kept)
+        for ablated in (random_ablated(factored, tokens), random_ablated(factored, tokens, 1, 1)):
+            batched = factored.masked(tokens, masks, ablated)
+            single = torch.stack([factored.masked(tokens, mask, ablated) for mask in masks])
+            torch.testing.assert_close(batched, single, atol=bound(name), rtol=bound(name))
+
+
+def test_one_mask_per_example(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    masks = random_masks(factored, 3)
+    positions = torch.tensor([[2, 8], [0, -1], [5, 4]])
+    for ablated in (random_ablated(factored, tokens), random_ablated(factored, tokens, 1)):
+        everything = factored.masked(tokens, masks, ablated, positions=positions)
+        own = everything[torch.arange(3), torch.arange(3)]
+        for grad in (False, True):
+            ours = factored.masked(
+                tokens, masks.clone().requires_grad_(grad), ablated, positions=positions, per_example=True
+            )
+            torch.testing.assert_close(ours.detach(), own, atol=bound(name), rtol=bound(name))
+
+
+def test_suffix_run_from_a_cached_prefix(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored)
+    ablated, clean = random_ablated(factored, tokens), factored.clean(tokens)
+    masks = random_masks(factored, 3)
+    masks[:, : factored.graph.first_reader(1)] = 1
+    start = Start(1, clean.writers[: factored.graph.first_writer(1)])
+    suffix = factored.masked(tokens, masks, ablated, start=start)
+    torch.testing.assert_close(suffix, factored.masked(tokens, masks, ablated), atol=bound(name), rtol=bound(name))
+
+
+def test_gradients_in_mask_and_reader_inputs_equal_finite_differences():
+    factored = Factored(MODELS["gpt2"])
+    tokens = tokens_for(factored, rows=2, length=4)
+    ablated = random_ablated(factored, tokens)
+    mask = random_masks(factored, 1)[0].double().requires_grad_()
+    prefix = factored.embed(tokens).detach().clone().requires_grad_()
+
+    def value(mask, prefix):
+        return factored.masked(tokens, mask, ablated, start=Start(0, prefix))[:, -1, :3].pow(2).sum()
+
+    assert torch.autograd.gradcheck(value, (mask, prefix), eps=1e-6, atol=1e-4)
+
+
+def test_gradients_reach_the_weights():
+    model = tiny.gpt2()
+    factored = Factored(model)
+    tokens = tokens_for(factored)
+    ablated = random_ablated(factored, tokens)
+    mask = torch.ones(factored.graph.exists.shape)
+    model.bridge.requires_grad_()
+    weight = model.bridge.blocks[0].attn.q.original_component.weight
+    ours = torch.autograd.grad(factored.masked(tokens, mask, ablated)[:, -1, 0].sum(), weight)[0]
+    theirs = torch.autograd.grad(model.bridge(tokens)[:, -1, 0].sum(), weight)[0]
+    torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        weight.mul_(2)
+    torch.testing.assert_close(factored.logits(tokens), model.bridge(tokens))
+
+
+def test_right_padding_changes_nothing(named_engine):
+    name, factored = named_engine
+    tokens = tokens_for(factored, rows=2, length=9)
+    lengths = torch.tensor([9, 5])
+    key_mask = torch.arange(9) < lengths[:, None]
+    padded = tokens.where(key_mask, 0)
+    ablated = random_ablated(factored, padded, 1, 1)
+    mask = random_masks(factored, 1)[0]
+    clean, masked = factored.clean(padded, key_mask).logits, factored.masked(padded, mask, ablated, key_mask=key_mask)
+    for row, length in enumerate(lengths.tolist()):
+        alone = tokens[row : row + 1, :length]
+        torch.testing.assert_close(clean[row, :length], factored.clean(alone).logits[0], atol=1e-6, rtol=1e-6)
+        only = factored.masked(alone, mask, ablated)
+        torch.testing.assert_close(masked[row, :length], only[0], atol=1e-6, rtol=1e-6)
+
+
+def test_split_input_splits_token_and_position():
+    whole, split = Factored(MODELS["gpt2"]), Factored(MODELS["gpt2"], split_input=True)
+    tokens = tokens_for(whole)
+    assert split.graph.writers[:2] == ("input.token", "input.position")
+    torch.testing.assert_close(split.embed(tokens).sum(0), whole.embed(tokens)[0])
+    torch.testing.assert_close(split.clean(tokens).logits, whole.clean(tokens).logits)
+    with pytest.raises(ValueError, match="no position embedding"):
+        Factored(MODELS["llama"], split_input=True)
+
+
+def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_engine):
+    name, factored = named_engine
+    graph, tokens = factored.graph, tokens_for(factored, rows=2, length=5)
+    clean = factored.clean(tokens)
+    differences = torch.randn_like(clean.writers)
+    ablated = factored.ablated(clean.writers - differences)
+    mask = torch.ones(graph.exists.shape, dtype=torch.float64, requires_grad=True)
+
+    def objective(logits):
+        return logits[:, -1, :4].pow(2).sum()
+
+    (by_mask,) = torch.autograd.grad(objective(factored.masked(tokens, mask, ablated)), mask)
+    ours = torch.zeros_like(by_mask)
+    for first, gradients in factored.reader_gradients(clean.writers[: graph.n_inputs].sum(0), objective):
+        upstream = graph.upstream[first]
+        ours[first : first + len(gradients), :upstream] = gradients.flatten(1) @ differences[:upstream].flatten(1).T
+    scale = by_mask.abs().max()
+    torch.testing.assert_close(ours / scale, by_mask / scale, atol=10 * bound(name), rtol=0)
+
+
+# ---- switching any feature off must be noticed ------------------------------------------------------------------
+
+
+def each_block(**attention):
+    def change(architecture):
+        blocks = tuple(
+            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **attention))
+            for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+def each_mlp(**mlp):
+    def change(architecture):
+        blocks = tuple(
+            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp)) for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+def norms(which: str, **fields):
+    def change(architecture):
+        if which == "final_norm":
+            return dataclasses.replace(architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields))
+        blocks = tuple(
+            dataclasses.replace(block, **{which: dataclasses.replace(getattr(block, which), **fields)})
+            for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+class WithoutBias(torch.nn.Module):
+    bias = None
+
+    def __init__(self, module):
+        super().__init__()
+        self.weight = module.weight
+
+
+def no_bias(side: str):
+    def change(architecture):
+        blocks = []
+        for block in architecture.blocks:
+            linear = getattr(block.attention, side)
+            bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
+            blocks.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **{side: bare})))
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return change
+
+
+def whole(**fields):
+    return lambda architecture: dataclasses.replace(architecture, **fields)
+
+
+def swapped_pairs(architecture):
+    pairs = "adjacent" if architecture.rotary.pairs == "halves" else "halves"
+    return dataclasses.replace(architecture, rotary=Rotary(architecture.rotary.tables, pairs))
+
+
+MUTATIONS = [
+    ("gpt2", "attention scale", each_block(scale=1.0)),
+    ("gpt2", "positions", whole(position=None)),
+    ("gpt2", "causal mask", whole(causal=False)),
+    ("gpt2", "norm 1", norms("norm1", kind="none")),
+    ("gpt2", "norm 2 is no RMS", norms("norm2", kind="rms")),
+    ("gpt2", "norm 1 epsilon", norms("norm1", eps=0.0)),
+    ("gpt2", "final norm gain", norms("final_norm", module=None)),
+    ("gpt2", "tanh GELU is no SiLU", each_mlp(activation=torch.nn.functional.silu)),
+    *[("gpt2", f"bias of {side}", no_bias(side)) for side in "qvo"],
+    ("llama", "rotary", whole(rotary=None)),
+    ("llama", "rotary pairs", swapped_pairs),
+    ("llama", "gate", each_mlp(gate=None)),
+    ("llama", "attention scale", each_block(scale=1.0)),
+    ("llama", "norm 1 epsilon", norms("norm1", eps=0.0)),
+    ("llama", "final norm", norms("final_norm", kind="layer")),
+    *[("llama", f"bias of {side}", no_bias(side)) for side in "qvo"],
+    ("native, bidirectional", "attends both ways", whole(causal=True)),
+    ("native, layer norm", "causal mask", whole(causal=False)),
+    ("native, rotary", "rotary", whole(rotary=None)),
+    ("native, rotary", "rotary pairs", swapped_pairs),
+    ("native, soft caps", "attention cap", each_block(soft_cap=None)),
+    ("native, soft caps", "logit cap", whole(logit_cap=None)),
+    ("native, solu_ln", "inner norm", each_mlp(inner_norm=None)),
+    ("native, gated", "gate", each_mlp(gate=None)),
+    ("native, final rms", "final rms", norms("final_norm", kind="layer")),
+    ("native, attention scale", "attention scale", each_block(scale=5**-0.5)),
+    ("native, layer norm, no parameters", "norm", norms("norm1", kind="none")),
+]
+
+
+@pytest.mark.parametrize(("name", "feature", "mutate"), MUTATIONS, ids=[f"{n}: {f}" for n, f, _ in MUTATIONS])
+def test_switching_a_feature_off_is_noticed(name, feature, mutate, monkeypatch):
+    monkeypatch.setattr(engine_module, "describe", lambda *arguments: mutate(describe(*arguments)))
+    with pytest.raises(ValueError, match="the engine and .* differ by"):
+        Factored(MODELS[name])
+
+
+def test_key_bias_is_read_under_a_mask():
+    """A key bias cancels in the softmax of a plain run; with rotary positions it does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "describe", lambda *arguments: no_bias("k")(describe(*arguments)))
+        with pytest.raises(ValueError, match="differ by"):
+            Factored(MODELS["llama"])
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"add_cross_attention": True}, "add_cross_attention"), ({"reorder_and_upcast_attn": True}, "reorder_and_upcast")],
+)
+def test_unknown_fields_are_refused_by_name(changes, field):
+    model = tiny.gpt2()
+    for key, value in changes.items():
+        setattr(model.hf_config, key, value)
+    with pytest.raises(ValueError, match=field):
+        Factored(model)
+
+
+def test_a_field_nobody_knows_is_refused_by_name():
+    model = tiny.llama()
+    model.hf_config.quantization_config = {"bits": 4}
+    with pytest.raises(ValueError, match="quantization_config"):
+        Factored(model)
+
+
+def test_native_fields_that_the_native_model_ignores_are_refused():
+    with pytest.raises(ValueError, match="use_qk_norm"):
+        Factored(tiny.native(use_qk_norm=True))
+
+
+def test_other_architectures_are_refused_by_name():
+    model = tiny.gpt2()
+    model.bridge.cfg.architecture = "MambaForCausalLM"
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        Factored(model)
+
+
+def test_inputs_beyond_the_context_and_masks_of_another_graph_are_refused():
+    factored = Factored(MODELS["gpt2"])
+    with pytest.raises(ValueError, match="17 tokens, but the model's context is 16"):
+        factored.clean(torch.zeros(1, 17, dtype=torch.long))
+    tokens = tokens_for(factored)
+    with pytest.raises(ValueError, match="the graph has"):
+        factored.masked(tokens, torch.ones(3, 4), random_ablated(factored, tokens))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    module = tiny.gpt2_module()
+    with torch.no_grad():
+        module.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        from circuits.model import from_module
+
+        Factored(from_module(module))

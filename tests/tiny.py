@@ -1,0 +1,86 @@
+"""Tiny models with weights scaled up, so that every feature of their architecture shows in the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from circuits.model import LoadedModel, from_bridge, from_module
+
+
+def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
+    """Random normal weights and biases; gains around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            norm = any(part in name for part in ("ln", "norm")) and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if norm else size * noise)
+    return module
+
+
+def gpt2_module(**changes) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    fields = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16, "vocab_size": 29, "bos_token_id": 0,
+              "eos_token_id": 0, "layer_norm_epsilon": 1e-2}  # fmt: skip
+    return scaled_up(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})).eval())
+
+
+def llama_module(**changes) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 29, "max_position_embeddings": 16,
+              "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2}  # fmt: skip
+    return scaled_up(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval())
+
+
+def native_bridge(dtype: torch.dtype = torch.float64, **changes):
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    fields = {"d_model": 12, "d_head": 5, "n_heads": 3, "n_layers": 2, "n_ctx": 16, "d_vocab": 29, "act_fn": "gelu",
+              "d_mlp": 20, "architecture": "TransformerLensNative", "dtype": dtype, "eps": 1e-2}  # fmt: skip
+    bridge = TransformerBridge.boot_native(TransformerBridgeConfig(**{**fields, **changes}))
+    bridge.original_model.to(dtype)
+    scaled_up(bridge)
+    bias = bridge.unembed.original_component.bias
+    bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)))
+    return bridge
+
+
+def gpt2(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
+    return from_module(gpt2_module(**changes).to(dtype))
+
+
+def llama(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
+    return from_module(llama_module(**changes).to(dtype))
+
+
+def native(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
+    return from_bridge(native_bridge(dtype, **changes))
+
+
+NATIVE_VARIANTS = {
+    "layer norm": {},
+    "layer norm, no parameters": {"normalization_type": "LNPre"},
+    "rms norm": {"normalization_type": "RMS"},
+    "no norm": {"normalization_type": None},
+    "final rms": {"final_rms": True},
+    "bidirectional": {"attention_dir": "bidirectional"},
+    "attention only": {"attn_only": True},
+    "gated": {"gated_mlp": True, "act_fn": "silu"},
+    "grouped queries": {"n_heads": 4, "n_key_value_heads": 2},
+    "rotary": {"positional_embedding_type": "rotary", "rotary_dim": 4},
+    "soft caps": {"attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0},
+    "relu": {"act_fn": "relu"},
+    "gelu_new": {"act_fn": "gelu_new"},
+    "solu_ln": {"act_fn": "solu_ln"},
+    "attention scale": {"attn_scale": 1.7},
+}
+
+
+def models() -> dict[str, LoadedModel]:
+    """One model of each family and native variant, in float64."""
+    return {"gpt2": gpt2(), "llama": llama(), **{f"native, {name}": native(**c) for name, c in NATIVE_VARIANTS.items()}}
