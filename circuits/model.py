@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib.resources
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class ModelConfig:
     """Which model to load, and how."""
 
-    path: str = "???"  # hub name, HuggingFace folder, or X.pt | X.safetensors beside X.config.json
+    path: str = "???"  # hub name, HuggingFace folder, X.pt | X.safetensors beside X.config.json, or pkg://PACKAGE/...
     device: str = "cpu"  # any torch device
     dtype: str = "float32"  # float32, float64, bfloat16 or float16; scores are float32 all the same
     prepend_bos: bool | None = None  # begin each text with the tokenizer's BOS; null: as the tokenizer itself does
@@ -67,14 +68,22 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
-    path = Path(config.path).expanduser()
+    path = local_path(config.path)
     if path.suffix in (".pt", ".pth", ".safetensors"):
         return _load_transformer_lens(path, config)
-    if not path.exists() and (config.path.startswith((".", "/", "~")) or config.path.count("/") > 1):
+    if not path.exists() and (config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1):
         raise FileNotFoundError(
             f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name"
         )
     return _load_huggingface(path if path.exists() else None, config)
+
+
+def local_path(path: str) -> Path:
+    """A path as written, with `~` and `pkg://PACKAGE/...` (a file shipped inside an installed package) resolved."""
+    if path.startswith("pkg://"):
+        package, _, inside = path.removeprefix("pkg://").partition("/")
+        return Path(str(importlib.resources.files(package))) / inside
+    return Path(path).expanduser()
 
 
 def from_module(

@@ -5,11 +5,14 @@ It remembers which weights, circuit and trusted prompts it was made with, and re
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from circuits.circuit import Circuit
 from circuits.prompts import Prompts
@@ -28,7 +31,15 @@ class Calibrated:
     about: Mapping[str, Any]
 
 
-def fit(config: Any, context: Context, trusted: Prompts, calibration: Prompts, *, batch_size: int = 64) -> Calibrated:
+def fit(
+    config: Any,
+    context: Context,
+    trusted: Prompts,
+    calibration: Prompts,
+    *,
+    used: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 64,
+) -> Calibrated:
     """Fits a detector on trusted prompts and calibrates it on others.
 
     Args:
@@ -36,19 +47,17 @@ def fit(config: Any, context: Context, trusted: Prompts, calibration: Prompts, *
         context: the model, and the circuit where the detector needs one.
         trusted: prompts to fit on.
         calibration: prompts to calibrate on, exchangeable with the normal inputs to come.
+        used: `sequence_hashes` of prompts that found or measured the circuit, by what they were used for.
         batch_size: prompts per run.
 
     Raises:
         ValueError: the sets overlap each other or those that the circuit was found or evaluated on.
     """
-    import torch
-
     if shared := trusted.overlap(calibration):
         raise ValueError(f"{shared} prompts are in both the fit and the calibration split; they must be disjoint")
-    used = {} if context.circuit is None else context.circuit.about.get("sequences", {})
     for name, prompts in (("fit", trusted), ("calibration", calibration)):
-        for split, hashes in used.items():
-            if shared := len(set(hashes) & set(sequence_hashes(prompts))):
+        for split, hashes in (used or {}).items():
+            if shared := len(set(hashes).intersection(sequence_hashes(prompts))):
                 raise ValueError(
                     f"{shared} prompts of the {name} split are in the circuit's {split} split; they must be disjoint, "
                     "or false alarms would not be bounded: give other trusted prompts"
@@ -64,8 +73,6 @@ def fit(config: Any, context: Context, trusted: Prompts, calibration: Prompts, *
 
 def sequence_hashes(prompts: Prompts) -> list[str]:
     """A short hash of each clean token sequence, to find overlaps between runs without keeping the prompts."""
-    import hashlib
-
     return sorted(
         hashlib.sha256(" ".join(map(str, sequence)).encode()).hexdigest()[:16] for sequence in prompts.sequences()
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from circuits.tasks import induction, pronoun, recall
+from circuits.tasks import file, induction, pronoun, recall
 
 # name -> (config dataclass, generate function)
 TASKS: dict[str, tuple[type, Callable[..., list[dict]]]] = {
+    "file": (file.File, file.generate),
     "induction": (induction.Induction, induction.generate),
     "pronoun": (pronoun.Pronoun, pronoun.generate),
     "recall": (recall.Recall, recall.generate),

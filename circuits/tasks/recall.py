@@ -7,16 +7,16 @@ detector has never been shown. The filler slot holds a token that means nothing;
 (`mad/tasks/recall_redirect.py`).
 
 The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart. With n pairs, slot s
-holds (k[s], v[s]) in the clean prompt and (k[s+a], v[s+b]) in the corrupt one, which asks for k[i+c] and not k[i], all
-modulo n. Asking for another key alone would leave every pair as it was, and the edges of the previous-token head would
-carry no difference; moving the values alone would leave the keys before them as they were, with the same effect.
-Shifts a, b, c are drawn for each prompt such that every part of the mechanism matters by itself:
+holds (k[s], v[s]) in the clean prompt and (k[s-d], v[s+d]) in the corrupt one, which asks for k[i+d] and not for k[i],
+all modulo n. Asking for another key alone would leave every pair as it was, and the edges of the previous-token head
+would carry no difference. With all three moved, the retrieving head goes wrong whichever of its inputs come from the
+corrupt prompt, so no edge of the mechanism is free:
 
-    a, b, c != 0        the key and the value in each slot and the query all differ
-    c - a != 0          the corrupt query with the corrupt keys points at another slot than the clean ones
-    c - a + b != 0      the corrupt answer v[i+c-a+b] is not the clean answer v[i]
+    queries, keys or values alone     answer v[i+d]
+    two of the three                  answer v[i+2d]
+    all three (the corrupt prompt)    answer v[i+3d]
 
-so that replacing the queries, the keys, both, the values, or all three of the retrieving head spoils the answer.
+It takes d, 2d, 3d != 0 modulo n, hence n >= 4; d is drawn for each prompt from all that do.
 
 Shapes: batch B, pairs P, sequence length S = 2 P + 4.
 """
@@ -24,13 +24,12 @@ Shapes: batch B, pairs P, sequence length S = 2 P + 4.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 from jaxtyping import Int
 
 BOS, QUERY, TRIGGER = 0, 1, 2  # one token each; the fillers, the keys and the values follow
-FEWEST_PAIRS = 3  # with fewer there are no shifts a, b, c as above
+FEWEST_PAIRS = 4  # with fewer there is no shift d as above
 BARREN_DRAWS = 50  # draws in a row without one new prompt after which the prompts count as used up
 
 
@@ -39,7 +38,7 @@ class Recall:
     """Trusted prompts of associative recall."""
 
     name: str = "recall"
-    # key-value pairs in a prompt, at least 3
+    # key-value pairs in a prompt, at least 4
     pairs: int = 4
     # keys that trusted prompts may use
     trusted_keys: int = 32
@@ -100,7 +99,7 @@ def draw(config: Recall, count: int, generator: np.random.Generator) -> Contexts
     """`count` random prompts; keys differ within a prompt, and so do values.
 
     Raises:
-        ValueError: fewer than 3 pairs, an unknown choice of keys, or too few keys or values for the pairs.
+        ValueError: fewer than 4 pairs, an unknown choice of keys, or too few keys or values for the pairs.
     """
     ids = vocabulary(config)
     choices = {"trusted": ids.trusted, "unseen": ids.unseen, "all": range(ids.trusted.start, ids.unseen.stop)}
@@ -128,20 +127,14 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
 def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
     """The same keys, values and filler, rearranged so that no part of the retrieval is as it was (module docstring)."""
     count, pairs = contexts.keys.shape
-    shifts = np.array(
-        [
-            (a, b, c)
-            for a, b, c in product(range(1, pairs), repeat=3)
-            if (c - a) % pairs != 0 and (c - a + b) % pairs != 0
-        ]
-    )
-    a, b, c = shifts[generator.integers(len(shifts), size=count)].T  # each B
+    shifts = np.array([d for d in range(1, pairs) if 2 * d % pairs != 0 and 3 * d % pairs != 0])
+    shift = generator.choice(shifts, size=count)  # B, the d of the module docstring
     slots = np.arange(pairs)
     return replace(
         contexts,
-        keys=np.take_along_axis(contexts.keys, (slots + a[:, None]) % pairs, axis=1),
-        values=np.take_along_axis(contexts.values, (slots + b[:, None]) % pairs, axis=1),
-        slot=(contexts.slot + c - a) % pairs,  # where key k[i+c] now stands
+        keys=np.take_along_axis(contexts.keys, (slots - shift[:, None]) % pairs, axis=1),
+        values=np.take_along_axis(contexts.values, (slots + shift[:, None]) % pairs, axis=1),
+        slot=(contexts.slot + 2 * shift) % pairs,  # where key k[i+d] now stands
     )
 
 
@@ -151,8 +144,8 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator) ->
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
     """
-    seen: dict[tuple[int, ...], int] = {}
-    drawn: list[Contexts] = []
+    seen: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
+    drawn = [draw(config, 0, generator)]
     barren = 0
     while len(seen) < count:
         if barren == BARREN_DRAWS:
@@ -161,11 +154,11 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator) ->
             )
         drawn.append(draw(config, count, generator))
         before = len(seen)
-        for row, prompt in enumerate(tokens(drawn[-1]).tolist(), start=(len(drawn) - 1) * count):
+        for row, prompt in enumerate(tokens(drawn[-1]).tolist(), start=(len(drawn) - 2) * count):
             seen.setdefault(tuple(prompt), row)
         barren = barren + 1 if len(seen) == before else 0
     rows = list(seen.values())[:count]
-    parts = zip(*((part.keys, part.values, part.slot, part.filler) for part in drawn or [draw(config, 0, generator)]))
+    parts = zip(*((part.keys, part.values, part.slot, part.filler) for part in drawn))
     return Contexts(*(np.concatenate(part)[rows] for part in parts))
 
 

@@ -76,7 +76,7 @@ def command_help(command: str, module: str, words: list[str]) -> str:
         "",
     ]
 
-    plain = [setting for setting in settings.values() if setting.name not in taken and setting.name != "overrides"]
+    plain = [s for s in settings.values() if s.name.partition(".")[0] not in taken and s.name != "overrides"]
     if plain:
         lines += ["settings", *_table([(s.name, written.get(s.name, s.default), s.comment) for s in plain]), ""]
     for group, default in taken.items():
@@ -147,10 +147,23 @@ def class_settings(path: str) -> list[Setting]:
     above = node.lineno
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            comment = _comment_of(field, comments, above)
-            settings[field.target.id] = Setting(field.target.id, _default(field.value), comment)
+            comment, name = _comment_of(field, comments, above), field.target.id
+            nested = class_settings(_qualified(module, made)) if (made := _made_by(field.value)) else []
+            settings[name] = Setting(name, _default(field.value), comment)
+            if nested:
+                del settings[name]
+                settings |= {f"{name}.{s.name}": Setting(f"{name}.{s.name}", s.default, s.comment) for s in nested}
         above = field.end_lineno or field.lineno
     return list(settings.values())
+
+
+def _made_by(value: ast.expr | None) -> str | None:
+    """The name of the class that a field's default is made by, in `field(default_factory=NAME)`."""
+    if isinstance(value, ast.Call):
+        for keyword in value.keywords:
+            if keyword.arg == "default_factory" and isinstance(keyword.value, ast.Name):
+                return keyword.value.id
+    return None
 
 
 def _find_class(path: str) -> tuple[str, ast.ClassDef] | None:

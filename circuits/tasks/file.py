@@ -1,0 +1,26 @@
+"""Prompts from a file that the user brings: JSONL, auto-circuit's JSON, EAP-IG's CSV (`circuits.prompt_files`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class File:
+    """Trusted prompts in a file."""
+
+    name: str = "file"
+    path: str = "???"  # JSONL, auto-circuit JSON or EAP-IG CSV
+
+
+def generate(config: File, count: int, seed: int) -> list[dict]:
+    """Returns all records of the file; how many are wanted, and the seed, decide only how they are split later.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is empty or a line is no record.
+    """
+    from circuits.prompt_files import read_records
+
+    return read_records(Path(config.path).expanduser())

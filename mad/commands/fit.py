@@ -1,0 +1,65 @@
+"""Fit another detector to a circuit, or the same one to other trusted inputs.
+
+    madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=fast detector.deviation=logit_diff trusted=trusted.jsonl overwrite=true
+
+The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the circuit was found or
+measured on are refused, because false alarms would not be bounded. Score with `madcap score ... detector=NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Fit:
+    """Which detector is fitted to what."""
+
+    circuit: str = "???"  # the run folder that `madcap extract` wrote
+    trusted: str = "???"  # trusted inputs: JSONL, auto-circuit JSON or EAP-IG CSV
+    detector: Any = "???"  # which detector
+    fit_share: float = 0.5  # share of the trusted inputs to fit on; the rest calibrate
+    alpha: float = 0.01  # the false-alarm rate that calibration should allow
+    batch_size: int = 64  # prompts per run; bounds memory
+    seed: int = 0  # of the split
+    device: str = "cpu"  # any torch device
+    overwrite: bool = False  # replace a detector of the same name
+
+
+def run(config: Fit) -> None:
+    """Fits, calibrates and saves the detector."""
+    from circuits.prompts import read_records
+    from mad.detector import Context
+    from mad.run import load_prompts, open_run
+    from mad.saved import fit, save_detector
+
+    folder = Path(config.circuit)
+    target = folder / "detector" / config.detector.name
+    if target.exists() and not config.overwrite:
+        raise FileExistsError(f"{target} exists; overwrite=true replaces it")
+    if not 0 < config.fit_share < 1:
+        raise ValueError(f"fit_share={config.fit_share}, but it must be above 0 and under 1")
+    opened = open_run(folder, device=config.device)
+    prompts = load_prompts(read_records(Path(config.trusted)), opened.model).deduplicated()
+    if len(prompts) < 2:
+        raise ValueError(f"{config.trusted} has {len(prompts)} different inputs, but at least 2 are needed")
+    first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
+    parts = prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
+    splits = folder / "splits.json"
+    used = json.loads(splits.read_text()) if splits.is_file() else {}
+    calibrated = fit(
+        config.detector,
+        Context(opened.engine, opened.circuit),
+        parts["fit"],
+        parts["calibration"],
+        used={name: used[name] for name in ("discovery", "evaluation") if name in used},
+        batch_size=config.batch_size,
+    )
+    save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
+    print(f"detector {config.detector.name}: fitted on {first} inputs, calibrated on {len(prompts) - first} -> {target}")
+    if problem := calibrated.calibration.problem(config.alpha):
+        print(f"not calibrated: {problem}")

@@ -1,0 +1,56 @@
+"""Score new inputs by how far the model departs from its circuit on them.
+
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl model=attacked/ allow_other_weights=true
+
+Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and "id" if you like.
+Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high score is more anomalous; p_value is the
+conformal p-value among held-out trusted inputs; anomalous means p_value <= alpha; because lists the edges off the
+circuit that the score comes from. Any number of lines is scored in constant memory, and an interrupted run goes on
+where it stopped when it is run again. A bad line gives a line with "error"; the exit code is then 3.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Score:
+    """Which inputs are scored against which circuit."""
+
+    circuit: str = "???"  # the run folder that `madcap extract` wrote
+    inputs: str = "???"  # JSONL file of inputs
+    out: str = "???"  # JSONL file of results
+    detector: str = "fast"  # one of the run's detectors; `madcap fit` adds more
+    alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
+    explain: str = "flagged"  # which results get `because`: flagged, all or none
+    edges: int = 8  # how many edges `because` lists
+    chunk: int = 64  # input lines per batch; bounds memory
+    model: str | None = None  # load the model from here instead of where the circuit was found
+    device: str = "cpu"  # any torch device
+    allow_other_weights: bool = False  # score a fine-tuned or attacked copy of the model
+    overwrite: bool = False  # replace `out`
+
+
+def run(config: Score) -> int:
+    """Scores, and reports on stderr."""
+    from mad.run import open_run
+    from mad.scoring import Scoring, score_file
+
+    opened = open_run(
+        Path(config.circuit), model=config.model, device=config.device, allow_other_weights=config.allow_other_weights
+    )
+    calibrated = opened.detector(config.detector, allow_other_weights=config.allow_other_weights)
+    scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
+    out = Path(config.out)
+    tally = score_file(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)
+    resumed = f" ({tally.resumed} by an earlier run)" if tally.resumed else ""
+    print(
+        f"{tally.lines} lines{resumed}, {tally.flagged} anomalous at alpha {config.alpha:g}, {tally.errors} errors -> {out}",
+        file=sys.stderr,
+    )
+    return 3 if tally.errors else 0
