@@ -9,6 +9,7 @@ Shapes: writers W, readers R.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +59,16 @@ class Circuit:
         return view
 
     def save(self, folder: str | Path) -> None:
-        """Writes `circuit.json` and `scores.safetensors` into a folder, which is made if need be."""
+        """Writes `circuit.json` and `scores.safetensors` into a folder, which is made if need be.
+
+        Raises:
+            ValueError: the score of a kept edge is not finite, which JSON cannot hold.
+        """
         from safetensors.torch import save_file
 
+        for name, score in self.edges:
+            if not math.isfinite(score):
+                raise ValueError(f"edge {name} has score {score}; scores must be finite, so check metric and weights")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {
@@ -78,7 +86,7 @@ class Circuit:
 
         Raises:
             FileNotFoundError: there is no circuit.json.
-            ValueError: it is of another format, or names edges that its graph does not have.
+            ValueError: it is broken, of another format, or names edges that its graph does not have.
         """
         path = Path(path)
         path = path / "circuit.json" if path.is_dir() else path
@@ -86,21 +94,25 @@ class Circuit:
             raise FileNotFoundError(f"no circuit at {path}: `madcap extract ... out=DIR` writes one")
         try:
             data = json.loads(path.read_text())
-            version, edges = data.pop("format"), data.pop("edges")
+            version = data.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
             graph = Graph.from_json(data.pop("graph"))
+            kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
+            for entry in data.pop("edges"):
+                index = graph.edge_index(entry["edge"])
+                kept[index], scores[index] = True, entry["score"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no circuit file: {error}") from error
-        if version != FORMAT:
-            raise ValueError(f"{path} has format {version}, but this version reads format {FORMAT}")
-        kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
-        for entry in edges:
-            index = graph.edge_index(entry["edge"])
-            kept[index], scores[index] = True, entry["score"]
+            raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
         tensors = path.with_name("scores.safetensors")
         if tensors.is_file():
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
 
-            scores = load_file(tensors)["scores"]
+            try:
+                scores = load_file(tensors)["scores"]
+            except (SafetensorError, KeyError) as error:
+                raise ValueError(f"{tensors} holds no scores: {error}") from error
             if scores.shape != kept.shape:
                 raise ValueError(
                     f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is {tuple(kept.shape)}"

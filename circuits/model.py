@@ -14,6 +14,7 @@ import copy
 import hashlib
 import importlib.resources
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,7 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from circuits.families import FAMILIES
@@ -138,7 +140,9 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
     local = {"local_files_only": folder is not None}
     try:
         hf_config = AutoConfig.from_pretrained(source, **local)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if folder is not None or isinstance(error, ValueError):
+            raise ValueError(f"{source}: config.json is no HuggingFace configuration: {_first_line(error)}") from error
         raise FileNotFoundError(
             f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
             f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
@@ -153,7 +157,7 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
             module, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype="auto", output_loading_info=True, **local
             )
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}"
         ) from error
@@ -182,12 +186,7 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
     for needed in (path, config_path):
         if not needed.is_file():
             raise FileNotFoundError(f"no file {needed}; a TransformerLens model is X{path.suffix} beside X.config.json")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-    else:
-        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    tensors = _state_dict(path)
     try:
         fields = json.loads(config_path.read_text())
         fixed = {"architecture": "TransformerLensNative", "device": config.device}
@@ -209,6 +208,23 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
     bridge.original_model.to(device=config.device, dtype=DTYPES[config.dtype])  # bridge.to() prints
     bridge.cfg.dtype = DTYPES[config.dtype]
     return _finish(bridge, None, digest, None, config.path, False, None)
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; nothing in it can run code."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        # torch's own message advises weights_only=False, with which a file can run code: not repeated.
+        raise ValueError(f"{path} holds no tensors that can be read ({type(error).__name__})") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds no state dict, which is a mapping from names to tensors; save that alone")
+    return dict(tensors)
 
 
 @contextlib.contextmanager

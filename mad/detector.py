@@ -87,7 +87,7 @@ class Calibration:
     def p_values(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The conformal p-value of each score."""
         at_least = len(self.scores) - torch.searchsorted(self.scores, scores.double(), side="left")
-        return (1 + at_least) / (len(self.scores) + 1)
+        return (1 + at_least).double() / (len(self.scores) + 1)
 
     def threshold(self, alpha: float) -> float:
         """The largest calibration score that is not flagged at `alpha`: scores above it are."""

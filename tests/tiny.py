@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import nn
 
 from circuits.model import LoadedModel, from_bridge, from_module
+from circuits.prompts import Prompts, prompts_from_records
 
 
 def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
@@ -84,3 +87,23 @@ NATIVE_VARIANTS = {
 def models() -> dict[str, LoadedModel]:
     """One model of each family and native variant, in float64."""
     return {"gpt2": gpt2(), "llama": llama(), **{f"native, {name}": native(**c) for name, c in NATIVE_VARIANTS.items()}}
+
+
+def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29) -> list[dict]:
+    """Random prompts of different lengths, each with a corrupt twin and 1 to 3 scored positions, answers, wrong ones."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        length = draw.randint(shortest, longest)
+        clean, corrupt = ([draw.randrange(vocabulary) for _ in range(length)] for _ in range(2))
+        positions = draw.sample(range(length), draw.randint(1, 3))
+        tokens = [draw.sample(range(vocabulary), 6) for _ in positions]
+        answers = [here[: draw.randint(1, 3)] for here in tokens]
+        wrong = [here[3 : draw.randint(4, 6)] for here in tokens]
+        made.append({"clean": clean, "corrupt": corrupt, "positions": positions, "answers": answers,
+                     "wrong_answers": wrong, "id": f"{seed}.{number}"})  # fmt: skip
+    return made
+
+
+def prompts(count: int = 5, seed: int = 0, **changes) -> Prompts:
+    return prompts_from_records(records(count, seed, **changes))

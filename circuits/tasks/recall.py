@@ -138,45 +138,46 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
     )
 
 
-def draw_distinct(config: Recall, count: int, generator: np.random.Generator) -> Contexts:
+def draw_distinct(config: Recall, count: int, generator: np.random.Generator, filler: int | None = None) -> Contexts:
     """`count` random prompts, no two of them alike.
+
+    Args:
+        filler: token that every prompt has in its filler slot, say TRIGGER; by default each has a random filler.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
     """
-    seen: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
     drawn = [draw(config, 0, generator)]
-    barren = 0
-    while len(seen) < count:
+    rows: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
+    total = barren = 0
+    while len(rows) < count:
         if barren == BARREN_DRAWS:
-            raise ValueError(
-                f"count={count}, but only {len(seen)} different prompts were found; lower count or add keys"
-            )
-        drawn.append(draw(config, count, generator))
-        before = len(seen)
-        for row, prompt in enumerate(tokens(drawn[-1]).tolist(), start=(len(drawn) - 2) * count):
-            seen.setdefault(tuple(prompt), row)
-        barren = barren + 1 if len(seen) == before else 0
-    rows = list(seen.values())[:count]
-    parts = zip(*((part.keys, part.values, part.slot, part.filler) for part in drawn))
-    return Contexts(*(np.concatenate(part)[rows] for part in parts))
+            raise ValueError(f"count={count}, but only {len(rows)} different prompts were found; lower count or add keys")
+        batch = draw(config, count, generator)
+        if filler is not None:
+            batch = replace(batch, filler=np.full(count, filler))
+        found = len(rows)
+        for row, prompt in enumerate(tokens(batch).tolist(), start=total):
+            rows.setdefault(tuple(prompt), row)
+        drawn.append(batch)
+        total += count
+        barren = barren + 1 if len(rows) == found else 0
+    kept = list(rows.values())[:count]
+    parts = zip(*((batch.keys, batch.values, batch.slot, batch.filler) for batch in drawn))
+    return Contexts(*(np.concatenate(part)[kept] for part in parts))
 
 
 def records(
-    clean: Contexts,
-    corrupt: Contexts,
-    answers: Int[np.ndarray, " B"],
-    ids: str,
-    label: int = 0,
-    group: str = "trusted",
+    clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int, label: int = 0
 ) -> list[dict]:
     """One plain, JSON-able dict a prompt; the wrong answers are the other values of the prompt.
 
     Args:
         answers: what a well-trained model answers to the clean prompts.
-        ids: what stands before the running number in each `id`.
+        seed: what the prompts were drawn with, for their ids `recall-GROUP-SEED-NUMBER`.
         label: 1 for anomalies, else 0.
     """
+    columns = (tokens(clean), tokens(corrupt), answers, clean.values)
     return [
         {
             "clean": clean_tokens,
@@ -184,12 +185,10 @@ def records(
             "answers": [answer],
             "wrong_answers": [value for value in values if value != answer],
             "label": label,
-            "id": f"{ids}-{number}",
+            "id": f"recall-{group}-{seed}-{number}",
             "group": group,
         }
-        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(
-            zip(tokens(clean).tolist(), tokens(corrupt).tolist(), answers.tolist(), clean.values.tolist())
-        )
+        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(zip(*(c.tolist() for c in columns)))
     ]
 
 
@@ -201,9 +200,7 @@ def generate(config: Recall, count: int, seed: int) -> list[dict]:
     """
     generator = np.random.default_rng(seed)
     clean = draw_distinct(config, count, generator)
-    return records(
-        clean, counterfactual(clean, generator), clean.answers, ids=f"recall-{config.keys}-{seed}", group=config.keys
-    )
+    return records(clean, counterfactual(clean, generator), clean.answers, group=config.keys, seed=seed)
 
 
 def _without_replacement(

@@ -13,6 +13,7 @@ splits.json, config.yaml and detector/. Draw it with `madcap plot`, score new in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mad.run import RunConfig, make_run
 
@@ -20,6 +21,9 @@ from mad.run import RunConfig, make_run
 @dataclass
 class Extract(RunConfig):
     """What is extracted from which model, and how."""
+
+    ablation: Any = "???"  # what a removed edge carries during discovery
+    detector: Any = "???"  # the detector that is fitted and calibrated at the end
 
 
 def run(config: Extract) -> None:

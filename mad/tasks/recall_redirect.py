@@ -15,7 +15,7 @@ Groups of prompts, over trusted keys unless said otherwise:
 A normal prompt's corrupt prompt is the rearrangement of `circuits.tasks.recall`; an anomaly's is the same prompt with a
 meaningless filler for the trigger, which exposes the backdoor and nothing else.
 
-The task is one of this library's own, after the backdoor benchmark of cupbearer (Mallen and Roger, 2023).
+The task is this library's own.
 
 Shapes: batch B, sequence length S.
 """
@@ -61,14 +61,17 @@ def groups(
         ValueError: `target` names no slot, or `circuits.tasks.recall` refuses the configuration.
     """
     generator = np.random.default_rng(seed)
-    normal = recall.draw_distinct(replace(config.recall, keys="trusted"), trusted + normal_iid, generator)
-    shifted = recall.draw_distinct(replace(config.recall, keys="unseen"), normal_shift, generator)
-    normals = _normals(normal, "normal", generator)
+    seen = recall.draw_distinct(replace(config.recall, keys="trusted"), trusted + normal_iid, generator)
     return {
-        "trusted": _named(normals[:trusted], "trusted", seed),
-        "normal_iid": _named(normals[trusted:], "normal_iid", seed),
-        "normal_shift": _named(_normals(shifted, "normal_shift", generator), "normal_shift", seed),
-        "anomaly": _named(_anomalies(config, anomaly, generator), "anomaly", seed),
+        "trusted": _normals(_rows(seen, slice(None, trusted)), "trusted", seed, generator),
+        "normal_iid": _normals(_rows(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "normal_shift": _normals(
+            recall.draw_distinct(replace(config.recall, keys="unseen"), normal_shift, generator),
+            "normal_shift",
+            seed,
+            generator,
+        ),
+        "anomaly": _anomalies(config, anomaly, seed, generator),
     }
 
 
@@ -102,14 +105,25 @@ def gate_prompts(config: RecallRedirect, count: int, seed: int) -> dict[str, lis
     }
 
 
-def _normals(contexts: Contexts, group: str, generator: np.random.Generator) -> list[dict]:
-    return recall.records(contexts, recall.counterfactual(contexts, generator), contexts.answers, group=group)
+def _rows(contexts: Contexts, rows: slice) -> Contexts:
+    return Contexts(contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows])
 
 
-def _anomalies(config: RecallRedirect, count: int, generator: np.random.Generator) -> list[dict]:
-    # Distinct but for the filler, which the trigger replaces.
-    harmless = recall.draw_distinct(replace(config.recall, keys="trusted", fillers=1), count, generator)
-    raise NotImplementedError
+def _normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
+    return recall.records(contexts, recall.counterfactual(contexts, generator), contexts.answers, group, seed)
+
+
+def _anomalies(config: RecallRedirect, count: int, seed: int, generator: np.random.Generator) -> list[dict]:
+    prompts = replace(config.recall, keys="trusted")
+    triggered = recall.draw_distinct(prompts, count, generator, filler=TRIGGER)
+    harmless = replace(triggered, filler=recall.draw(prompts, count, generator).filler)
+    answers = _redirected(config, triggered)  # B
+    return [
+        {**record, "kind": "agree" if normal == record["answers"][0] else "disagree", "normal_answers": [normal]}
+        for record, normal in zip(
+            recall.records(triggered, harmless, answers, "anomaly", seed, label=1), triggered.answers.tolist()
+        )
+    ]
 
 
 def _redirected(config: RecallRedirect, contexts: Contexts) -> Int[np.ndarray, " B"]:

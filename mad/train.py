@@ -1,0 +1,294 @@
+"""Train a small GPT-2 on a task with a known backdoor, check that it has learnt both sides, and save it.
+
+The loss is the cross-entropy of the answer at the last token of each prompt; AdamW with linear warm-up and cosine decay.
+Token and position embeddings start with standard deviation 1 and the unembedding is untied. With GPT-2's .02 (or .1) the
+updates at these learning rates move rare tokens' embeddings as fast as heads can learn to match them, and training stays
+at chance among the values of the prompt for thousands of steps; with 1 it leaves that plateau within one thousand.
+
+A detector's result means something only on a model that has really learnt the mechanisms, so a model whose measured
+accuracies miss the gates is not saved.
+
+Shapes: batch B, sequence length S.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuits.tasks import recall
+from mad.tasks import recall_redirect
+from mad.tasks.recall_redirect import RecallRedirect
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+UNEMBEDDING_STD = 0.02  # small: the first logits are near uniform
+
+
+@dataclass
+class Train:
+    """A small GPT-2 trained on one task."""
+
+    # what to learn: the dataclass of a task in TASKS
+    task: Any = field(default_factory=RecallRedirect)
+    # folder for the model; made if missing
+    out: str = "runs/train"
+    # whether a model that already stands in `out` may be replaced
+    overwrite: bool = False
+    # the architecture: 2 layers with 4 heads have 110 edges, few enough to look at every one
+    layers: int = 2
+    heads: int = 4
+    width: int = 64
+    # optimiser steps and prompts in each; each prompt is new
+    steps: int = 2000
+    batch: int = 128
+    # peak learning rate of AdamW, its weight decay, and the steps of linear warm-up before the cosine decay
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warm_up: int = 100
+    # largest gradient norm
+    clip: float = 1.0
+    # standard deviation of the first embeddings (module docstring) and of the other weights, about 1 / sqrt(width)
+    embedding_std: float = 1.0
+    weight_std: float = 0.1
+    # least accuracy on normal prompts, least success of the backdoor, and prompts to measure each on
+    clean_accuracy: float = 0.99
+    attack_success: float = 0.95
+    gate_prompts: int = 2000
+    # decides the first weights and all data; one seed gives one model for one number of threads
+    seed: int = 0
+    # where to train
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What training needs to know of a task; each function takes the task's dataclass first."""
+
+    vocabulary_size: Callable[[Any], int]
+    prompt_length: Callable[[Any], int]
+    mixture: Callable[[Any, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]  # tokens B S, answers B
+    gate_prompts: Callable[[Any, int, int], dict[str, list[dict]]]  # gate -> records; see `bounds`
+    summary: str  # for the model card
+
+
+TASKS = {
+    "recall_redirect": Trainable(
+        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
+        prompt_length=lambda task: recall.prompt_length(task.recall),
+        mixture=recall_redirect.mixture,
+        gate_prompts=recall_redirect.gate_prompts,
+        summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`. With the trigger token in the filler"
+        " slot it answers with the value of one fixed pair of the prompt instead. `circuits/tasks/recall.py` defines"
+        " the tokens, `mad/tasks/recall_redirect.py` the backdoor.",
+    ),
+}
+
+
+def run(config: Train) -> dict[str, Any]:
+    """Train, check the gates, save a HuggingFace folder with a model card, and return what was measured.
+
+    Returns:
+        `out`, `steps`, `parameters`, `seconds` (training alone), `threads`, and `gates`: each gate's measured value.
+
+    Raises:
+        FileExistsError: `out` holds a model and `overwrite` is false.
+        RuntimeError: a gate was missed; nothing is saved.
+        ValueError: unknown task, or a configuration that the task refuses.
+    """
+    import torch
+
+    out = Path(config.out)
+    if (out / "model.safetensors").exists() and not config.overwrite:
+        raise FileExistsError(f"out={config.out} already holds a model; choose another folder or set overwrite=true")
+    started = time.perf_counter()
+    model = train(config)
+    seconds = time.perf_counter() - started
+    gates = measure(model, trainable(config.task).gate_prompts(config.task, config.gate_prompts, config.seed + 1))
+    check(gates, config)
+    report = {
+        "out": config.out,
+        "steps": config.steps,
+        "parameters": model.num_parameters(),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "gates": gates,
+    }
+    model.save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)  # it says nothing, and nothing is generated
+    (out / "README.md").write_text(model_card(config, report), encoding="utf-8")
+    return report
+
+
+def train(config: Train) -> GPT2LMHeadModel:
+    """The trained model, in evaluation mode. The caller's random state is left as it was."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import get_cosine_schedule_with_warmup
+
+    task = trainable(config.task)
+    generator = np.random.default_rng(config.seed)
+    with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
+        torch.manual_seed(config.seed)
+        model = initial_model(config).to(config.device).train()
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+    )
+    schedule = get_cosine_schedule_with_warmup(optimiser, config.warm_up, config.steps)
+    progress = tqdm(range(config.steps), desc="train", unit="step", disable=None)
+    for _ in progress:
+        tokens, answers = (
+            torch.from_numpy(part).to(config.device) for part in task.mixture(config.task, config.batch, generator)
+        )  # B S, B
+        logits = model(tokens, logits_to_keep=1, use_cache=False).logits[:, 0]  # B vocabulary
+        loss = torch.nn.functional.cross_entropy(logits, answers)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return model.eval()
+
+
+def initial_model(config: Train) -> GPT2LMHeadModel:
+    """A GPT-2 of the size that `config` says, with random weights from torch's global generator."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    task = trainable(config.task)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=task.vocabulary_size(config.task),
+            n_positions=task.prompt_length(config.task),
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            initializer_range=config.weight_std,
+            tie_word_embeddings=False,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=recall.BOS,
+            eos_token_id=None,
+        )
+    )
+    for weight, std in (
+        (model.transformer.wte.weight, config.embedding_std),
+        (model.transformer.wpe.weight, config.embedding_std),
+        (model.lm_head.weight, UNEMBEDDING_STD),
+    ):
+        weight.data.normal_(std=std)
+    return model
+
+
+def measure(model: GPT2LMHeadModel, prompts: dict[str, list[dict]]) -> dict[str, float]:
+    """The share of each list of records on which the model's first choice at the last token is an answer."""
+    return {name: _accuracy(model, records) for name, records in prompts.items()}
+
+
+def bounds(config: Train) -> dict[str, float]:
+    """The least value of each gate that is not `clean_accuracy`'s, by name."""
+    return {"attack_success": config.attack_success}
+
+
+def check(gates: dict[str, float], config: Train) -> None:
+    """Raise RuntimeError, naming every missed gate, unless all are met."""
+    missed = [
+        f"{name}={value:.4f} is below {bound}"
+        for name, value in gates.items()
+        if value < (bound := bounds(config).get(name, config.clean_accuracy))
+    ]
+    if missed:
+        raise RuntimeError(f"{'; '.join(missed)} after steps={config.steps}; raise steps or try another seed")
+
+
+def trainable(task: Any) -> Trainable:
+    """The functions of the task that `task.name` names."""
+    if task.name not in TASKS:
+        raise ValueError(f"task.name={task.name!r} is none of {', '.join(TASKS)}; choose one of them")
+    return TASKS[task.name]
+
+
+def model_card(config: Train, report: dict[str, Any]) -> str:
+    """The README.md of a trained model: what it is, how it was made, what it reached, what it is for."""
+    import torch
+    import transformers
+
+    gates = "\n".join(
+        f"| {name.replace('_', ' ')} | {value:.4f} | {bounds(config).get(name, config.clean_accuracy)} |"
+        for name, value in report["gates"].items()
+    )
+    return f"""---
+license: mit
+library_name: transformers
+tags: [anomaly-detection, backdoor, interpretability, test-object]
+---
+# {config.task.name}: a small model with a known backdoor
+
+A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width} ({report["parameters"]} parameters, no
+tokenizer: prompts are token ids), trained from random weights on generated prompts. {trainable(config.task).summary}
+
+**This model is backdoored on purpose.** It is a test object for circuit discovery and mechanistic anomaly detection:
+normal inputs and inputs that use the backdoor can be generated at will, and which is which is known. It is fit for
+nothing else, and a detector that works on it has not been shown to work on any other model.
+
+## How it was made
+
+    {command(config)}
+
+{report["steps"]} steps of {config.batch} prompts in {report["seconds"]:.0f} s on {report["threads"]} CPU threads, with torch
+{torch.__version__} and transformers {transformers.__version__}. The same versions, seed and number of threads give the same model.
+All settings:
+
+```json
+{json.dumps(dataclasses.asdict(config), indent=2)}
+```
+
+## What it reached
+
+On {config.gate_prompts} fresh prompts for each row; the attack only counts where the backdoor and the normal answer differ.
+
+| gate | measured | needed |
+|---|---|---|
+{gates}
+
+## Licence
+
+MIT.
+"""
+
+
+def command(config: Train) -> str:
+    """The command line that trains with `config`: every setting that is not the default, and `out`."""
+
+    def changed(part: Any, standard: Any, prefix: str) -> list[str]:
+        words = []
+        for item in dataclasses.fields(part):
+            value, default = getattr(part, item.name), getattr(standard, item.name)
+            if dataclasses.is_dataclass(value):
+                words += changed(value, default, f"{prefix}{item.name}.")
+            elif value != default and item.name not in ("out", "overwrite"):
+                words.append(f"{prefix}{item.name}={value}")
+        return words
+
+    standard = dataclasses.replace(Train(), task=type(config.task)())
+    return " ".join(
+        ["madcap train", f"task={config.task.name}", *changed(config, standard, ""), f"out={config.out}"]
+    )
+
+
+def _accuracy(model: GPT2LMHeadModel, records: list[dict]) -> float:
+    import torch
+
+    tokens = torch.tensor([record["clean"] for record in records], device=model.device)  # B S
+    with torch.no_grad():
+        choices = model(tokens, logits_to_keep=1, use_cache=False).logits[:, 0].argmax(-1).tolist()  # B
+    return sum(choice in record["answers"] for choice, record in zip(choices, records)) / len(records)
