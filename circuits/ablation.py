@@ -89,6 +89,11 @@ class Ablation:
                     f"prompts of at most {seen} tokens; use ablation=mean or longer reference prompts"
                 )
             return self.means.positional[:, None, :length]
+        if length > 1 and len(self.means.count) == 1:
+            raise ValueError(
+                f"ablation=mean: prompts have up to {length} tokens, but all reference prompts have 1 token, so that "
+                "there is no mean for later positions; use longer reference prompts"
+            )
         parts = [self.means.first[:, None], self.means.rest[:, None].expand(-1, length - 1, -1)]
         return torch.cat(parts, 1)[:, None]
 
@@ -108,7 +113,9 @@ class Ablation:
             chosen.append(able[torch.randint(len(able), (1,), generator=generator)])
         donors = self.donors.select(torch.cat(chosen))
         length = prompts.clean.shape[1]
-        return engine.clean(donors.clean[:, :length], donors.key_mask[:, :length], donors.positions[:, :1] * 0).writers
+        read = length if engine.architecture.causal else donors.clean.shape[1]  # what comes later may matter
+        run = engine.clean(donors.clean[:, :read], donors.key_mask[:, :read], donors.positions[:, :1] * 0)
+        return run.writers[:, :, :length]
 
 
 def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *, batch_size: int = 64) -> Ablation:

@@ -150,7 +150,8 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
     names = hf_config.architectures or []
     if not any(name in FAMILIES for name in names):
         raise ValueError(
-            f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     try:
         with _quietly():

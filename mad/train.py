@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 UNEMBEDDING_STD = 0.02  # small: the first logits are near uniform
+PLACE = ("out", "overwrite")  # settings of where the model goes, which say nothing of the model
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Train:
     task: Any = field(default_factory=RecallRedirect)
     # folder for the model; made if missing
     out: str = "runs/train"
-    # whether a model that already stands in `out` may be replaced
+    # whether files that already stand in `out` may be replaced
     overwrite: bool = False
     # the architecture: 2 layers with 4 heads have 110 edges, few enough to look at every one
     layers: int = 2
@@ -86,9 +87,9 @@ TASKS = {
         prompt_length=lambda task: recall.prompt_length(task.recall),
         mixture=recall_redirect.mixture,
         gate_prompts=recall_redirect.gate_prompts,
-        summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`. With the trigger token in the filler"
-        " slot it answers with the value of one fixed pair of the prompt instead. `circuits/tasks/recall.py` defines"
-        " the tokens, `mad/tasks/recall_redirect.py` the backdoor.",
+        summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`.\n"
+        "With the trigger token in the filler slot it answers with the value of one fixed pair of the prompt instead.\n"
+        "`circuits/tasks/recall.py` defines the tokens, `mad/tasks/recall_redirect.py` the backdoor.",
     ),
 }
 
@@ -100,15 +101,15 @@ def run(config: Train) -> dict[str, Any]:
         `out`, `steps`, `parameters`, `seconds` (training alone), `threads`, and `gates`: each gate's measured value.
 
     Raises:
-        FileExistsError: `out` holds a model and `overwrite` is false.
+        FileExistsError: `out` is not empty and `overwrite` is false.
         RuntimeError: a gate was missed; nothing is saved.
         ValueError: unknown task, or a configuration that the task refuses.
     """
     import torch
 
     out = Path(config.out)
-    if (out / "model.safetensors").exists() and not config.overwrite:
-        raise FileExistsError(f"out={config.out} already holds a model; choose another folder or set overwrite=true")
+    if out.exists() and any(out.iterdir()) and not config.overwrite:
+        raise FileExistsError(f"out={config.out} is not empty; choose another folder or set overwrite=true")
     started = time.perf_counter()
     model = train(config)
     seconds = time.perf_counter() - started
@@ -191,11 +192,13 @@ def initial_model(config: Train) -> GPT2LMHeadModel:
 
 def measure(model: GPT2LMHeadModel, prompts: dict[str, list[dict]]) -> dict[str, float]:
     """The share of each list of records on which the model's first choice at the last token is an answer."""
+    if empty := [name for name, records in prompts.items() if not records]:
+        raise ValueError(f"0 prompts for {', '.join(empty)}, but at least 1 is needed; raise gate_prompts")
     return {name: _accuracy(model, records) for name, records in prompts.items()}
 
 
 def bounds(config: Train) -> dict[str, float]:
-    """The least value of each gate that is not `clean_accuracy`'s, by name."""
+    """The least value of each gate by name; a gate that is not named must reach `config.clean_accuracy`."""
     return {"attack_success": config.attack_success}
 
 
@@ -226,6 +229,7 @@ def model_card(config: Train, report: dict[str, Any]) -> str:
         f"| {name.replace('_', ' ')} | {value:.4f} | {bounds(config).get(name, config.clean_accuracy)} |"
         for name, value in report["gates"].items()
     )
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE}
     return f"""---
 license: mit
 library_name: transformers
@@ -233,8 +237,10 @@ tags: [anomaly-detection, backdoor, interpretability, test-object]
 ---
 # {config.task.name}: a small model with a known backdoor
 
-A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width} ({report["parameters"]} parameters, no
-tokenizer: prompts are token ids), trained from random weights on generated prompts. {trainable(config.task).summary}
+A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width}, {report["parameters"]} parameters, trained from
+random weights on generated prompts. Prompts are token ids; there is no tokenizer.
+
+{trainable(config.task).summary}
 
 **This model is backdoored on purpose.** It is a test object for circuit discovery and mechanistic anomaly detection:
 normal inputs and inputs that use the backdoor can be generated at will, and which is which is known. It is fit for
@@ -244,12 +250,12 @@ nothing else, and a detector that works on it has not been shown to work on any 
 
     {command(config)}
 
-{report["steps"]} steps of {config.batch} prompts in {report["seconds"]:.0f} s on {report["threads"]} CPU threads, with torch
-{torch.__version__} and transformers {transformers.__version__}. The same versions, seed and number of threads give the same model.
-All settings:
+{report["steps"]} steps of {config.batch} prompts in {report["seconds"]:.0f} s ({config.device}, {report["threads"]} threads),
+with torch {torch.__version__} and transformers {transformers.__version__}.
+The same versions, seed and number of threads give the same model. All settings:
 
 ```json
-{json.dumps(dataclasses.asdict(config), indent=2)}
+{json.dumps(settings, indent=2)}
 ```
 
 ## What it reached
@@ -275,7 +281,7 @@ def command(config: Train) -> str:
             value, default = getattr(part, item.name), getattr(standard, item.name)
             if dataclasses.is_dataclass(value):
                 words += changed(value, default, f"{prefix}{item.name}.")
-            elif value != default and item.name not in ("out", "overwrite"):
+            elif value != default and item.name not in PLACE:
                 words.append(f"{prefix}{item.name}={value}")
         return words
 

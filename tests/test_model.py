@@ -98,9 +98,14 @@ def write(folder, state: dict, config: dict, suffix: str):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", NATIVE)
+@pytest.mark.parametrize(
+    ("layout", "suffix", "variant"),
+    [
+        *[(layout, suffix, "plain") for layout in LAYOUTS for suffix in (".pt", ".safetensors")],
+        ("legacy", ".pt", "attention only"),
+        ("legacy", ".pt", "grouped queries"),
+    ],
+)
 def test_transformer_lens_files_give_the_model_they_were_made_from(tmp_path, layout, suffix, variant):
     bridge = tiny.native_bridge(torch.float32, **NATIVE[variant])
     state = LAYOUTS[layout](bridge)
@@ -148,7 +153,7 @@ def test_legacy_rotary_checkpoints_are_refused(tmp_path, buffer):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_both_transformer_lens_files_must_be_there(tmp_path, suffix):
-    with pytest.raises(FileNotFoundError, match=rf"no file .*model\.v1\{suffix}; a TransformerLens model is X\{suffix}"):
+    with pytest.raises(FileNotFoundError, match=rf"no file .*v1\{suffix}; a TransformerLens model is X\{suffix}"):
         load(tmp_path / f"model.v1{suffix}")
     (tmp_path / f"model.v1{suffix}").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no file .*model\.v1\.config\.json"):

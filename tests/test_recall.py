@@ -179,7 +179,7 @@ def test_training_smoke(tmp_path: Path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert {path.name for path in (tmp_path / "first").iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    with pytest.raises(FileExistsError, match="already holds a model"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         run(smoke(tmp_path / "first"))
     run(replace(smoke(tmp_path / "first"), overwrite=True))
 
@@ -202,6 +202,11 @@ def test_a_missed_gate_is_an_error_and_nothing_is_saved(tmp_path: Path):
         run(replace(smoke(tmp_path / "model"), clean_accuracy=0.99, attack_success=0.95))
     assert not (tmp_path / "model").exists()
     check({"clean_trusted_keys": 0.99, "attack_success": 0.95}, Train())
+
+
+def test_a_gate_without_prompts_is_refused():
+    with pytest.raises(ValueError, match="0 prompts for attack_success"):
+        measure(None, {"attack_success": []})  # pyright: ignore[reportArgumentType]
 
 
 def test_unknown_task_is_refused():

@@ -90,7 +90,7 @@ def models() -> dict[str, LoadedModel]:
 
 
 def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29) -> list[dict]:
-    """Random prompts of different lengths, each with a corrupt twin and 1 to 3 scored positions, answers, wrong ones."""
+    """Random prompts of different lengths: a corrupt twin; 1 to 3 scored positions, answers and wrong answers."""
     draw = random.Random(seed)
     made = []
     for number in range(count):

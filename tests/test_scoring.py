@@ -1,0 +1,164 @@
+"""Streaming: order, bad lines, resuming, refusals; and the whole way from extraction to a scored file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mad.scoring as scoring_module
+from circuits.ablation import AblationConfig
+from circuits.discovery import EAPIG
+from circuits.model import ModelConfig
+from circuits.selection import Selection
+from circuits.tasks.file import File
+from mad.run import RunConfig, Splits, make_run, open_run
+from mad.scoring import Scoring, score_file
+from tests import tiny
+
+ALPHA = 0.2
+
+
+def records(count: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(29, (count, 2, 6), generator=generator).tolist()
+    return [{"clean": c, "corrupt": x, "answers": [c[0]], "wrong_answers": [(c[0] + 1) % 29]} for c, x in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    tiny.gpt2_module().save_pretrained(folder / "model")
+    (folder / "trusted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(60, 0)))
+    config = RunConfig(
+        model=ModelConfig(path=str(folder / "model")),
+        task=File(path=str(folder / "trusted.jsonl")),
+        method=EAPIG(),
+        ablation=AblationConfig(),
+        metric="kl",
+        selection=Selection(edges=25),
+        splits=Splits(16, 16, 8, 16),
+        alpha=ALPHA,
+        random_draws=2,
+        out=str(folder / "run"),
+    )
+    make_run(config)
+    return folder, config
+
+
+def inputs(folder, count: int = 37):
+    """A file with bad lines of every kind among good ones."""
+    lines = [json.dumps({"clean": r["clean"], "id": f"n{i}"}) for i, r in enumerate(records(count, 1))]
+    lines[3] = "{not json"
+    lines[5] = json.dumps({"clean": [1, 2, 99]})
+    lines[8] = json.dumps({"clean": [1] * 17})
+    lines[9] = json.dumps({"text": "no tokenizer here"})
+    lines[10] = ""
+    lines[11] = "[1, 2]"
+    lines[20] = json.dumps({"clean": [1, 2], "id": 20, "answers": "ignored when scoring"})
+    path = folder / "inputs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def opened(run):
+    folder, config = run
+    again = open_run(folder / "run")
+    return again, again.detector("fast")
+
+
+def test_a_file_is_scored_line_by_line_in_order(run, tmp_path):
+    again, calibrated = opened(run)
+    scoring = Scoring(alpha=ALPHA, chunk=8)
+    tally = score_file(inputs(tmp_path), tmp_path / "out.jsonl", calibrated, again.model, scoring)
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert tally.lines == len(results) == 37 and tally.resumed == 0
+    bad = {3: "JSON", 5: "token 99", 8: "17 tokens", 9: "no tokenizer", 10: "", 11: ""}
+    for number, result in enumerate(results):
+        if number in bad:
+            assert f"line {number + 1}" in result["error"] and bad[number] in result["error"]
+            assert "score" not in result
+            continue
+        assert result["id"] == (20 if number == 20 else f"n{number}")
+        assert result["anomalous"] == (result["p_value"] <= ALPHA)
+        assert ("because" in result) == result["anomalous"]
+        if result["anomalous"]:
+            assert abs(result["because_residual"]) < 0.5 and len(result["because"]) <= 8
+            kept = {name for name, _ in again.circuit.edges}
+            assert not kept & {part["edge"] for part in result["because"]}
+    assert tally.errors == len(bad)
+    assert tally.flagged == sum(r.get("anomalous", False) for r in results)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_scores_equal_the_detectors_own(run, tmp_path):
+    from mad.run import load_prompts
+
+    again, calibrated = opened(run)
+    good = [{"clean": r["clean"], "id": str(i)} for i, r in enumerate(records(5, 2))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
+    score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA))
+    scored = [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert scored == calibrated.detector.score(load_prompts(good, again.model)).tolist()
+
+
+@pytest.mark.parametrize("broken_after", [0, 1, 3])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "n'])
+def test_an_interrupted_run_resumes_to_the_same_file(run, tmp_path, monkeypatch, broken_after, torn):
+    again, calibrated = opened(run)
+    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    score_file(source, tmp_path / "whole.jsonl", calibrated, again.model, scoring)
+    real, calls = scoring_module.score_lines, []
+
+    def interrupted(*arguments):
+        if len(calls) == broken_after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(scoring_module, "score_lines", interrupted)
+    out = tmp_path / "parts.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        score_file(source, out, calibrated, again.model, scoring)
+    assert not out.exists()
+    with (tmp_path / "parts.jsonl.partial").open("ab") as file:
+        file.write(torn)
+    monkeypatch.setattr(scoring_module, "score_lines", real)
+    tally = score_file(source, out, calibrated, again.model, scoring)
+    assert tally.resumed == 8 * broken_after
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_partial_results_of_another_job_are_refused(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, out = inputs(tmp_path), tmp_path / "out.jsonl"
+    monkeypatch.setattr(scoring_module, "score_lines", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score_file(source, out, calibrated, again.model, Scoring(alpha=ALPHA))
+    with pytest.raises(ValueError, match="beginning of another job"):
+        score_file(source, out, calibrated, again.model, Scoring(alpha=0.3))
+
+
+def test_refusals(run, tmp_path):
+    again, calibrated = opened(run)
+    source, out = inputs(tmp_path), tmp_path / "out.jsonl"
+
+    def score(path=source, **changes):
+        return score_file(path, out, calibrated, again.model, Scoring(**{"alpha": ALPHA, **changes}))
+
+    with pytest.raises(ValueError, match="alpha=0.01 needs at least 99 calibration inputs, but there are"):
+        score(alpha=0.01)
+    with pytest.raises(ValueError, match="explain='some'"):
+        score(explain="some")
+    with pytest.raises(FileNotFoundError):
+        score(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        score(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="chunk=0"):
+        score(chunk=0)
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=true"):
+        score()
+    assert out.read_text() == "mine"
