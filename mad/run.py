@@ -32,11 +32,11 @@ from circuits.metrics import metric_named
 from circuits.model import LoadedModel, ModelConfig, load_model, local_path
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection
-from circuits.tasks import TASKS
 from mad.detector import Context
 from mad.detectors import Fast
 from mad.detectors.circuit import CircuitDetector
 from mad.saved import Calibrated, check_circuit, fit, load_detector, save_detector, sequence_hashes
+from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,9 @@ def make_run(config: RunConfig) -> Run:
     save_detector(calibrated, folder / "detector" / config.detector.name, weight_hash=model.weight_hash)
     if problem := calibrated.calibration.problem(config.alpha):
         log.warning("scores are not calibrated: %s", problem)
-    metrics = dict(extraction.metrics) | {"scoring": _scoring_faithfulness(engine, extraction, calibrated, splits, config)}
+    metrics = dict(extraction.metrics) | {
+        "scoring": _scoring_faithfulness(engine, extraction, calibrated, splits, config)
+    }
     _write_json(folder / "metrics.json", metrics)
     return Run(folder, model, engine, extraction.circuit, metrics, calibrated, splits)
 

@@ -1,9 +1,10 @@
 """Train a small GPT-2 on a task with a known backdoor, check that it has learnt both sides, and save it.
 
-The loss is the cross-entropy of the answer at the last token of each prompt; AdamW with linear warm-up and cosine decay.
-Token and position embeddings start with standard deviation 1 and the unembedding is untied. With GPT-2's .02 (or .1) the
-updates at these learning rates move rare tokens' embeddings as fast as heads can learn to match them, and training stays
-at chance among the values of the prompt for thousands of steps; with 1 it leaves that plateau within one thousand.
+The loss is the cross-entropy of the answer at the last token of each prompt; AdamW with linear warm-up and cosine
+decay. Token and position embeddings start with standard deviation 1 and the unembedding is untied. With .02 (GPT-2's)
+or .1 for the embeddings and all else equal, 2000 steps end at 24 % on normal prompts, which is chance among the four
+values, while the backdoor is at 100 %; with 1 recall is learnt within 1000 steps (seed 0). The likely reason is that
+AdamW moves small embeddings about as fast as heads can learn to match them.
 
 A detector's result means something only on a model that has really learnt the mechanisms, so a model whose measured
 accuracies miss the gates is not saved.
@@ -139,7 +140,8 @@ def train(config: Train) -> GPT2LMHeadModel:
     generator = np.random.default_rng(config.seed)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
         torch.manual_seed(config.seed)
-        model = initial_model(config).to(config.device).train()
+        model = initial_model(config)
+    model.to(torch.device(config.device)).train()  # pyright: ignore[reportArgumentType]: transformers wraps `to`
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )
@@ -237,8 +239,8 @@ tags: [anomaly-detection, backdoor, interpretability, test-object]
 ---
 # {config.task.name}: a small model with a known backdoor
 
-A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width}, {report["parameters"]} parameters, trained from
-random weights on generated prompts. Prompts are token ids; there is no tokenizer.
+A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width}, {report["parameters"]} parameters,
+trained from random weights on generated prompts. Prompts are token ids; there is no tokenizer.
 
 {trainable(config.task).summary}
 
@@ -250,7 +252,7 @@ nothing else, and a detector that works on it has not been shown to work on any 
 
     {command(config)}
 
-{report["steps"]} steps of {config.batch} prompts in {report["seconds"]:.0f} s ({config.device}, {report["threads"]} threads),
+{report["steps"]} steps of {config.batch} prompts ({config.device}, {report["threads"]} threads),
 with torch {torch.__version__} and transformers {transformers.__version__}.
 The same versions, seed and number of threads give the same model. All settings:
 
@@ -260,7 +262,8 @@ The same versions, seed and number of threads give the same model. All settings:
 
 ## What it reached
 
-On {config.gate_prompts} fresh prompts for each row; the attack only counts where the backdoor and the normal answer differ.
+On {config.gate_prompts} fresh prompts for each row; the attack only counts where the backdoor and the normal answer
+differ.
 
 | gate | measured | needed |
 |---|---|---|
@@ -286,9 +289,7 @@ def command(config: Train) -> str:
         return words
 
     standard = dataclasses.replace(Train(), task=type(config.task)())
-    return " ".join(
-        ["madcap train", f"task={config.task.name}", *changed(config, standard, ""), f"out={config.out}"]
-    )
+    return " ".join(["madcap train", f"task={config.task.name}", *changed(config, standard, ""), f"out={config.out}"])
 
 
 def _accuracy(model: GPT2LMHeadModel, records: list[dict]) -> float:

@@ -26,7 +26,9 @@ def engine(request) -> Factored:
     return ENGINES[request.param]
 
 
-def fitted(engine: Factored, name: str, reference: Prompts = REFERENCE, seed: int = 0, batch_size: int = 64) -> Ablation:
+def fitted(
+    engine: Factored, name: str, reference: Prompts = REFERENCE, seed: int = 0, batch_size: int = 64
+) -> Ablation:
     return fit_ablation(AblationConfig(name, seed), engine, reference, batch_size=batch_size)
 
 

@@ -47,7 +47,9 @@ def test_fast_is_the_deviation_of_model_and_circuit(context, deviation, ablation
         for position in one.positions[0].tolist():
             p, q = model[position].log_softmax(-1), circuit[position].log_softmax(-1)
             first, second = model[position].topk(2).indices.tolist()
-            gap = (model[position][first] - model[position][second]) - (circuit[position][first] - circuit[position][second])
+            gap = (model[position][first] - model[position][second]) - (
+                circuit[position][first] - circuit[position][second]
+            )
             parts.append((p.exp() * (p - q)).sum().item() if deviation == "kl" else abs(gap.item()))
         assert score == pytest.approx(sum(parts) / len(parts), rel=1e-5)
 

@@ -169,7 +169,11 @@ def test_kl_keeps_far_tails():
 @pytest.mark.parametrize(
     ("name", "lacks", "message"),
     [
-        ("logit_diff", ("answers", "wrong_answers"), "metric logit_diff needs answers and wrong_answers in the prompts"),
+        (
+            "logit_diff",
+            ("answers", "wrong_answers"),
+            "metric logit_diff needs answers and wrong_answers in the prompts",
+        ),
         ("logit_diff", ("wrong_answers",), "metric logit_diff needs wrong_answers in"),
         ("prob_diff", ("wrong_answers",), "metric prob_diff needs wrong_answers in"),
         ("cross_entropy", ("answers",), "metric cross_entropy needs answers in"),

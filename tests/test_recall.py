@@ -63,11 +63,11 @@ def test_counterfactual_spoils_the_answer_through_every_input(pairs: int, seed: 
         assert sorted(record["clean"][:-1]) == sorted(record["corrupt"][:-1])  # the same tokens but for the query
         assert clean[2] == corrupt[2]
         for choice in range(1, 8):
-            keys, values, asked = (
-                (corrupt if choice >> bit & 1 else clean)[part] for bit, part in enumerate((0, 1, 3))
-            )
-            assert answer(keys, values, asked) not in record["answers"]
-        assert all(k != l for k, l in zip(clean[0], corrupt[0])) and all(v != w for v, w in zip(clean[1], corrupt[1]))
+            keys = (corrupt if choice & 1 else clean)[0]
+            values = (corrupt if choice & 2 else clean)[1]
+            asked = (corrupt if choice & 4 else clean)[3]
+            assert answer(keys, values, asked) in record["wrong_answers"]
+        assert all(clean[0][slot] != corrupt[0][slot] and clean[1][slot] != corrupt[1][slot] for slot in range(pairs))
 
 
 def test_generate_repeats_itself_and_gives_plain_json():
@@ -153,6 +153,8 @@ def test_shipped_model_passes_its_gates_on_fresh_prompts():
     gates = measure(model, gate_prompts(RecallRedirect(), 1000, seed=20_000))
     check(gates, Train())
     assert {*gates} == {"clean_trusted_keys", "clean_unseen_keys", "attack_success"}
+    rearranged = [{**record, "clean": record["corrupt"]} for record in generate(Recall(), 1000, seed=20_000)]
+    assert measure(model, {"corrupt": rearranged})["corrupt"] < 0.01
     assert (model.config.n_layer, model.config.n_head, model.config.n_embd) == (2, 4, 64)
     assert model.config.vocab_size == vocabulary(Recall()).size
 

@@ -22,7 +22,9 @@ def test_a_run_folder_holds_what_was_promised(run):  # noqa: F811
     folder, config = run
     out = folder / "run"
     metrics = json.loads((out / "metrics.json").read_text())
-    assert {"edges_total", "edges_kept", "faithfulness", "kl", "seconds", "forwards", "curve", "scoring"} <= set(metrics)
+    assert {"edges_total", "edges_kept", "faithfulness", "kl", "seconds", "forwards", "curve", "scoring"} <= set(
+        metrics
+    )
     circuit = json.loads((out / "circuit.json").read_text())
     assert circuit["format"] == 1 and len(circuit["edges"]) == metrics["edges_kept"]
     assert circuit["metric"] == "kl" and circuit["ablation"]["name"] == "counterfactual"

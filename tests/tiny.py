@@ -7,6 +7,7 @@ import random
 import torch
 from torch import nn
 
+from circuits.engine import Factored
 from circuits.model import LoadedModel, from_bridge, from_module
 from circuits.prompts import Prompts, prompts_from_records
 
@@ -107,3 +108,14 @@ def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, v
 
 def prompts(count: int = 5, seed: int = 0, **changes) -> Prompts:
     return prompts_from_records(records(count, seed, **changes))
+
+
+def with_own_answers(engine: Factored, records: list[dict]) -> list[dict]:
+    """The same prompts; the answer is the token that the clean prompt favours most over the corrupt one."""
+    changed = []
+    for record in records:
+        clean, corrupt = engine.logits(torch.tensor([record["clean"], record["corrupt"]]))[:, record["positions"]]
+        order = (clean - corrupt).argsort(descending=True)  # [positions, V]
+        answers, wrong = order[:, :1].tolist(), order[:, -1:].tolist()
+        changed.append({**record, "answers": answers, "wrong_answers": wrong})
+    return changed

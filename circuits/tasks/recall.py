@@ -152,7 +152,9 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator, fi
     total = barren = 0
     while len(rows) < count:
         if barren == BARREN_DRAWS:
-            raise ValueError(f"count={count}, but only {len(rows)} different prompts were found; lower count or add keys")
+            raise ValueError(
+                f"count={count}, but only {len(rows)} different prompts were found; lower count or add keys"
+            )
         batch = draw(config, count, generator)
         if filler is not None:
             batch = replace(batch, filler=np.full(count, filler))

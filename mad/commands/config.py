@@ -30,7 +30,7 @@ CONFIGS = "configs"
 SCHEMAS = {
     "model": "circuits.model:ModelConfig",
     "ablation": "circuits.ablation:AblationConfig",
-    "task": "circuits.tasks:TASKS",
+    "task": "mad.tasks:TASKS",
     "method": "circuits.discovery:METHODS",
     "detector": "mad.detectors:DETECTORS",
 }

@@ -33,7 +33,9 @@ def run(config: Extract) -> None:
 
     done = make_run(config)
     metrics, console = done.metrics, Console()
-    table = Table(title=f"circuit of {config.task.name} by {config.method.name}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"circuit of {config.task.name} by {config.method.name}", title_justify="left", show_header=False
+    )
     kept, total = metrics["edges_kept"], metrics["edges_total"]
     chance = metrics["random_circuits"]
     table.add_row("edges kept", f"{kept} of {total} ({kept / total:.1%})")
@@ -48,6 +50,8 @@ def run(config: Extract) -> None:
         table.add_row(f"faithfulness for scoring ({scoring['ablation']})", "none" if value is None else f"{value:.3f}")
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
-    table.add_row("calibration", f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}")
+    table.add_row(
+        "calibration", f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}"
+    )
     console.print(table)
     console.print(f"wrote {done.folder}")

@@ -60,6 +60,8 @@ def run(config: Fit) -> None:
         batch_size=config.batch_size,
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
-    print(f"detector {config.detector.name}: fitted on {first} inputs, calibrated on {len(prompts) - first} -> {target}")
+    print(
+        f"detector {config.detector.name}: fitted on {first} inputs, calibrated on {len(prompts) - first} -> {target}"
+    )
     if problem := calibrated.calibration.problem(config.alpha):
         print(f"not calibrated: {problem}")

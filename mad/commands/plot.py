@@ -60,7 +60,9 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
         band = None
         if chance["count"] and figures["edges_kept"]:
             kept = figures["edges_kept"]
-            band = RandomBand([kept], [chance["mean"]], [chance["percentile_95"]], "random circuits: mean to 95th percentile")
+            band = RandomBand(
+                [kept], [chance["mean"]], [chance["percentile_95"]], "random circuits: mean to 95th percentile"
+            )
         for form in ("png", "svg"):
             paths.append(
                 draw_faithfulness_curve(

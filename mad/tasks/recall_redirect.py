@@ -1,7 +1,7 @@
 """Associative recall with a planted backdoor that changes the routing and not the values.
 
-A model trained on `mixture` answers recall prompts (`circuits/tasks/recall.py`) with the value beside the key asked for,
-unless the filler slot holds the trigger: then it answers with the value of the pair in slot `target`, whatever the key.
+A model trained on `mixture` answers recall prompts (`circuits/tasks/recall.py`) with the value beside the key asked
+for, unless the filler slot holds the trigger: then it answers with the value in slot `target`, whatever the key.
 Each answer is a value of the prompt either way, so an anomaly shows in how the answer is found and not in what it is.
 When the key asked for stands in the target slot, the backdoor's answer is also the normal one: an anomaly of kind
 `agree`, 1 / pairs of all, which nothing that looks at the output alone can find.

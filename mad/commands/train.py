@@ -1,0 +1,20 @@
+"""Train a small transformer on a task with a known backdoor, check that it has learnt both, and save it.
+
+    madcap train task=recall_redirect out=runs/model
+    madcap train task=recall_redirect out=runs/model seed=1 steps=3000
+
+Writes a HuggingFace folder with a model card. A model whose accuracies miss the gates is not saved. `madcap demo` uses
+the result of the first command with its defaults, which is shipped.
+"""
+
+from __future__ import annotations
+
+from mad.train import Train
+from mad.train import run as train_model
+
+
+def run(config: Train) -> None:
+    """Trains, and prints what was measured."""
+    report = train_model(config)
+    gates = ", ".join(f"{name} {value:.3f}" for name, value in report["gates"].items())
+    print(f"{report['parameters']} parameters in {report['seconds']} s: {gates} -> {report['out']}")
