@@ -146,4 +146,5 @@ def writer_means(engine: Factored, prompts: Prompts, *, batch_size: int = 64) ->
     assert total is not None
     positional = total / count[:, None]
     rest = total[:, 1:].sum(1) / max(int(count[1:].sum()), 1)
-    return Means(*(value.to(engine.dtype) for value in (positional[:, 0], rest, positional)), count)
+    first, rest, positional = (value.to(engine.dtype) for value in (positional[:, 0], rest, positional))
+    return Means(first, rest, positional, count)

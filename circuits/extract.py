@@ -30,6 +30,8 @@ from circuits.selection import Selection, random_circuits, select, sizes
 
 log = logging.getLogger(__name__)
 
+RANDOM_SIZES, RANDOM_PER_SIZE = 9, 5  # of the band of random circuits beside the faithfulness curve
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -109,13 +111,19 @@ def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
     """The kept edges that a selection asks for; with a target faithfulness, the smallest circuit that reaches it.
 
     Raises:
-        ValueError: more than one of edges, share and threshold, or a target that no circuit reaches.
+        ValueError: more than one of edges, share and threshold, a threshold that `how` does not use, or a target that
+            no circuit reaches.
     """
     graph = scale.behaviour.engine.graph
     ways = {"edges": selection.edges, "share": selection.share, "threshold": selection.threshold}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"selection has {' and '.join(given)}; give one of them")
+    if selection.threshold is not None and selection.how in ("greedy", "top_n"):
+        raise ValueError(
+            f"selection.threshold={selection.threshold} is used by how=threshold only, not by how={selection.how}; "
+            "set how=threshold, or give edges, share or faithfulness"
+        )
     pick = _picker(graph, found, selection)
     if selection.how == "threshold":
         return select(graph, found.scores, how="threshold", threshold=selection.threshold, absolute=selection.absolute)
@@ -153,6 +161,11 @@ def evaluate(
     for wanted in tqdm(sizes(graph), desc="curve", unit="size", disable=None):
         mask = pick(wanted)
         curve[int(mask.sum())] = scale.faithfulness(mask).value
+    random_curve = []
+    for wanted in tqdm(sizes(graph, RANDOM_SIZES) if drawn else (), desc="random curve", unit="size", disable=None):
+        masks = random_circuits(graph, wanted, min(RANDOM_PER_SIZE, random_draws), seed + 1)
+        values = [scale.faithfulness(mask).value for mask in masks]
+        random_curve.append({"edges": wanted, "low": min(values), "high": max(values)})
     return {
         "edges_total": graph.n_edges,
         "edges_kept": edges,
@@ -167,6 +180,7 @@ def evaluate(
             "best": chance.max().item() if drawn else None,
         },
         "curve": [{"edges": edges, "faithfulness": value} for edges, value in curve.items()],
+        "random_curve": random_curve,
     }
 
 

@@ -93,6 +93,8 @@ class MLP:
 
 @dataclass(frozen=True)
 class Block:
+    """One layer: attention and, unless the model has none, an MLP."""
+
     norm1: Norm
     attention: Attention
     norm2: Norm | None = None
@@ -172,13 +174,13 @@ def _require(architecture: str, config: Any, field: str, allowed: tuple) -> None
         raise ValueError(f"{architecture}: {field}={value!r} is not supported, only {', '.join(map(repr, allowed))}")
 
 
-def _part(bridge_part: Any) -> nn.Module:
+def _part(bridge_part: Any) -> Any:
     """The module behind a bridge component."""
     return bridge_part.original_component
 
 
 def _projection(bridge_part: Any) -> Linear:
-    module = _part(bridge_part)
+    module: Any = _part(bridge_part)
     return Linear(module, stored_in_out=type(module).__name__ == "Conv1D")
 
 

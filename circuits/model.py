@@ -124,7 +124,7 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -155,9 +155,8 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
         )
     try:
         with _quietly():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", output_loading_info=True, **local
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True, **local)
+            module, report = loaded
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}"
@@ -202,7 +201,7 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
     digest = weight_hash(tensors)
     legacy = any(name.endswith((".W_E", ".W_Q")) for name in tensors)
     try:
-        bridge = TransformerBridge.boot_native(native)
+        bridge: Any = TransformerBridge.boot_native(native)  # pyright: ignore[reportAttributeAccessIssue]
         bridge.load_state_dict(convert_tl_checkpoint(tensors, bridge.cfg) if legacy else tensors, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: the weights do not fit {config_path.name}: {_first_line(error)}") from error

@@ -1,7 +1,7 @@
 """Compares detectors on groups of inputs: AUROC of anomalies against each group of normals, and who is flagged.
 
-Two regimes are told apart: *in distribution*, where normals look like the trusted ones, and *shifted*, where normals are
-new too and must not be flagged.
+Two regimes are told apart: *in distribution*, where normals look like the trusted ones, and *shifted*, where normals
+are new too and must not be flagged.
 
 Shapes: inputs B.
 """

@@ -31,7 +31,10 @@ from circuits.prompts import Prompts
 class Detector(Protocol):
     """A fitted detector.  `config` is its configuration, whose `name` picks it from `DETECTORS`."""
 
-    config: Any
+    @property
+    def config(self) -> Any:
+        """The configuration that it was fitted with."""
+        ...
 
     def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         """How anomalous each prompt is; float32 on the CPU, high = anomalous."""
@@ -106,6 +109,7 @@ class Calibration:
         if len(self.scores) >= needed:
             return None
         return (
-            f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are {len(self.scores)}: the smallest "
-            f"possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more trusted inputs or raise alpha"
+            f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are {len(self.scores)}: the "
+            f"smallest possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more trusted inputs or "
+            "raise alpha"
         )

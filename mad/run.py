@@ -126,9 +126,8 @@ def make_run(config: RunConfig) -> Run:
     save_detector(calibrated, folder / "detector" / config.detector.name, weight_hash=model.weight_hash)
     if problem := calibrated.calibration.problem(config.alpha):
         log.warning("scores are not calibrated: %s", problem)
-    metrics = dict(extraction.metrics) | {
-        "scoring": _scoring_faithfulness(engine, extraction, calibrated, splits, config)
-    }
+    scoring = _scoring_faithfulness(engine, extraction, calibrated, splits, config)
+    metrics = {**extraction.metrics, "scoring": scoring}
     _write_json(folder / "metrics.json", metrics)
     return Run(folder, model, engine, extraction.circuit, metrics, calibrated, splits)
 

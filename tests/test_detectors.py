@@ -89,7 +89,7 @@ def test_max_probability(context):
 
 
 def test_mahalanobis_is_the_largest_distance_over_positions(context):
-    from sklearn.covariance import LedoitWolf
+    from sklearn.covariance import ShrunkCovariance
 
     config, fit, _ = DETECTORS["mahalanobis"]
     trusted, new = prompts(40, 0), prompts(5, 1)
@@ -103,7 +103,9 @@ def test_mahalanobis_is_the_largest_distance_over_positions(context):
             out.append([cache["blocks.1.hook_out"][0, p] for p in one.positions[0].tolist()])
         return out
 
-    reference = LedoitWolf().fit(torch.stack([r for row in residuals(trusted) for r in row]).numpy())
+    reference = ShrunkCovariance(shrinkage=1e-3).fit(
+        torch.stack([r for row in residuals(trusted) for r in row]).numpy()
+    )
     for row, score in zip(residuals(new), detector.score(new).tolist(), strict=True):
         assert score == pytest.approx(max(reference.mahalanobis(torch.stack(row).numpy())), rel=1e-5)
 

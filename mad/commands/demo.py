@@ -3,18 +3,17 @@
     madcap demo out=runs/demo
     madcap demo out=runs/demo seed=1 method.tau=0.03 overwrite=true
 
-The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a trigger token makes it
-answer with the value of another pair. Its circuit is found on trusted prompts alone; then normal prompts, normal prompts
-with keys that no trusted prompt has, and prompts with the trigger are scored against it. The table says how well the
-deviation from the circuit tells them apart, beside two baselines and beside random circuits of the same size. This
-model was trained by `madcap train`.
+The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a trigger token makes
+it answer with the value of another pair. Its circuit is found on trusted prompts alone; then normal prompts, normal
+prompts with keys that no trusted prompt has, and prompts with the trigger are scored against it. The table says how
+well the deviation from the circuit tells them apart, beside two baselines and beside random circuits of the same size.
+The model was trained by `madcap train`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mad.run import RunConfig, Splits
@@ -118,17 +117,17 @@ def _report(
     from rich.table import Table
 
     metrics = done.metrics
-    scoring = (metrics["scoring"] or {}).get("faithfulness")
+    chance = metrics["random_circuits"]["mean"]
     console.print(
-        f"\ncircuit: {metrics['edges_kept']} of {metrics['edges_total']} edges, faithfulness {metrics['faithfulness']:.3f}"
-        f" ({config.metric}, {config.ablation.name}), for scoring {scoring or float('nan'):.3f}"
-        f" ({(metrics['scoring'] or {}).get('ablation')}); random circuits of that size:"
-        f" mean {metrics['random_circuits']['mean']:.3f}",
+        f"\ncircuit: {metrics['edges_kept']} of {metrics['edges_total']} edges kept, faithfulness "
+        f"{metrics['faithfulness']:.3f} ({config.metric}, {config.ablation.name} ablation)"
+        + ("" if chance is None else f"; random circuits of that size {chance:.3f}"),
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(title=f"AUROC, and share flagged at alpha = {config.alpha:.0%}", title_justify="left")
-    for column in ("detector", "AUROC iid", "AUROC shift", "flagged: iid", "shift", "anomaly", "agree", "disagree"):
-        table.add_column(column, justify="left" if column == "detector" else "right")
+    for column in ("", "AUROC\niid", "\nshift", "flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = []
     for comparison in comparisons:
         flags = _flagged_by_kind(comparison, agree, done, config)
@@ -144,7 +143,7 @@ def _report(
         share = {g: sum(c.flagged[g] for c in controls) / len(controls) for g in controls[0].flagged}
         rows.append({"detector": f"random circuits ({len(controls)})", "auroc": mean, "flagged": share})
         table.add_row(
-            f"random circuits, mean of {len(controls)}", *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
+            f"{len(controls)} random circuits", *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
             *(f"{share[g]:.1%}" for g in ("normal_iid", "normal_shift", "anomaly")), "", "",
         )  # fmt: skip
     console.print(table)

@@ -56,18 +56,16 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
         curve = FaithfulnessCurve(
             circuit.about["method"]["name"], [p["edges"] for p in points], [p["faithfulness"] for p in points]
         )
-        chance = figures["random_circuits"]
-        band = None
-        if chance["count"] and figures["edges_kept"]:
-            kept = figures["edges_kept"]
-            band = RandomBand(
-                [kept], [chance["mean"]], [chance["percentile_95"]], "random circuits: mean to 95th percentile"
-            )
+        chance, band = figures["random_curve"], None
+        if chance:
+            low, high = [point["low"] for point in chance], [point["high"] for point in chance]
+            band = RandomBand([point["edges"] for point in chance], low, high, "random circuits, lowest to highest")
+        caption = f"{detail['metric']}, {detail['ablation']} ablation, {detail['n_prompts']} held-out prompts"
         for form in ("png", "svg"):
             paths.append(
                 draw_faithfulness_curve(
                     [curve], folder / f"curve.{form}", random_band=band, edges_total=circuit.graph.n_edges, title=title,
-                    caption=f"{detail['metric']}, {detail['ablation']} ablation, {detail['n_prompts']} held-out prompts",
+                    caption=caption,
                 )
             )  # fmt: skip
     return paths

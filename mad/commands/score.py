@@ -50,7 +50,8 @@ def run(config: Score) -> int:
     tally = score_file(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)
     resumed = f" ({tally.resumed} by an earlier run)" if tally.resumed else ""
     print(
-        f"{tally.lines} lines{resumed}, {tally.flagged} anomalous at alpha {config.alpha:g}, {tally.errors} errors -> {out}",
+        f"{tally.lines} lines{resumed}, {tally.flagged} anomalous at alpha {config.alpha:g}, "
+        f"{tally.errors} errors -> {out}",
         file=sys.stderr,
     )
     return 3 if tally.errors else 0

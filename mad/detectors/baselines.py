@@ -3,7 +3,7 @@
     max_probability   minus the log-probability of the model's first choice, averaged over scored positions
                       (Hendrycks & Gimpel 2017, arXiv 1610.02136)
     mahalanobis       the largest squared Mahalanobis distance of the last block's residual at a scored position from
-                      trusted ones, with scikit-learn's Ledoit-Wolf covariance (Lee et al. 2018, arXiv 1807.03888)
+                      trusted ones, with scikit-learn's shrunk covariance (Lee et al. 2018, arXiv 1807.03888)
 
 Shapes: prompts B, scored positions P, d_model D.
 """
@@ -31,6 +31,8 @@ class MaxProbability:
 
 @dataclass(frozen=True)
 class MaxProbabilityDetector:
+    """How unsure a model is."""
+
     config: MaxProbability
     engine: Factored
 
@@ -66,10 +68,13 @@ class Mahalanobis:
     """Distance of the last residual from trusted ones."""
 
     name: str = "mahalanobis"
+    shrinkage: float = 1e-3  # of the covariance towards a multiple of the identity; keeps it invertible
 
 
 @dataclass(frozen=True)
 class MahalanobisDetector:
+    """A trusted mean and inverse covariance."""
+
     config: Mahalanobis
     engine: Factored
     mean: Float[Tensor, "D"]
@@ -100,16 +105,18 @@ def fit_mahalanobis(
     """Returns the detector with mean and covariance of trusted prompts.
 
     Raises:
-        ValueError: fewer than two trusted residuals.
+        ValueError: fewer than two trusted residuals, or a shrinkage outside 0 to 1.
     """
-    from sklearn.covariance import LedoitWolf
+    if not 0 <= config.shrinkage <= 1:
+        raise ValueError(f"shrinkage={config.shrinkage}, but it must be from 0 to 1")
+    from sklearn.covariance import ShrunkCovariance
 
     rows = torch.cat(
         [_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in trusted.batches(batch_size)]
     )
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} trusted residual, but a covariance needs at least 2; give more trusted prompts")
-    fitted = LedoitWolf().fit(rows.numpy())
+    fitted = ShrunkCovariance(shrinkage=config.shrinkage).fit(rows.numpy())
     return MahalanobisDetector(
         config, context.engine, torch.from_numpy(fitted.location_), torch.from_numpy(fitted.get_precision())
     )

@@ -147,7 +147,8 @@ def _build(config: Fast, context: Context, ablation: Callable[[AblationConfig, F
         raise ValueError(f"deviation={config.deviation!r}, but the deviations are {', '.join(DEVIATIONS)}")
     if config.ablation not in ("mean", "positional_mean", "zero"):
         raise ValueError(
-            f"detector.ablation={config.ablation!r}, but new inputs have no corrupt twin: use mean, positional_mean or zero"
+            f"detector.ablation={config.ablation!r}, but new inputs have no corrupt twin: use mean, positional_mean "
+            "or zero"
         )
     if config.explain_steps < 1:
         raise ValueError(f"explain_steps={config.explain_steps}, but at least 1 is needed")
