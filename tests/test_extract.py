@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from circuits.ablation import AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation, writer_means
 from circuits.behaviour import Yardstick, prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
@@ -112,6 +112,15 @@ def test_the_full_circuit_is_faithful_and_the_empty_one_is_not():
     assert empty["edges_kept"] == 0 and empty["faithfulness"] == pytest.approx(0, abs=1e-9)
     assert empty["kl"] == pytest.approx(empty["faithfulness_detail"]["empty"])
     assert empty["random_circuits"] == {"count": 0, "mean": None, "percentile_95": None, "best": None}
+
+
+def test_means_are_those_of_the_discovery_prompts_on_both_sets():
+    result = run(selection=Selection(edges=20), ablation=AblationConfig("mean"))
+    expected, others = (writer_means(ENGINE, prompts) for prompts in (DISCOVERY, EVALUATION))
+    assert result.ablation.means is not None and not torch.allclose(expected.rest, others.rest)
+    torch.testing.assert_close(result.ablation.means.rest, expected.rest)
+    own = scale(EVALUATION, ablation="mean").faithfulness(result.circuit.kept)  # fitted on the discovery prompts
+    assert result.metrics["faithfulness"] == pytest.approx(own.value)
 
 
 def test_a_method_that_decides_itself_needs_no_selection():

@@ -114,6 +114,7 @@ def _report(
     console: Any, done: Any, comparisons: list[Any], controls: list[Any], agree: list[bool], config: Demo
 ) -> None:
     """Prints the tables and writes `demo.json`."""
+    from rich import box
     from rich.table import Table
 
     metrics = done.metrics
@@ -125,7 +126,8 @@ def _report(
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(title=f"AUROC, and share flagged at alpha = {config.alpha:.0%}", title_justify="left")
+    title = f"AUROC, and share flagged at alpha = {config.alpha:.0%}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("", "AUROC\niid", "\nshift", "flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = []
