@@ -1,0 +1,41 @@
+"""Which edges of a transformer compute a behaviour.
+
+The names below are imported on first use, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "ABLATIONS": "circuits.ablation",
+    "ACDC": "circuits.discovery",
+    "AblationConfig": "circuits.ablation",
+    "Circuit": "circuits.circuit",
+    "EAP": "circuits.discovery",
+    "EAPIG": "circuits.discovery",
+    "Factored": "circuits.engine",
+    "Graph": "circuits.graph",
+    "METRICS": "circuits.metrics",
+    "ModelConfig": "circuits.model",
+    "Prompts": "circuits.prompts",
+    "Selection": "circuits.selection",
+    "draw_circuit": "circuits.plot",
+    "extract": "circuits.extraction",
+    "from_bridge": "circuits.model",
+    "from_module": "circuits.model",
+    "load_model": "circuits.model",
+    "prompts_from_records": "circuits.prompts",
+    "read_records": "circuits.prompts",
+    "tasks": "circuits.tasks",
+}
+
+__all__ = list(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_WHERE[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)

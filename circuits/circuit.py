@@ -76,7 +76,7 @@ class Circuit:
             **self.about,
             "graph": self.graph.to_json(),
             "edges": [{"edge": name, "score": score} for name, score in self.edges],
-        }
+        } | {"format": FORMAT}  # whatever `about` says
         save_file({"scores": self.scores.contiguous()}, folder / "scores.safetensors")
         (folder / "circuit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 

@@ -1,0 +1,33 @@
+"""Is this input handled by the trusted mechanism?
+
+The names below are imported on first use, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "Calibration": "mad.detector",
+    "Context": "mad.detector",
+    "DETECTORS": "mad.detectors",
+    "Fast": "mad.detectors",
+    "Mahalanobis": "mad.detectors",
+    "MaxProbability": "mad.detectors",
+    "RunConfig": "mad.run",
+    "Scoring": "mad.scoring",
+    "compare": "mad.benchmark",
+    "fit": "mad.saved",
+    "make_run": "mad.run",
+    "open_run": "mad.run",
+    "score": "mad.scoring",
+}
+
+__all__ = list(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -27,7 +27,7 @@ from circuits.ablation import AblationConfig
 from circuits.behaviour import prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.engine import Factored
-from circuits.extract import Extraction, extract
+from circuits.extraction import Extraction, extract
 from circuits.metrics import metric_named
 from circuits.model import LoadedModel, ModelConfig, load_model, local_path
 from circuits.prompts import Prompts, prompts_from_records

@@ -50,7 +50,7 @@ class Tally:
     resumed: int  # lines that an earlier run had done
 
 
-def score_file(
+def score(
     inputs: Path,
     out: Path,
     calibrated: Calibrated,

@@ -14,7 +14,7 @@ from circuits.model import ModelConfig
 from circuits.selection import Selection
 from circuits.tasks.file import File
 from mad.run import RunConfig, Splits, make_run, open_run
-from mad.scoring import Scoring, score_file
+from mad.scoring import Scoring, score
 from tests import tiny
 
 ALPHA = 0.2
@@ -71,7 +71,7 @@ def opened(run):
 def test_a_file_is_scored_line_by_line_in_order(run, tmp_path):
     again, calibrated = opened(run)
     scoring = Scoring(alpha=ALPHA, chunk=8)
-    tally = score_file(inputs(tmp_path), tmp_path / "out.jsonl", calibrated, again.model, scoring)
+    tally = score(inputs(tmp_path), tmp_path / "out.jsonl", calibrated, again.model, scoring)
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert tally.lines == len(results) == 37 and tally.resumed == 0
     bad = {3: "JSON", 5: "token 99", 8: "17 tokens", 9: "no tokenizer", 10: "", 11: ""}
@@ -98,7 +98,7 @@ def test_scores_equal_the_detectors_own(run, tmp_path):
     again, calibrated = opened(run)
     good = [{"clean": r["clean"], "id": str(i)} for i, r in enumerate(records(5, 2))]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
-    score_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA))
+    score(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA))
     scored = [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert scored == calibrated.detector.score(load_prompts(good, again.model)).tolist()
 
@@ -108,7 +108,7 @@ def test_scores_equal_the_detectors_own(run, tmp_path):
 def test_an_interrupted_run_resumes_to_the_same_file(run, tmp_path, monkeypatch, broken_after, torn):
     again, calibrated = opened(run)
     source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
-    score_file(source, tmp_path / "whole.jsonl", calibrated, again.model, scoring)
+    score(source, tmp_path / "whole.jsonl", calibrated, again.model, scoring)
     real, calls = scoring_module.score_lines, []
 
     def interrupted(*arguments):
@@ -120,12 +120,12 @@ def test_an_interrupted_run_resumes_to_the_same_file(run, tmp_path, monkeypatch,
     monkeypatch.setattr(scoring_module, "score_lines", interrupted)
     out = tmp_path / "parts.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        score_file(source, out, calibrated, again.model, scoring)
+        score(source, out, calibrated, again.model, scoring)
     assert not out.exists()
     with (tmp_path / "parts.jsonl.partial").open("ab") as file:
         file.write(torn)
     monkeypatch.setattr(scoring_module, "score_lines", real)
-    tally = score_file(source, out, calibrated, again.model, scoring)
+    tally = score(source, out, calibrated, again.model, scoring)
     assert tally.resumed == 8 * broken_after
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -135,30 +135,30 @@ def test_partial_results_of_another_job_are_refused(run, tmp_path, monkeypatch):
     source, out = inputs(tmp_path), tmp_path / "out.jsonl"
     monkeypatch.setattr(scoring_module, "score_lines", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score_file(source, out, calibrated, again.model, Scoring(alpha=ALPHA))
+        score(source, out, calibrated, again.model, Scoring(alpha=ALPHA))
     with pytest.raises(ValueError, match="beginning of another job"):
-        score_file(source, out, calibrated, again.model, Scoring(alpha=0.3))
+        score(source, out, calibrated, again.model, Scoring(alpha=0.3))
 
 
 def test_refusals(run, tmp_path):
     again, calibrated = opened(run)
     source, out = inputs(tmp_path), tmp_path / "out.jsonl"
 
-    def score(path=source, **changes):
-        return score_file(path, out, calibrated, again.model, Scoring(**{"alpha": ALPHA, **changes}))
+    def attempt(path=source, **changes):
+        return score(path, out, calibrated, again.model, Scoring(**{"alpha": ALPHA, **changes}))
 
     with pytest.raises(ValueError, match="alpha=0.01 needs at least 99 calibration inputs, but there are"):
-        score(alpha=0.01)
+        attempt(alpha=0.01)
     with pytest.raises(ValueError, match="explain='some'"):
-        score(explain="some")
+        attempt(explain="some")
     with pytest.raises(FileNotFoundError):
-        score(tmp_path / "none.jsonl")
+        attempt(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
-        score(tmp_path / "empty.jsonl")
+        attempt(tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match="chunk=0"):
-        score(chunk=0)
+        attempt(chunk=0)
     out.write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=true"):
-        score()
+        attempt()
     assert out.read_text() == "mine"

@@ -48,7 +48,7 @@ def run(config: Demo) -> None:
     from mad.plot import draw_roc, draw_score_distributions
     from mad.run import load_prompts, make_run
     from mad.saved import fit, save_detector
-    from mad.scoring import Scoring, score_file
+    from mad.scoring import Scoring, score
     from mad.tasks.recall_redirect import RecallRedirect, groups
 
     console = Console()
@@ -65,7 +65,7 @@ def run(config: Demo) -> None:
     drawn["normal_iid"] = _new(drawn["normal_iid"], done)[: config.inputs]
     drawn = {name: records for name, records in drawn.items() if records}
     write_jsonl([record for records in drawn.values() for record in records], done.folder / "inputs.jsonl")
-    score_file(
+    score(
         done.folder / "inputs.jsonl", done.folder / "scored.jsonl", done.detector, done.model,
         Scoring(alpha=config.alpha), overwrite=True,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def _report(
         soft_wrap=True,
     )
     title = f"AUROC, and share flagged at alpha = {config.alpha:.0%}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("", "AUROC\niid", "\nshift", "flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = []
@@ -145,7 +145,7 @@ def _report(
         share = {g: sum(c.flagged[g] for c in controls) / len(controls) for g in controls[0].flagged}
         rows.append({"detector": f"random circuits ({len(controls)})", "auroc": mean, "flagged": share})
         table.add_row(
-            f"{len(controls)} random circuits", *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
+            "random circuits", *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
             *(f"{share[g]:.1%}" for g in ("normal_iid", "normal_shift", "anomaly")), "", "",
         )  # fmt: skip
     console.print(table)

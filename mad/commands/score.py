@@ -39,7 +39,7 @@ class Score:
 def run(config: Score) -> int:
     """Scores, and reports on stderr."""
     from mad.run import open_run
-    from mad.scoring import Scoring, score_file
+    from mad.scoring import Scoring, score
 
     opened = open_run(
         Path(config.circuit), model=config.model, device=config.device, allow_other_weights=config.allow_other_weights
@@ -47,7 +47,7 @@ def run(config: Score) -> int:
     calibrated = opened.detector(config.detector, allow_other_weights=config.allow_other_weights)
     scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
     out = Path(config.out)
-    tally = score_file(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)
+    tally = score(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)
     resumed = f" ({tally.resumed} by an earlier run)" if tally.resumed else ""
     print(
         f"{tally.lines} lines{resumed}, {tally.flagged} anomalous at alpha {config.alpha:g}, "

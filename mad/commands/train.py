@@ -9,8 +9,18 @@ the result of the first command with its defaults, which is shipped.
 
 from __future__ import annotations
 
-from mad.train import Train
+from dataclasses import dataclass
+from typing import Any
+
+from mad.train import Train as TrainConfig
 from mad.train import run as train_model
+
+
+@dataclass
+class Train(TrainConfig):
+    """What is trained."""
+
+    task: Any = "???"  # what to learn: recall_redirect
 
 
 def run(config: Train) -> None:

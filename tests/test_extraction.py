@@ -13,7 +13,7 @@ from circuits.behaviour import Yardstick, prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
 from circuits.engine import Factored
-from circuits.extract import Extraction, by_metric, choose, evaluate, extract
+from circuits.extraction import Extraction, by_metric, choose, evaluate, extract
 from circuits.metrics import METRICS
 from circuits.model import ModelConfig, load_model
 from circuits.prompts import Prompts, prompts_from_records
@@ -208,7 +208,7 @@ def test_contradictory_selections_are_refused(selection, message):
 
 def test_faithfulness_by_metric_is_that_of_each_metric(caplog):
     ours, kept = scale(), select(GRAPH, scored().scores, edges=20)
-    with caplog.at_level(logging.INFO, "circuits.extract"):
+    with caplog.at_level(logging.INFO, "circuits.extraction"):
         results = by_metric(ours, kept)
     assert {"kl", "logit_diff"} <= set(results)
     for name in METRICS:
@@ -243,7 +243,7 @@ def test_a_metric_that_does_not_separate_is_refused_before_discovery(metric, mon
     def expensive(*_):
         raise AssertionError("discovery has run")
 
-    monkeypatch.setattr("circuits.extract.METHODS", {"eap_ig": (EAPIG, expensive)})
+    monkeypatch.setattr("circuits.extraction.METHODS", {"eap_ig": (EAPIG, expensive)})
     with pytest.raises(ValueError, match=f"metric {metric} does not separate the model from the ablated model"):
         extract(ENGINE, prompts_from_records(same), EVALUATION, EAPIG(), metric=metric)
 
