@@ -128,7 +128,7 @@ def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *
         raise ValueError(f"ablation={config.name!r}, but the ablations are {', '.join(ABLATIONS)}")
     if config.name in ("mean", "positional_mean"):
         return Ablation(config, means=writer_means(engine, reference, batch_size=batch_size))
-    return Ablation(config, donors=reference if config.name == "resample" else None)
+    return Ablation(config, donors=reference.to(engine.device) if config.name == "resample" else None)
 
 
 @torch.no_grad()

@@ -237,9 +237,8 @@ class Factored:
         masks = masks * graph.exists.to(masks.device)
         start = start or Start(0, self.embed(tokens))
         todo = plan(graph, masks, first_layer=start.layer)
-        grad = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (masks, start.writers, ablated.base, self.architecture.token.weight)
-        )
+        tensors = (masks, start.writers, ablated.base, *self.model.bridge.parameters())
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         run = MaskedRun(self, todo, masks, ablated, start, key_mask, per_example, grad)
         logits = run.logits(positions)
         return logits[0] if single or per_example else logits

@@ -208,15 +208,11 @@ class _Mix(torch.autograd.Function):
 def _gather(values: Tensor, positions: Int[Tensor, "B P"], per_example: bool) -> Tensor:
     """`values` [..., k, b, s, D] at the scored positions; axes of size 1 are broadcast values."""
     batch_axis = values.ndim - 4 if per_example else values.ndim - 3
-    if values.shape[-2] == 1:
-        return values
     if values.shape[batch_axis] == 1 and len(positions) > 1:
         shape = list(values.shape)
         shape[batch_axis] = len(positions)
         values = values.expand(shape)
-    index = positions.clamp(min=-1) % values.shape[-2]
+    index = positions % values.shape[-2]
     index = index[:, None] if per_example else index[None]  # [k, b, P]
-    index = index.expand(*values.shape[:-2], index.shape[-1])[..., None].expand(
-        *values.shape[:-2], -1, values.shape[-1]
-    )
-    return values.gather(-2, index)
+    shape = (*values.shape[:-2], index.shape[-1], values.shape[-1])
+    return values.gather(-2, index[..., None].expand(shape))

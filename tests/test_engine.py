@@ -247,6 +247,18 @@ def test_gradients_reach_the_weights():
     torch.testing.assert_close(factored.logits(tokens), model.bridge(tokens))
 
 
+def test_gradients_reach_a_single_weight_that_is_trained():
+    model = tiny.gpt2()
+    factored = Factored(model)
+    tokens = tokens_for(factored)
+    ablated = random_ablated(factored, tokens)
+    weight = model.bridge.blocks[1].mlp.out.original_component.weight.requires_grad_()
+    logits = factored.masked(tokens, torch.ones(factored.graph.exists.shape), ablated)
+    ours = torch.autograd.grad(logits[:, -1, 0].sum(), weight)[0]
+    theirs = torch.autograd.grad(model.bridge(tokens)[:, -1, 0].sum(), weight)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_right_padding_changes_nothing(named_engine):
     name, factored = named_engine
     tokens = tokens_for(factored, rows=2, length=9)
