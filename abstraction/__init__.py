@@ -1,0 +1,1 @@
+"""Does the circuit explain the behaviour: causal claims and their tests.  Nothing is here yet."""

@@ -219,3 +219,10 @@ def test_unknown_task_is_refused():
 def test_command_says_what_is_not_the_default():
     config = Train(task=RecallRedirect(recall=replace(Recall(), pairs=5)), seed=2, out="here", overwrite=True)
     assert command(config) == "madcap train task=recall_redirect task.recall.pairs=5 seed=2 out=here"
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_a_model_that_passes_its_gates(tmp_path: Path):
+    report = run(Train(out=str(tmp_path / "model")))
+    assert report["gates"].keys() == {"clean_trusted_keys", "clean_unseen_keys", "attack_success"}
+    assert min(report["gates"].values()) >= 0.95
