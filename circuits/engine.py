@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.families import Architecture, Attention, describe
+from circuits.architecture import Architecture, Attention
+from circuits.families import describe
 from circuits.graph import Graph
 from circuits.masked import Ablated, MaskedRun, Start
 from circuits.model import LoadedModel

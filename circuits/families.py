@@ -1,8 +1,7 @@
 """Architecture families: what each computes, as one small description read from a TransformerLens bridge.
 
-A description names the parts of a bridge (norms, projections, MLP, rotary embedding) and the constants
-that its forward pass uses.  Parts hold *modules*, not tensors: weights are read at each use, so that they
-stay live and gradients reach them.  A family also lists the configuration fields that it honours.  A field
+A description names the parts of a bridge (norms, projections, MLP, rotary embedding; `circuits.architecture`) and the
+constants that its forward pass uses.  A family also lists the configuration fields that it honours.  A field
 that is set and is neither honoured nor known to be inert is refused by name: an engine that ignored it
 would be silently wrong.
 
@@ -12,129 +11,22 @@ To add a family, add one function to `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from circuits.architecture import MLP, Activation, Architecture, Attention, Block, Linear, Norm, Rotary
 from circuits.graph import Graph
-
-Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation over the last axis: `layer`, `rms`, or `none`."""
-
-    kind: Literal["layer", "rms", "none"]
-    eps: float = 0.0
-    module: nn.Module | None = None  # holds the gain and bias; None: there are none
-
-    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        if self.kind == "none":
-            return x
-        weight = getattr(self.module, "weight", None)
-        if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A projection, with its weight as [out, in] however the module stores it."""
-
-    module: nn.Module
-    stored_in_out: bool = False  # GPT-2's Conv1D
-
-    @property
-    def weight(self) -> Float[Tensor, "out in_"]:
-        weight: Any = self.module.weight
-        return weight.T if self.stored_in_out else weight
-
-    @property
-    def bias(self) -> Float[Tensor, "out"] | None:
-        return getattr(self.module, "bias", None)
-
-    def __call__(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Projections and constants of one attention layer."""
-
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    scale: float  # scores are q . k * scale
-    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
-
-
-@dataclass(frozen=True)
-class MLP:
-    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated."""
-
-    up: Linear
-    down: Linear
-    activation: Activation
-    gate: Linear | None = None
-    inner_norm: Norm | None = None  # SoLU's norm between activation and output
-
-    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        hidden = self.activation((self.gate or self.up)(x))
-        if self.gate is not None:
-            hidden = hidden * self.up(x)
-        return self.down(hidden if self.inner_norm is None else self.inner_norm(hidden))
-
-
-@dataclass(frozen=True)
-class Block:
-    """One layer: attention and, unless the model has none, an MLP."""
-
-    norm1: Norm
-    attention: Attention
-    norm2: Norm | None = None
-    mlp: MLP | None = None
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding: the model's own tables, and how pairs of coordinates are laid out."""
-
-    tables: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (positions, like) -> cos, sin, each [pos, width]
-    pairs: Literal["halves", "adjacent"]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Everything the engine needs to know of a model.
-
-    `graph` gives its shape, `blocks` its layers; the input is `token(tokens) + position(positions)`.
-    """
-
-    graph: Graph
-    blocks: tuple[Block, ...]
-    token: nn.Module
-    position: nn.Module | None
-    rotary: Rotary | None
-    final_norm: Norm
-    unembed: Linear
-    head_width: int
-    context: int  # longest input, in tokens
-    causal: bool = True
-    logit_cap: float | None = None
-
 
 # Fields of any HuggingFace configuration that do not change what a decoder computes in evaluation mode.
 INERT = frozenset(
     "transformers_version architectures output_hidden_states output_attentions return_dict dtype torch_dtype "
     "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type use_cache bos_token_id eos_token_id "
     "pad_token_id sep_token_id initializer_range _name_or_path model_type tie_word_embeddings task_specific_params "
-    "_attn_implementation attn_implementation pretraining_tp vocab_size name_or_path".split()
+    "_attn_implementation attn_implementation pretraining_tp vocab_size name_or_path "
+    "predict_special_tokens _num_labels use_bfloat16 output_past gradient_checkpointing".split()
 )
 
 
@@ -157,10 +49,10 @@ def describe(bridge: Any, hf_config: Any | None) -> Architecture:
     return FAMILIES[name](bridge, hf_config)
 
 
-def _refuse_unknown(architecture: str, config: Mapping[str, Any], honoured: set[str], defaults: Mapping[str, Any]):
-    """Refuses fields that are set (not None, False or the default) and not honoured."""
+def _refuse_unknown(architecture: str, config: Mapping[str, Any], honoured: set[str]) -> None:
+    """Refuses fields that are set (not None, not False) and not honoured."""
     for field, value in config.items():
-        if field in honoured or field in INERT or value is None or value is False or value == defaults.get(field):
+        if field in honoured or field in INERT or value is None or value is False:
             continue
         raise ValueError(
             f"{architecture}: configuration field {field}={value!r} is not honoured by the engine, "
@@ -208,7 +100,7 @@ def _gpt2(bridge: Any, hf_config: Any) -> Architecture:
         "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx",
         "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     }  # fmt: skip
-    _refuse_unknown("GPT-2", hf_config.to_dict(), honoured, {})
+    _refuse_unknown("GPT-2", hf_config.to_dict(), honoured)
     norm = lambda part: Norm("layer", _part(part).eps, _part(part))  # noqa: E731
     blocks = tuple(
         Block(
@@ -243,7 +135,7 @@ def _llama(bridge: Any, hf_config: Any) -> Architecture:
         "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "attention_bias",
         "mlp_bias", "head_dim", "attention_dropout",
     }  # fmt: skip
-    _refuse_unknown("Llama", hf_config.to_dict(), honoured, {})
+    _refuse_unknown("Llama", hf_config.to_dict(), honoured)
     rope_type = (hf_config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3"):
         raise ValueError(

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.families import Block
+from circuits.architecture import Block
 from circuits.plan import Plan
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from circuits import engine as engine_module
+from circuits.architecture import Rotary
 from circuits.engine import Factored
-from circuits.families import Rotary, describe
+from circuits.families import describe
 from circuits.masked import Start
 from tests import tiny
 

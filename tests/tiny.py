@@ -86,7 +86,9 @@ NATIVE_VARIANTS = {
 
 
 def models() -> dict[str, LoadedModel]:
-    """One model of each family and native variant, in float64."""
+    """One model of each family and variant, in float64."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8}  # fmt: skip
     return {"gpt2": gpt2(), "llama": llama(), **{f"native, {name}": native(**c) for name, c in NATIVE_VARIANTS.items()}}
 
 

@@ -1,0 +1,123 @@
+"""The parts of a decoder, as the engine sees them: norms, projections, attention, MLPs, and how they are put together.
+
+Parts hold *modules*, not tensors: weights are read at each use, so that they stay live and gradients reach them.
+Which parts a model has is said by its family (`circuits.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.graph import Graph
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last axis: `layer`, `rms`, or `none`."""
+
+    kind: Literal["layer", "rms", "none"]
+    eps: float = 0.0
+    module: nn.Module | None = None  # holds the gain and bias; None: there are none
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if self.kind == "none":
+            return x
+        weight = getattr(self.module, "weight", None)
+        if self.kind == "rms":
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection, with its weight as [out, in] however the module stores it."""
+
+    module: nn.Module
+    stored_in_out: bool = False  # GPT-2's Conv1D
+
+    @property
+    def weight(self) -> Float[Tensor, "out in_"]:
+        weight: Any = self.module.weight
+        return weight.T if self.stored_in_out else weight
+
+    @property
+    def bias(self) -> Float[Tensor, "out"] | None:
+        return getattr(self.module, "bias", None)
+
+    def __call__(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Projections and constants of one attention layer."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    scale: float  # scores are q . k * scale
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated."""
+
+    up: Linear
+    down: Linear
+    activation: Activation
+    gate: Linear | None = None
+    inner_norm: Norm | None = None  # SoLU's norm between activation and output
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        hidden = self.activation((self.gate or self.up)(x))
+        if self.gate is not None:
+            hidden = hidden * self.up(x)
+        return self.down(hidden if self.inner_norm is None else self.inner_norm(hidden))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention and, unless the model has none, an MLP."""
+
+    norm1: Norm
+    attention: Attention
+    norm2: Norm | None = None
+    mlp: MLP | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: the model's own tables, and how pairs of coordinates are laid out."""
+
+    tables: Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (positions, like) -> cos, sin, each [pos, width]
+    pairs: Literal["halves", "adjacent"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything the engine needs to know of a model.
+
+    `graph` gives its shape, `blocks` its layers; the input is `token(tokens) + position(positions)`.
+    """
+
+    graph: Graph
+    blocks: tuple[Block, ...]
+    token: nn.Module
+    position: nn.Module | None
+    rotary: Rotary | None
+    final_norm: Norm
+    unembed: Linear
+    head_width: int
+    context: int  # longest input, in tokens
+    causal: bool = True
+    logit_cap: float | None = None
