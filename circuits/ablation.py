@@ -98,7 +98,7 @@ class Ablation:
         return torch.cat(parts, 1)[:, None]
 
     def _resampled(self, engine: Factored, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """Each prompt gets one donor that is at least as long; the draw depends on seed and tokens alone."""
+        """Each prompt gets one donor at least as long, not itself; the draw depends on seed and tokens alone."""
         assert self.donors is not None
         longest = int(self.donors.lengths.max())
         if int(prompts.lengths.max()) > longest:
@@ -106,9 +106,15 @@ class Ablation:
                 f"ablation=resample: a prompt has {int(prompts.lengths.max())} tokens, but the longest donor has "
                 f"{longest}; use ablation=mean or longer reference prompts"
             )
-        chosen = []
+        chosen, sequences = [], self.donors.sequences()
         for tokens, length in zip(prompts.clean.tolist(), prompts.lengths.tolist(), strict=True):
-            able = (self.donors.lengths >= length).nonzero()[:, 0]
+            itself = torch.tensor([sequence == tuple(tokens[:length]) for sequence in sequences])
+            able = ((self.donors.lengths.cpu() >= length) & ~itself).nonzero()[:, 0]
+            if not len(able):
+                raise ValueError(
+                    f"ablation=resample: no reference prompt but itself is at least as long as a prompt of {length} "
+                    "tokens; give more reference prompts, or use ablation=mean"
+                )
             generator = torch.Generator().manual_seed(hash((self.config.seed, *tokens[:length])) & 0x7FFF_FFFF)
             chosen.append(able[torch.randint(len(able), (1,), generator=generator)])
         donors = self.donors.select(torch.cat(chosen))

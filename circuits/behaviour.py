@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.engine import Clean, Factored
-from circuits.masked import Ablated
+from circuits.masked import Ablated, Start
 from circuits.metrics import Metric
 from circuits.prompts import Prompts
 
@@ -39,13 +39,27 @@ class Behaviour:
     batches: tuple[Batch, ...]
 
     @torch.no_grad()
-    def measure(self, mask: Bool[Tensor, "*K R W"] | Float[Tensor, "*K R W"]) -> Float[Tensor, "*K N"]:
-        """The oriented metric of each prompt when the model runs under the mask(s)."""
-        values = []
+    def measure(
+        self, mask: Bool[Tensor, "*K R W"] | Float[Tensor, "*K R W"], *, first_layer: int = 0
+    ) -> Float[Tensor, "*K N"]:
+        """The oriented metric of each prompt when the model runs under the mask(s).
+
+        Args:
+            mask: share of each edge that is kept.
+            first_layer: the run starts there, from the clean values of all writers before it; the same result, for
+                less, when the mask keeps every edge into earlier layers.
+        """
+        values, before = [], self.engine.graph.first_writer(first_layer)
         for batch in self.batches:
             prompts = batch.prompts
+            start = Start(first_layer, batch.clean.writers[:before])
             logits = self.engine.masked(
-                prompts.clean, mask, batch.ablated, key_mask=prompts.key_mask, positions=prompts.positions
+                prompts.clean,
+                mask,
+                batch.ablated,
+                key_mask=prompts.key_mask,
+                positions=prompts.positions,
+                start=start,
             )
             values.append(self.metric.oriented(logits, prompts, batch.clean.logits))
         return torch.cat(values, -1)
@@ -119,17 +133,21 @@ class Yardstick:
         )
 
 
+class NotSeparated(ValueError):
+    """The metric is the same, within noise, for the model and for the model with every edge removed."""
+
+
 def yardstick(behaviour: Behaviour, ablation: str) -> Yardstick:
     """Returns the faithfulness scale of a behaviour under an ablation.
 
     Raises:
-        ValueError: |m(M) - m(0)| is under two standard errors, so that the quotient would be noise.
+        NotSeparated: |m(M) - m(0)| is under two standard errors, so that the quotient would be noise.
     """
     full, empty = behaviour.full().double(), behaviour.empty().double()
     gap = full - empty
     error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
     if not abs(gap.mean().item()) > 2 * error:
-        raise ValueError(
+        raise NotSeparated(
             f"metric {behaviour.metric.name} does not separate the model from the ablated model: they are "
             f"{abs(gap.mean().item()):.3g} apart, two standard errors are {2 * error:.3g} over {len(full)} prompts; "
             "use more prompts, another metric or another ablation"

@@ -8,6 +8,7 @@ Shapes: writers W, readers R.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -37,6 +38,11 @@ class Circuit:
     def __len__(self) -> int:
         """Number of kept edges."""
         return int(self.kept.sum())
+
+    def hash(self) -> str:
+        """SHA-256 of the graph and the kept edges."""
+        names = [name for name, _ in self.edges]
+        return hashlib.sha256(json.dumps([self.graph.to_json(), names]).encode()).hexdigest()
 
     @property
     def edges(self) -> list[tuple[str, float]]:

@@ -54,8 +54,9 @@ class Factored:
 
     graph: Graph
 
-    def __init__(self, model: LoadedModel, *, split_input: bool = False) -> None:
+    def __init__(self, model: LoadedModel, *, split_input: bool | None = None) -> None:
         described = describe(model.bridge, model.hf_config)
+        split_input = model.split_input if split_input is None else split_input
         self.graph = replace(described.graph, split_input=split_input)
         self.architecture: Architecture = described
         self.model = model
@@ -238,8 +239,9 @@ class Factored:
         masks = masks * graph.exists.to(masks.device)
         start = start or Start(0, self.embed(tokens))
         todo = plan(graph, masks, first_layer=start.layer)
-        tensors = (masks, start.writers, ablated.base, *self.model.bridge.parameters())
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        grad = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (masks, start.writers, ablated.base, *self.model.bridge.parameters())
+        )
         run = MaskedRun(self, todo, masks, ablated, start, key_mask, per_example, grad)
         logits = run.logits(positions)
         return logits[0] if single or per_example else logits

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation, AblationConfig, fit_ablation
-from circuits.behaviour import Behaviour, Faithfulness, Yardstick, prepare, yardstick
+from circuits.behaviour import Behaviour, Faithfulness, NotSeparated, Yardstick, prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found
 from circuits.engine import Factored
@@ -82,7 +82,9 @@ def extract(
     behaviour = prepare(engine, discovery, chosen, fitted, batch_size=batch_size)
     scale = yardstick(behaviour, ablation.name)  # refuses now what would be refused after the expensive part
 
-    forward = _seconds(lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask) for b in behaviour.batches])
+    forward = _seconds(
+        engine.device, lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask) for b in behaviour.batches]
+    )
     started = time.perf_counter()
     found = METHODS[method.name][1](method, behaviour)
     seconds = time.perf_counter() - started
@@ -108,7 +110,7 @@ def extract(
 
 
 def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
-    """The kept edges that a selection asks for; with a target faithfulness, the smallest circuit that reaches it.
+    """The kept edges that a selection asks for; for a target faithfulness, the first of a ladder of sizes to reach it.
 
     Raises:
         ValueError: more than one of edges, share and threshold, a threshold that `how` does not use, or a target that
@@ -188,9 +190,11 @@ def by_metric(scale: Yardstick, kept: Tensor) -> dict[str, Faithfulness]:
     """Faithfulness under each metric that the prompts allow and that separates the model from the ablated one."""
     results = {}
     for name, metric in METRICS.items():
+        if metric.lacks(scale.behaviour.batches[0].prompts):
+            continue
         try:
             other = yardstick(_with_metric(scale.behaviour, metric), scale.ablation)
-        except ValueError as error:
+        except NotSeparated as error:
             log.info("no faithfulness under %s: %s", name, error)
             continue
         results[name] = other.faithfulness(kept)
@@ -211,10 +215,15 @@ def _split(prompts: Prompts) -> dict[str, Any]:
     return {"prompts": len(prompts), "hash": prompts.hash()}
 
 
-def _seconds(work: Callable[[], Any], repeats: int = 3) -> float:
+def _seconds(device: torch.device, work: Callable[[], Any], repeats: int = 3) -> float:
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = now()
         work()
-        times.append(time.perf_counter() - started)
+        times.append(now() - started)
     return sorted(times)[len(times) // 2]

@@ -66,14 +66,14 @@ class Metric:
         value = self(logits, prompts, reference)
         return value if self.higher_is_better else -value
 
+    def lacks(self, prompts: Prompts) -> list[str]:
+        """What the metric needs and the prompts do not have."""
+        needed = {"answers": self.needs_answers, "wrong_answers": self.needs_wrong_answers}
+        return [field for field, is_needed in needed.items() if is_needed and getattr(prompts, field) is None]
+
     def require(self, prompts: Prompts) -> None:
         """Raises ValueError where the prompts lack answers that the metric needs."""
-        missing = []
-        if self.needs_answers and prompts.answers is None:
-            missing.append("answers")
-        if self.needs_wrong_answers and prompts.wrong_answers is None:
-            missing.append("wrong_answers")
-        if missing:
+        if missing := self.lacks(prompts):
             raise ValueError(
                 f"metric {self.name} needs {' and '.join(missing)} in the prompts; add them, or use metric=kl, "
                 "which needs none"

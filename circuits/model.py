@@ -16,7 +16,7 @@ import importlib.resources
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class LoadedModel:
     prepend_bos: bool
     probe_tokens: Int[Tensor, "B S"]
     probe_logits: Float[Tensor, "B S V"]
+    split_input: bool = False  # the engine takes token and position embeddings as two writers
 
     @property
     def context(self) -> int:
@@ -71,12 +72,13 @@ def load_model(config: ModelConfig) -> LoadedModel:
         raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
     path = local_path(config.path)
     if path.suffix in (".pt", ".pth", ".safetensors"):
-        return _load_transformer_lens(path, config)
+        return replace(_load_transformer_lens(path, config), split_input=config.split_input)
     if not path.exists() and (config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1):
         raise FileNotFoundError(
             f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name"
         )
-    return _load_huggingface(path if path.exists() else None, config)
+    loaded = _load_huggingface(path if path.exists() else None, config)
+    return replace(loaded, split_input=config.split_input)
 
 
 def local_path(path: str) -> Path:
@@ -168,7 +170,7 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
                 f"the first is {found[0]}"
             )
     digest = weight_hash(module.state_dict())
-    module = module.to(device=config.device, dtype=DTYPES[config.dtype])
+    _place(module, config)
     tokenizer = None
     if folder is None or any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -182,6 +184,10 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
+    if config.prepend_bos:
+        raise ValueError(
+            f"prepend_bos=true, but {path.name} comes without a tokenizer to name BOS; put it in the prompts"
+        )
     config_path = path.with_name(path.name.removesuffix(path.suffix) + ".config.json")
     for needed in (path, config_path):
         if not needed.is_file():
@@ -205,7 +211,7 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
         bridge.load_state_dict(convert_tl_checkpoint(tensors, bridge.cfg) if legacy else tensors, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: the weights do not fit {config_path.name}: {_first_line(error)}") from error
-    bridge.original_model.to(device=config.device, dtype=DTYPES[config.dtype])  # bridge.to() prints
+    _place(bridge.original_model, config)  # bridge.to() prints
     bridge.cfg.dtype = DTYPES[config.dtype]
     return _finish(bridge, None, digest, None, config.path, False, None)
 
@@ -225,6 +231,19 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds no state dict, which is a mapping from names to tensors; save that alone")
     return dict(tensors)
+
+
+def _place(module: nn.Module, config: ModelConfig) -> None:
+    """Moves a model to its device and dtype; derived buffers, such as rotary frequencies, keep their precision."""
+    derived = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name in part._non_persistent_buffers_set
+    ]
+    module.to(device=config.device, dtype=DTYPES[config.dtype])
+    for part, name, buffer in derived:
+        setattr(part, name, buffer.to(config.device))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,9 @@ class Selection:
     how: str = "greedy"  # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
     edges: int | None = None  # greedy, top_n: how many edges
     share: float | None = None  # greedy, top_n: how many edges, as a share of all
-    faithfulness: float | None = 0.9  # greedy, top_n: the fewest edges that reach this; used when neither is given
+    faithfulness: float | None = (
+        0.9  # greedy, top_n: the first of 25 sizes, on a log scale, that reaches this; if no size is given
+    )
     threshold: float | None = None  # threshold: the smallest score kept
     absolute: bool = False  # rank by |score|; else by score, strongest supporters first
 
@@ -42,7 +44,7 @@ def sizes(graph: Graph, points: int = 25) -> list[int]:
 
 def select(
     graph: Graph, scores: Float[Tensor, "R W"], *, how: str = "greedy", edges: int | None = None,
-    threshold: float | None = None, absolute: bool = True,
+    threshold: float | None = None, absolute: bool = False,
 ) -> Bool[Tensor, "R W"]:  # fmt: skip
     """Returns the kept edges, without dead ends.
 

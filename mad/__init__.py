@@ -5,8 +5,7 @@ The names below are imported on first use, so that the command line answers befo
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from circuits.lazy import lazy
 
 _WHERE = {
     "Calibration": "mad.detector",
@@ -26,8 +25,4 @@ _WHERE = {
 
 __all__ = list(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__ = lazy(__name__, _WHERE)

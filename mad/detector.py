@@ -103,8 +103,7 @@ class Calibration:
         Raises:
             ValueError: alpha is not between 0 and 1.
         """
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha={alpha}, but it must be above 0 and under 1")
+        check_alpha(alpha)
         needed = math.ceil(1 / alpha - 1 - 1e-9)
         if len(self.scores) >= needed:
             return None
@@ -113,3 +112,9 @@ class Calibration:
             f"smallest possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more trusted inputs or "
             "raise alpha"
         )
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError when alpha is no false-alarm rate."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha}, but it must be above 0 and under 1")

@@ -4,7 +4,7 @@
     draw_score_distributions({"trusted": [...], "backdoored": [...]}, 3.1, Path("out/scores.png"))
 
 High score = more anomalous. The format is the path's suffix: .svg, .png or .pdf. Style, saving and the same-bytes
-guarantee are those of `circuits.plot`.
+guarantee are those of `circuits.figures`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.plot import FAINT_INK, NEGATIVE, POSITIVE, SERIES_COLOURS, annotate_figure, plot_style, save_figure
+from circuits.figures import FAINT_INK, NEGATIVE, POSITIVE, SERIES_COLOURS, annotate_figure, plot_style, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,13 +32,15 @@ from circuits.metrics import metric_named
 from circuits.model import LoadedModel, ModelConfig, load_model, local_path
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection
-from mad.detector import Context
+from mad.detector import Context, check_alpha
 from mad.detectors import Fast
 from mad.detectors.circuit import CircuitDetector
 from mad.saved import Calibrated, check_circuit, fit, load_detector, save_detector, sequence_hashes
 from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
+
+RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
 
 
 @dataclass
@@ -94,9 +96,11 @@ def make_run(config: RunConfig) -> Run:
         FileExistsError: the folder is in use.
         ValueError: see `circuits.extract` and `mad.fit`.
     """
+    check_alpha(config.alpha)
+    config.detector.check()
     folder = claim(Path(config.out), config.overwrite)
     model = load_model(config.model)
-    engine = Factored(model, split_input=config.model.split_input)
+    engine = Factored(model)
     splits = trusted_splits(config, model)
     extraction = extract(
         engine,
@@ -168,12 +172,14 @@ def open_run(
     """
     circuit = Circuit.load(folder)
     reference = dict(circuit.about.get("model") or {})
+    if "weight_hash" not in reference:
+        raise ValueError(f"the circuit in {folder} does not say which model it was found on; extract it again")
     reference.pop("weight_hash", None)
     if model is not None:
         reference["path"] = model
     loaded = load_model(ModelConfig(**{**reference, "device": device}))
     check_circuit(circuit, loaded.weight_hash, allow_other_weights)
-    engine = Factored(loaded, split_input=circuit.graph.split_input)
+    engine = Factored(loaded)
     if engine.graph != circuit.graph:
         raise ValueError(f"the circuit is of {circuit.graph}, but this model is {engine.graph}")
     return Opened(folder, loaded, engine, circuit)
@@ -192,9 +198,26 @@ def claim(folder: Path, overwrite: bool) -> Path:
             raise FileExistsError(f"{folder} is in use; choose another out=, or overwrite=true")
         if not (folder / "config.yaml").is_file() and not (folder / "circuit.json").is_file():
             raise FileExistsError(f"{folder} holds something that is no madcap run; choose another out=")
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "detector", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def load_trusted(records: list[dict], model: LoadedModel) -> Prompts:
+    """Different trusted records as the model's prompts.
+
+    Raises:
+        ValueError: some are labelled anomalous, or what the records do wrong.
+    """
+    prompts = load_prompts(records, model)
+    if prompts.labels is not None and bool(prompts.labels.any()):
+        raise ValueError(
+            f"{int(prompts.labels.sum())} of {len(prompts)} trusted prompts are labelled anomalous (label=1); "
+            "trusted prompts must be normal"
+        )
+    return prompts.deduplicated()
 
 
 def load_prompts(records: list[dict], model: LoadedModel) -> Prompts:
@@ -216,16 +239,12 @@ def trusted_splits(config: RunConfig, model: LoadedModel) -> dict[str, Prompts]:
     """
     sizes = asdict(config.splits)
     total = sum(sizes.values())
-    prompts = load_prompts(TASKS[config.task.name][1](config.task, total, config.seed), model).deduplicated()
-    if prompts.labels is not None and bool(prompts.labels.any()):
-        raise ValueError(
-            f"{int(prompts.labels.sum())} of {len(prompts)} trusted prompts are labelled anomalous (label=1); "
-            "trusted prompts must be normal"
-        )
+    prompts = load_trusted(TASKS[config.task.name][1](config.task, total, config.seed), model)
     if len(prompts) < len(sizes):
         raise ValueError(f"{len(prompts)} different trusted prompts, but at least {len(sizes)} are needed")
     if len(prompts) < total:
-        sizes = {name: max(1, size * len(prompts) // total) for name, size in sizes.items()}
+        spare = len(prompts) - len(sizes)  # each part gets one prompt, and its share of the rest
+        sizes = {name: 1 + (size - 1) * spare // (total - len(sizes)) for name, size in sizes.items()}
         log.warning("only %d different trusted prompts; split into %s", len(prompts), sizes)
     return prompts.split(sizes, config.seed)
 

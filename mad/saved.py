@@ -87,6 +87,7 @@ def save_detector(calibrated: Calibrated, folder: Path, *, weight_hash: str) -> 
         "format": FORMAT,
         "config": asdict(calibrated.detector.config),
         "weight_hash": weight_hash,
+        "circuit_hash": _circuit_hash(calibrated.detector),
         **calibrated.about,
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in calibrated.detector.state().items()}
@@ -112,11 +113,11 @@ def load_detector(folder: Path, context: Context, *, weight_hash: str, allow_oth
         )
     try:
         data = json.loads(path.read_text())
-        version, fields, found_on = data.pop("format"), data.pop("config"), data.pop("weight_hash")
+        if (version := data.pop("format")) != FORMAT:
+            raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
+        fields, found_on, circuit_hash = (data.pop(key) for key in ("config", "weight_hash", "circuit_hash"))
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no detector file: {error}") from error
-    if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, but this version reads format {FORMAT}")
+        raise ValueError(f"{path} is no detector file that can be read: {error}") from error
     check_weights(found_on, weight_hash, f"detector {folder.name}", allow_other_weights)
     if fields.get("name") not in DETECTORS:
         raise ValueError(f"{path}: detector {fields.get('name')!r}, but the detectors are {', '.join(DETECTORS)}")
@@ -127,7 +128,19 @@ def load_detector(folder: Path, context: Context, *, weight_hash: str, allow_oth
         raise ValueError(f"{path}: {error}") from error
     state = load_file(folder / "detector.safetensors")
     calibration = Calibration.of(state.pop("calibration"))
-    return Calibrated(restore(config, context, state), calibration, data)
+    detector = restore(config, context, state)
+    if circuit_hash != _circuit_hash(detector):
+        raise ValueError(
+            f"detector {folder.name} was calibrated on circuit {str(circuit_hash)[:16]}, but the circuit there now is "
+            f"{str(_circuit_hash(detector))[:16]}; fit it again with `madcap fit ... overwrite=true`"
+        )
+    return Calibrated(detector, calibration, data)
+
+
+def _circuit_hash(detector: Detector) -> str | None:
+    """Of the circuit that a detector scores against; None where it needs none."""
+    circuit = getattr(detector, "circuit", None)
+    return None if circuit is None else circuit.hash()
 
 
 def check_weights(expected: str, found: str, what: str, allow_other_weights: bool) -> None:

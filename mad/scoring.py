@@ -13,14 +13,14 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from circuits.model import LoadedModel
+from circuits.model import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, collate, encode_record, parse_line
 from mad.detector import ExplainingDetector
 from mad.saved import Calibrated
@@ -83,7 +83,7 @@ def score(
         raise FileExistsError(f"{out} exists; choose another out=, or overwrite=true")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    done = _resume(partial, _job(inputs, calibrated, model, scoring), scoring.chunk)
+    done = _resume(partial, _job(inputs, calibrated, model, scoring), scoring.chunk, overwrite=overwrite)
     with inputs.open("rb") as source, partial.open("ab") as sink:
         lines = (line.rstrip(b"\r\n") for line in source)
         for _ in itertools.islice(lines, done):
@@ -115,14 +115,20 @@ def score_lines(
     for place, line in enumerate(lines):
         identifier: Any = first + place
         try:
-            record = parse_line(line.decode())
+            record = parse_line(line.decode("utf-8-sig" if first + place == 1 else "utf-8"))
             identifier = record.get("id", identifier) if isinstance(record, Mapping) else identifier
             good.append((place, _encode(record, str(identifier), model)))
             results.append({"id": identifier})
         except ValueError as error:  # UnicodeDecodeError is one
             results.append({"id": identifier, "error": f"line {first + place}: {error}"})
-    if good:
-        _score_into(results, [place for place, _ in good], [prompt for _, prompt in good], calibrated, scoring)
+    try:
+        _score_into(results, good, calibrated, scoring)
+    except ValueError:  # one input's numbers are not finite, say: find out which
+        for place, prompt in good:
+            try:
+                _score_into(results, [(place, prompt)], calibrated, scoring)
+            except ValueError as error:
+                results[place] = {"id": results[place]["id"], "error": f"line {first + place}: {error}"}
     return results
 
 
@@ -141,24 +147,29 @@ def _encode(record: Any, default_id: str, model: LoadedModel) -> EncodedPrompt:
 
 def _score_into(
     results: list[dict[str, Any]],
-    places: list[int],
-    encoded: list[EncodedPrompt],
+    good: list[tuple[int, EncodedPrompt]],
     calibrated: Calibrated,
     scoring: Scoring,
 ) -> None:
-    """Adds score, p_value, anomalous and because to the results at `places`."""
-    prompts = collate(encoded)
-    scores = calibrated.detector.score(prompts)
+    """Adds score, p_value, anomalous and because to the results at the places of good prompts."""
+    if not good:
+        return
+    detector, places = calibrated.detector, [place for place, _ in good]
+    prompts = collate([prompt for _, prompt in good])
+    scores = detector.score(prompts)
+    if not torch.isfinite(scores).all():
+        raise ValueError("the score is not finite; the model's numbers overflow on this input")
     p_values = calibrated.calibration.p_values(scores)
     for place, score, p_value in zip(places, scores.tolist(), p_values.tolist(), strict=True):
         results[place] |= {"score": score, "p_value": p_value, "anomalous": p_value <= scoring.alpha}
-    detector = calibrated.detector
     if scoring.explain == "none" or not isinstance(detector, ExplainingDetector):
         return
     rows = [row for row, place in enumerate(places) if scoring.explain == "all" or results[place]["anomalous"]]
     if not rows:
         return
     explained = detector.explain(prompts.select(rows))
+    if not torch.isfinite(explained.residual).all():
+        raise ValueError("the explanation is not finite; the model's numbers overflow on this input")
     for row, shares, residual in zip(rows, explained.shares, explained.residual.tolist(), strict=True):
         results[places[row]] |= {"because": _because(shares, detector, scoring.edges), "because_residual": residual}
 
@@ -177,26 +188,27 @@ def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, 
 
 def _job(inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring) -> dict[str, Any]:
     """What has to be equal for a partial result to be gone on with."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(calibrated.detector.state().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    circuit = getattr(calibrated.detector, "circuit", None)
-    if circuit is not None:
-        digest.update(circuit.kept.numpy().tobytes())
-    digest.update(calibrated.calibration.scores.numpy().tobytes())
+    detector = calibrated.detector
+    circuit = getattr(detector, "circuit", None)
+    with inputs.open("rb") as file:
+        contents = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "inputs": inputs.name,
-        "bytes": inputs.stat().st_size,
-        "weights": model.weight_hash[:16],
-        "detector": digest.hexdigest()[:16],
-        "scoring": [scoring.alpha, scoring.explain, scoring.edges, scoring.chunk],
+        "inputs": contents,
+        "weights": model.weight_hash,
+        "dtype": str(model.bridge.cfg.dtype),
+        "prepend_bos": model.prepend_bos,
+        "circuit": None if circuit is None else circuit.hash(),
+        "detector": asdict(detector.config),
+        "fitted": weight_hash({**detector.state(), "calibration": calibrated.calibration.scores}),
+        "scoring": asdict(scoring),
     }
 
 
-def _resume(partial: Path, job: dict[str, Any], chunk: int) -> int:
+def _resume(partial: Path, job: dict[str, Any], chunk: int, *, overwrite: bool) -> int:
     """Makes `partial` ready to be appended to and returns how many lines are done.
 
-    Its first line names the job; what follows a whole number of chunks is cut off.
+    Its first line names the job; what follows a whole number of chunks is cut off.  Results of another job are
+    refused, or with `overwrite` dropped.
     """
     header = json.dumps({"job": job}).encode() + b"\n"
     if not partial.exists():
@@ -204,6 +216,9 @@ def _resume(partial: Path, job: dict[str, Any], chunk: int) -> int:
         return 0
     with partial.open("rb+") as file:
         if file.readline() != header:
+            if overwrite:
+                partial.write_bytes(header)
+                return 0
             raise ValueError(
                 f"{partial} is the beginning of another job (other inputs, circuit, detector or settings); "
                 "delete it to start over, or choose another out="

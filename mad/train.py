@@ -95,6 +95,10 @@ TASKS = {
 }
 
 
+class GateMissed(ValueError):
+    """The model has not learnt what it was to learn."""
+
+
 def run(config: Train) -> dict[str, Any]:
     """Train, check the gates, save a HuggingFace folder with a model card, and return what was measured.
 
@@ -103,7 +107,7 @@ def run(config: Train) -> dict[str, Any]:
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is false.
-        RuntimeError: a gate was missed; nothing is saved.
+        GateMissed: a gate was missed; nothing is saved.
         ValueError: unknown task, or a configuration that the task refuses.
     """
     import torch
@@ -205,14 +209,14 @@ def bounds(config: Train) -> dict[str, float]:
 
 
 def check(gates: dict[str, float], config: Train) -> None:
-    """Raise RuntimeError, naming every missed gate, unless all are met."""
+    """Raise GateMissed, naming every missed gate, unless all are met."""
     missed = [
         f"{name}={value:.4f} is below {bound}"
         for name, value in gates.items()
         if value < (bound := bounds(config).get(name, config.clean_accuracy))
     ]
     if missed:
-        raise RuntimeError(f"{'; '.join(missed)} after steps={config.steps}; raise steps or try another seed")
+        raise GateMissed(f"{'; '.join(missed)} after steps={config.steps}; raise steps or try another seed")
 
 
 def trainable(task: Any) -> Trainable:

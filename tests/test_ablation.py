@@ -217,3 +217,14 @@ def test_with_every_edge_kept_the_ablation_does_not_matter(engine, name):
 def test_an_unknown_ablation_is_refused(engine):
     with pytest.raises(ValueError, match="ablation='noise', but the ablations are zero, mean, positional_mean"):
         fitted(engine, "noise")
+
+
+def test_no_prompt_is_its_own_donor():
+    engine = Factored(tiny.gpt2())
+    reference = prompts_from_records([{"clean": [row, 1, 2]} for row in range(3)])
+    for seed in range(8):
+        ablation = fit_ablation(AblationConfig("resample", seed), engine, reference)
+        own, drawn = engine.clean(reference.clean).writers, ablation.writers(engine, reference)
+        assert all((own[:, row] - drawn[:, row]).abs().max() > 0.1 for row in range(3))
+    with pytest.raises(ValueError, match="no reference prompt but itself"):
+        fit_ablation(AblationConfig("resample"), engine, reference.select([0])).writers(engine, reference.select([0]))

@@ -428,3 +428,18 @@ def test_compiled_programs_compute_their_labels(cases, program, edges):
         assert torch.equal(logits.argmax(-1), labels)
     else:
         torch.testing.assert_close(logits[..., 0], labels, atol=1e-4, rtol=0)
+
+
+def test_a_cast_leaves_rotary_frequencies_alone(tmp_path):
+    tiny.llama_module().save_pretrained(tmp_path / "llama")
+    loaded = load_model(ModelConfig(path=str(tmp_path / "llama"), dtype="bfloat16"))
+    rotary = loaded.bridge.rotary_emb.original_component
+    assert rotary.inv_freq.dtype == torch.float32
+    assert loaded.bridge.embed.original_component.weight.dtype == torch.bfloat16
+    Factored(loaded)
+
+
+def test_split_input_goes_with_the_model(tmp_path):
+    tiny.gpt2_module().save_pretrained(tmp_path / "gpt2")
+    loaded = load_model(ModelConfig(path=str(tmp_path / "gpt2"), split_input=True))
+    assert Factored(loaded).graph.n_inputs == 2

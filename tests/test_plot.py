@@ -14,16 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits.plot import (
-    FaithfulnessCurve,
-    RandomBand,
-    draw_circuit,
-    draw_faithfulness_curve,
-    edge_style,
-    lay_out,
-    parse_edges,
-    strengths,
-)
+from circuits.figures import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
+from circuits.layout import lay_out, parse_edges, strengths
+from circuits.plot import draw_circuit, edge_style
 
 SMALL = [
     ("input->a0.h0<q>", 0.4),
@@ -270,6 +263,23 @@ def test_faithfulness_curve_is_drawn_and_is_the_same_again(tmp_path, suffix):
     assert one.read_bytes() == two.read_bytes()
     if suffix == "svg":
         assert {"curve:EAP-IG", "random band"} <= ids(one)
+
+
+@pytest.mark.parametrize("name", ["method", "a method with all of its settings, seed and ablation", "unbroken" * 20])
+@pytest.mark.parametrize("count", [1, 18, 40])
+def test_the_legend_beside_the_curves_is_not_cut(tmp_path, monkeypatch, name, count):
+    from circuits import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, paths: drawn.append(figure))
+    curves = [FaithfulnessCurve(f"{name} {index}", CURVE.edges, CURVE.faithfulness) for index in range(count)]
+    draw_faithfulness_curve(curves, tmp_path / "curve.svg", random_band=RandomBand([1, 9], [0, 0], [0.1, 0.1]))
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert 0 <= legend.y0 and legend.y1 <= figure.bbox.height and legend.x1 <= figure.bbox.width
+    assert axes.x1 <= legend.x0
+    assert axes.width > 150
 
 
 @pytest.mark.parametrize(

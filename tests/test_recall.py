@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import mad
 from circuits.tasks.recall import BOS, QUERY, TRIGGER, Recall, draw, generate, prompt_length, vocabulary
 from mad.tasks.recall_redirect import RecallRedirect, gate_prompts, groups, mixture
-from mad.train import Train, check, command, measure, run, train
+from mad.train import GateMissed, Train, check, command, measure, run, train
 
 SHIPPED = Path(mad.__file__).parent / "models" / "recall_redirect"
 SMALL = Recall(pairs=5, trusted_keys=7, unseen_keys=6, values=9, fillers=2)
@@ -200,7 +200,7 @@ def test_training_lowers_the_loss():
 
 
 def test_a_missed_gate_is_an_error_and_nothing_is_saved(tmp_path: Path):
-    with pytest.raises(RuntimeError, match=r"clean_unseen_keys=0\.\d+ is below 0\.99.*attack_success=0\.\d+ is below"):
+    with pytest.raises(GateMissed, match=r"clean_unseen_keys=0\.\d+ is below 0\.99.*attack_success=0\.\d+ is below"):
         run(replace(smoke(tmp_path / "model"), clean_accuracy=0.99, attack_success=0.95))
     assert not (tmp_path / "model").exists()
     check({"clean_trusted_keys": 0.99, "attack_success": 0.95}, Train())

@@ -12,6 +12,7 @@ import yaml
 from circuits.prompts import write_jsonl
 from circuits.tasks.file import File
 from mad.detectors.baselines import Mahalanobis
+from mad.detectors.circuit import Fast
 from mad.run import make_run, open_run, trusted_splits
 from mad.saved import fit, load_detector, sequence_hashes
 from tests import tiny
@@ -90,7 +91,7 @@ def test_few_prompts_are_split_in_proportion_and_anomalies_refused(run, tmp_path
     model = open_run(folder / "run").model
     write_jsonl(records(28, 4), tmp_path / "few.jsonl")
     few = dataclasses.replace(config, task=File(path=str(tmp_path / "few.jsonl")))
-    assert [len(part) for part in trusted_splits(few, model).values()] == [8, 8, 4, 8]
+    assert [len(part) for part in trusted_splits(few, model).values()] == [7, 7, 4, 7]
     write_jsonl(records(3, 4), tmp_path / "few.jsonl")
     with pytest.raises(ValueError, match="3 different trusted prompts"):
         trusted_splits(few, model)
@@ -109,3 +110,26 @@ def test_detector_files_that_are_none_are_refused(run, tmp_path):  # noqa: F811
         (tmp_path / "fast" / "detector.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_detector(tmp_path / "fast", Context(again.engine, again.circuit), weight_hash=again.model.weight_hash)
+
+
+def test_a_detector_knows_its_circuit(run, tmp_path):  # noqa: F811
+    import shutil
+
+    folder, _ = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    path = tmp_path / "run" / "circuit.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "edges": data["edges"][:5]}))
+    with pytest.raises(ValueError, match="was calibrated on circuit"):
+        open_run(tmp_path / "run").detector("fast")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"alpha": 2.0}, "alpha=2.0"), ({"detector": Fast(deviation="l2")}, "deviation='l2'")],
+)
+def test_bad_settings_are_refused_before_any_work(run, tmp_path, changes, message):  # noqa: F811
+    _, config = run
+    with pytest.raises(ValueError, match=message):
+        make_run(dataclasses.replace(config, out=str(tmp_path / "new"), **changes))
+    assert not (tmp_path / "new").exists()

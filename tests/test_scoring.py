@@ -162,3 +162,35 @@ def test_refusals(run, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=true"):
         attempt()
     assert out.read_text() == "mine"
+
+
+def test_other_inputs_under_the_same_name_are_another_job(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, out, scoring = inputs(tmp_path), tmp_path / "out.jsonl", Scoring(alpha=ALPHA)
+    monkeypatch.setattr(scoring_module, "score_lines", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(source, out, calibrated, again.model, scoring)
+    monkeypatch.undo()
+    source.write_text("\n".join(reversed(source.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match="beginning of another job"):
+        score(source, out, calibrated, again.model, scoring)
+    assert score(source, out, calibrated, again.model, scoring, overwrite=True).resumed == 0
+
+
+def test_an_input_whose_numbers_overflow_is_one_error_line(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    good = [{"clean": record["clean"]} for record in records(6, 5)]
+    poisoned = good[2]["clean"]
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in good))
+    real = type(calibrated.detector).score
+
+    def overflowing(self, prompts):
+        values = real(self, prompts)
+        hit = [list(sequence) == poisoned for sequence in prompts.sequences()]
+        return values.masked_fill(torch.tensor(hit), float("nan"))
+
+    monkeypatch.setattr(type(calibrated.detector), "score", overflowing)
+    score(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA))
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["error" in result for result in results] == [False, False, True, False, False, False]
+    assert "line 3: the score is not finite" in results[2]["error"]

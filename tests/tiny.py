@@ -89,7 +89,15 @@ def models() -> dict[str, LoadedModel]:
     """One model of each family and variant, in float64."""
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8}  # fmt: skip
-    return {"gpt2": gpt2(), "llama": llama(), **{f"native, {name}": native(**c) for name, c in NATIVE_VARIANTS.items()}}
+    families = {
+        "gpt2": gpt2(),
+        "gpt2, scaled by layer": gpt2(scale_attn_by_inverse_layer_idx=True),
+        "llama": llama(),
+        "llama, llama3 rotary": llama(rope_scaling=llama3),
+        "llama, linear rotary": llama(rope_scaling={"rope_type": "linear", "factor": 3.0}),
+        "llama, tied": llama(tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
+    }
+    return {**families, **{f"native, {name}": native(**changes) for name, changes in NATIVE_VARIANTS.items()}}
 
 
 def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29) -> list[dict]:

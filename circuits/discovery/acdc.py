@@ -56,11 +56,12 @@ def acdc(config: ACDC, behaviour: Behaviour) -> Found:
             kept[reader] = False
             continue
         writers = list(reversed(range(graph.upstream[reader])))
+        layer = min(reader // graph.readers_per_block, graph.n_layers)  # all before it is still whole
         if config.order == "shuffle":
             generator.shuffle(writers)
         for writer in writers:
             kept[reader, writer] = False
-            without = -behaviour.measure(kept).double().mean().item()
+            without = -behaviour.measure(kept, first_layer=layer).double().mean().item()
             delta = without - current
             scores[reader, writer] = delta
             evaluated += 1

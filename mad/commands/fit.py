@@ -33,10 +33,12 @@ class Fit:
 def run(config: Fit) -> None:
     """Fits, calibrates and saves the detector."""
     from circuits.prompts import read_records
-    from mad.detector import Context
-    from mad.run import load_prompts, open_run
+    from mad.detector import Context, check_alpha
+    from mad.run import load_trusted, open_run
     from mad.saved import fit, save_detector
 
+    check_alpha(config.alpha)
+    config.detector.check()
     folder = Path(config.circuit)
     target = folder / "detector" / config.detector.name
     if target.exists() and not config.overwrite:
@@ -44,19 +46,24 @@ def run(config: Fit) -> None:
     if not 0 < config.fit_share < 1:
         raise ValueError(f"fit_share={config.fit_share}, but it must be above 0 and under 1")
     opened = open_run(folder, device=config.device)
-    prompts = load_prompts(read_records(Path(config.trusted)), opened.model).deduplicated()
+    prompts = load_trusted(read_records(Path(config.trusted)), opened.model)
     if len(prompts) < 2:
         raise ValueError(f"{config.trusted} has {len(prompts)} different inputs, but at least 2 are needed")
     first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
     parts = prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
     splits = folder / "splits.json"
-    used = json.loads(splits.read_text()) if splits.is_file() else {}
+    if not splits.is_file():
+        raise FileNotFoundError(
+            f"no {splits}, which tells what the circuit was found and measured on; without it false alarms could not "
+            "be bounded: extract again"
+        )
+    used = json.loads(splits.read_text())
     calibrated = fit(
         config.detector,
         Context(opened.engine, opened.circuit),
         parts["fit"],
         parts["calibration"],
-        used={name: used[name] for name in ("discovery", "evaluation") if name in used},
+        used={name: used[name] for name in ("discovery", "evaluation")},
         batch_size=config.batch_size,
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)

@@ -6,7 +6,8 @@ A sub-command is a module with a docstring (its help), a dataclass named after i
 `run(config: Extract) -> int | None`. It is imported when it is run, and `--help` reads its source instead, so that
 nothing slow stands between a question and its answer.
 
-Exit codes: 0 done, 1 the work failed, 2 the words cannot be run, 130 interrupted. MADCAP_TRACEBACK=1 shows tracebacks.
+Exit codes: 0 done, 1 the work failed, 2 the words cannot be run, 3 done but for some inputs, 130 interrupted.
+MADCAP_TRACEBACK=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from typing import Any
 
 COMMANDS = {
-    "demo": ("mad.commands.demo", "the whole path on a small shipped model, in a minute"),
+    "demo": ("mad.commands.demo", "the whole path on a small shipped model, in half a minute"),
     "extract": ("mad.commands.extract", "find the circuit behind a behaviour, and fit a detector to it"),
     "plot": ("mad.commands.plot", "draw a circuit: SVG, PNG, PDF"),
     "score": ("mad.commands.score", "score new inputs by how far the model departs from the circuit"),

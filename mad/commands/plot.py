@@ -35,7 +35,8 @@ def run(config: Plot) -> None:
 
 def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) -> list[Path]:
     """The pictures of a run folder."""
-    from circuits.plot import FaithfulnessCurve, RandomBand, draw_circuit, draw_faithfulness_curve
+    from circuits.figures import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
+    from circuits.plot import draw_circuit
 
     circuit = Circuit.load(source)
     source = source if source.is_dir() else source.parent

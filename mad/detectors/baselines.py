@@ -28,6 +28,9 @@ class MaxProbability:
 
     name: str = "max_probability"
 
+    def check(self) -> None:
+        """There is nothing to get wrong."""
+
 
 @dataclass(frozen=True)
 class MaxProbabilityDetector:
@@ -70,6 +73,11 @@ class Mahalanobis:
     name: str = "mahalanobis"
     shrinkage: float = 1e-3  # of the covariance towards a multiple of the identity; keeps it invertible
 
+    def check(self) -> None:
+        """Raises ValueError when the shrinkage is no share."""
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage={self.shrinkage}, but it must be from 0 to 1")
+
 
 @dataclass(frozen=True)
 class MahalanobisDetector:
@@ -107,8 +115,7 @@ def fit_mahalanobis(
     Raises:
         ValueError: fewer than two trusted residuals, or a shrinkage outside 0 to 1.
     """
-    if not 0 <= config.shrinkage <= 1:
-        raise ValueError(f"shrinkage={config.shrinkage}, but it must be from 0 to 1")
+    config.check()
     from sklearn.covariance import ShrunkCovariance
 
     rows = torch.cat(

@@ -43,6 +43,18 @@ class Fast:
     ablation: str = "mean"  # what removed edges carry: mean or positional_mean over the fit split, or zero
     explain_steps: int = 16  # points of the integral when a score is explained
 
+    def check(self) -> None:
+        """Raises ValueError when no input could be scored under these settings."""
+        if self.deviation not in DEVIATIONS:
+            raise ValueError(f"deviation={self.deviation!r}, but the deviations are {', '.join(DEVIATIONS)}")
+        if self.ablation not in ("mean", "positional_mean", "zero"):
+            raise ValueError(
+                f"detector.ablation={self.ablation!r}, but new inputs have no corrupt twin: use mean, positional_mean "
+                "or zero"
+            )
+        if self.explain_steps < 1:
+            raise ValueError(f"explain_steps={self.explain_steps}, but at least 1 is needed")
+
 
 @dataclass(frozen=True)
 class CircuitDetector:
@@ -143,14 +155,6 @@ def restore_fast(config: Fast, context: Context, state: Mapping[str, Tensor]) ->
 def _build(config: Fast, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]) -> CircuitDetector:
     if context.circuit is None:
         raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
-    if config.deviation not in DEVIATIONS:
-        raise ValueError(f"deviation={config.deviation!r}, but the deviations are {', '.join(DEVIATIONS)}")
-    if config.ablation not in ("mean", "positional_mean", "zero"):
-        raise ValueError(
-            f"detector.ablation={config.ablation!r}, but new inputs have no corrupt twin: use mean, positional_mean "
-            "or zero"
-        )
-    if config.explain_steps < 1:
-        raise ValueError(f"explain_steps={config.explain_steps}, but at least 1 is needed")
+    config.check()
     fitted = ablation(AblationConfig(config.ablation), context.engine)
     return CircuitDetector(config, context.engine, context.circuit, fitted)
