@@ -77,6 +77,15 @@ def extract(
     """
     if shared := discovery.overlap(evaluation):
         raise ValueError(f"{shared} prompts are in both the discovery and the evaluation split; they must be disjoint")
+    if random_draws < 0:
+        raise ValueError(f"random_draws={random_draws}, but it must be at least 0")
+    if selection is not None and getattr(method, "decides", False):
+        given = [name for name in ("edges", "share", "threshold") if getattr(selection, name) is not None]
+        if given:
+            raise ValueError(
+                f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} decides itself which "
+                "edges to keep; change its own settings (tau), or use a method that scores"
+            )
     ablation, selection, chosen = ablation or AblationConfig(), selection or Selection(), metric_named(metric)
     fitted = fit_ablation(ablation, engine, discovery, batch_size=batch_size)
     behaviour = prepare(engine, discovery, chosen, fitted, batch_size=batch_size)
@@ -93,6 +102,7 @@ def extract(
     held_out = prepare(engine, evaluation, chosen, fitted, batch_size=batch_size)
     metrics = evaluate(yardstick(held_out, ablation.name), found, kept, selection, random_draws=random_draws, seed=seed)
     metrics |= {"seconds": seconds, "forwards": seconds / forward, "method": found.details}
+    _warn_of_poor_circuits(metrics)
     circuit = Circuit(
         graph=engine.graph,
         kept=kept,
@@ -107,6 +117,20 @@ def extract(
         },
     )
     return Extraction(circuit, metrics, fitted)
+
+
+def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
+    kept, total, chance = metrics["edges_kept"], metrics["edges_total"], metrics["random_circuits"]["percentile_95"]
+    if kept == total:
+        log.warning(
+            "all %d edges are kept, so that this circuit explains nothing and no input departs from it; ask for fewer "
+            "(selection.edges, a lower selection.faithfulness, a higher method.tau) or use another method", total,
+        )  # fmt: skip
+    elif chance is not None and metrics["faithfulness"] <= chance:
+        log.warning(
+            "the circuit's faithfulness, %.3f, is no better than that of random circuits of its size (95th percentile "
+            "%.3f)", metrics["faithfulness"], chance,
+        )  # fmt: skip
 
 
 def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
@@ -130,6 +154,8 @@ def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
     if selection.how == "threshold":
         return select(graph, found.scores, how="threshold", threshold=selection.threshold, absolute=selection.absolute)
     if selection.edges is not None:
+        if selection.edges < 1:
+            raise ValueError(f"selection.edges={selection.edges}, but it must be at least 1")
         return pick(selection.edges)
     if selection.share is not None:
         if not 0 < selection.share <= 1:

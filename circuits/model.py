@@ -70,6 +70,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
+    _check_device(config.device)
     path = local_path(config.path)
     if path.suffix in (".pt", ".pth", ".safetensors"):
         return replace(_load_transformer_lens(path, config), split_input=config.split_input)
@@ -79,6 +80,16 @@ def load_model(config: ModelConfig) -> LoadedModel:
         )
     loaded = _load_huggingface(path if path.exists() else None, config)
     return replace(loaded, split_input=config.split_input)
+
+
+def _check_device(name: str) -> None:
+    """Raises ValueError when there is no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={name!r} cannot be used here ({_first_line(error)}); use cpu, or another machine"
+        ) from error
 
 
 def local_path(path: str) -> Path:
@@ -157,7 +168,9 @@ def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
         )
     try:
         with _quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True, **local)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **local
+            )
             module, report = loaded
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -248,14 +261,18 @@ def _place(module: nn.Module, config: ModelConfig) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' progress bar, which writes to logs as well as to terminals."""
+    """Without transformers' progress bar and report, which are for terminals; what they say is checked by us."""
+    from logging import CRITICAL
+
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

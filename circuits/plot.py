@@ -73,7 +73,7 @@ def draw_circuit(
     if len(edges) > maximum_edges:
         raise ValueError(
             f"the circuit has {len(edges)} edges, but a picture holds at most maximum_edges={maximum_edges}; "
-            "raise the threshold or lower top_n to keep fewer"
+            "keep fewer edges (selection.edges when extracting), or raise maximum_edges"
         )
     drawn = parse_edges(edges)
     layout = lay_out(drawn, kv_group=kv_group)

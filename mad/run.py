@@ -40,6 +40,7 @@ from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
+PICTURES = ("circuit.svg", "circuit.png", "circuit.pdf", "curve.png", "curve.svg")
 RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
 
 
@@ -98,7 +99,8 @@ def make_run(config: RunConfig) -> Run:
     """
     check_alpha(config.alpha)
     config.detector.check()
-    folder = claim(Path(config.out), config.overwrite)
+    folder = Path(config.out)
+    check_folder(folder, config.overwrite)
     model = load_model(config.model)
     engine = Factored(model)
     splits = trusted_splits(config, model)
@@ -115,18 +117,22 @@ def make_run(config: RunConfig) -> Run:
         seed=config.seed,
         about={"model": _reference(config.model, model), "task": asdict(config.task), "seed": config.seed},
     )
+    clear(folder)
     extraction.circuit.save(folder)
     _write_json(folder / "metrics.json", extraction.metrics)
     _write_json(folder / "splits.json", {name: sequence_hashes(prompts) for name, prompts in splits.items()})
     _write_config(folder / "config.yaml", config)
-    calibrated = fit(
-        config.detector,
-        Context(engine, extraction.circuit),
-        splits["fit"],
-        splits["calibration"],
-        used={name: sequence_hashes(splits[name]) for name in ("discovery", "evaluation")},
-        batch_size=config.batch_size,
-    )
+    try:
+        calibrated = fit(
+            config.detector,
+            Context(engine, extraction.circuit),
+            splits["fit"],
+            splits["calibration"],
+            used={name: sequence_hashes(splits[name]) for name in ("discovery", "evaluation")},
+            batch_size=config.batch_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"the circuit is saved in {folder}, but its detector could not be fitted: {error}") from error
     save_detector(calibrated, folder / "detector" / config.detector.name, weight_hash=model.weight_hash)
     if problem := calibrated.calibration.problem(config.alpha):
         log.warning("scores are not calibrated: %s", problem)
@@ -185,24 +191,26 @@ def open_run(
     return Opened(folder, loaded, engine, circuit)
 
 
-def claim(folder: Path, overwrite: bool) -> Path:
-    """Makes the folder, and refuses one that holds something, unless it may be overwritten.
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something, unless it holds a run that may be overwritten.
 
     Raises:
-        FileExistsError: it is in use, or holds something that is no run.
+        FileExistsError: it is a file, in use, or holds something that is no run.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; choose another out=")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{folder} is in use; choose another out=, or overwrite=true")
-        if not (folder / "config.yaml").is_file() and not (folder / "circuit.json").is_file():
+        if not any((folder / name).is_file() for name in RUN_FILES):
             raise FileExistsError(f"{folder} holds something that is no madcap run; choose another out=")
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "detector", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier run wrote, once there is something to put in its place."""
+    for name in (*RUN_FILES, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "detector", ignore_errors=True)
 
 
 def load_trusted(records: list[dict], model: LoadedModel) -> Prompts:

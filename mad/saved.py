@@ -102,6 +102,7 @@ def load_detector(folder: Path, context: Context, *, weight_hash: str, allow_oth
         FileNotFoundError: there is none.
         ValueError: another format, an unknown detector, or one fitted on other weights.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / "detector.json"
@@ -126,8 +127,12 @@ def load_detector(folder: Path, context: Context, *, weight_hash: str, allow_oth
         config = schema(**fields)
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
-    state = load_file(folder / "detector.safetensors")
-    calibration = Calibration.of(state.pop("calibration"))
+    tensors = folder / "detector.safetensors"
+    try:
+        state = load_file(tensors)
+        calibration = Calibration.of(state.pop("calibration"))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{tensors} cannot be read ({error}); fit the detector again") from error
     detector = restore(config, context, state)
     if circuit_hash != _circuit_hash(detector):
         raise ValueError(

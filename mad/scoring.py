@@ -79,6 +79,10 @@ def score(
         raise FileNotFoundError(f"no input file {inputs}")
     if inputs.stat().st_size == 0:
         raise ValueError(f"{inputs} is empty; give one JSON object a line")
+    if out.is_dir():
+        raise FileExistsError(f"out={out} is a folder; name a file in it")
+    if out.exists() and out.samefile(inputs):
+        raise FileExistsError(f"out={out} is the input file itself; choose another out=")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another out=, or overwrite=true")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,8 @@ def score_lines(
 
 
 def _encode(record: Any, default_id: str, model: LoadedModel) -> EncodedPrompt:
-    if isinstance(record, Mapping):  # scoring needs no more than this; the rest may be there for some lines only
+    if isinstance(record, Mapping) and {"clean", "text"} & set(record):
+        # Scoring needs no more than this; the rest may be there for some lines only.
         record = {key: record[key] for key in ("clean", "text", "positions", "id") if key in record}
     return encode_record(
         record,

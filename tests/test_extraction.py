@@ -91,14 +91,16 @@ def test_the_curve_and_the_random_circuits_are_measured_on_the_evaluation_prompt
     assert chance["mean"] <= chance["best"] and chance["percentile_95"] <= chance["best"]
 
 
-@pytest.mark.parametrize("method", [EAPIG(steps=2), ACDC(tau=0.05)])
-def test_an_extraction_is_repeatable(method):
-    one, other = (run(method, Selection(edges=20)) for _ in range(2))
+@pytest.mark.parametrize(
+    ("method", "selection"), [(EAPIG(steps=2), Selection(edges=20)), (ACDC(tau=0.05), Selection())]
+)
+def test_an_extraction_is_repeatable(method, selection):
+    one, other = (run(method, selection) for _ in range(2))
     assert torch.equal(one.circuit.kept, other.circuit.kept) and torch.equal(one.circuit.scores, other.circuit.scores)
     assert one.circuit.about == other.circuit.about
     without_times = [{k: v for k, v in e.metrics.items() if k not in TIMES} for e in (one, other)]
     assert without_times[0] == without_times[1]
-    reseeded = run(method, Selection(edges=20), seed=1)
+    reseeded = run(method, selection, seed=1)
     assert torch.equal(reseeded.circuit.kept, one.circuit.kept), "the seed is that of the random circuits"
     assert reseeded.metrics["random_circuits"] != one.metrics["random_circuits"]
 
@@ -124,7 +126,9 @@ def test_means_are_those_of_the_discovery_prompts_on_both_sets():
 
 
 def test_a_method_that_decides_itself_needs_no_selection():
-    result = run(ACDC(tau=0.05), Selection(edges=1))
+    with pytest.raises(ValueError, match="selection.edges=1, but method acdc decides itself"):
+        run(ACDC(tau=0.05), Selection(edges=1))
+    result = run(ACDC(tau=0.05), Selection())
     assert result.circuit.about["selection"] is None
     assert result.metrics["edges_kept"] > 1
     assert result.metrics["method"]["runs"] <= 46

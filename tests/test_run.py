@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from circuits.discovery import ACDC
 from circuits.prompts import write_jsonl
 from circuits.tasks.file import File
 from mad.detectors.baselines import Mahalanobis
@@ -132,4 +133,32 @@ def test_bad_settings_are_refused_before_any_work(run, tmp_path, changes, messag
     _, config = run
     with pytest.raises(ValueError, match=message):
         make_run(dataclasses.replace(config, out=str(tmp_path / "new"), **changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_run_leaves_the_old_one_whole(run, tmp_path):  # noqa: F811
+    import shutil
+
+    folder, config = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    missing = dataclasses.replace(config.model, path=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError):
+        make_run(dataclasses.replace(config, model=missing, out=str(tmp_path / "run"), overwrite=True))
+    assert open_run(tmp_path / "run").detector("fast")
+    with pytest.raises(ValueError, match="device='gpu' cannot be used here"):
+        make_run(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, device="gpu"), out=str(tmp_path / "b"))
+        )
+
+
+def test_a_circuit_that_says_nothing_is_said_to(run, tmp_path, caplog):  # noqa: F811
+    _, config = run
+    everything = dataclasses.replace(config.selection, edges=75)
+    make_run(dataclasses.replace(config, selection=everything, out=str(tmp_path / "all")))
+    assert "all 75 edges are kept" in caplog.text
+    for changes, message in (({"selection": dataclasses.replace(config.selection, edges=0)}, "edges=0"),
+                             ({"random_draws": -1}, "random_draws=-1"),
+                             ({"method": ACDC()}, "decides itself")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            make_run(dataclasses.replace(config, out=str(tmp_path / "new"), **changes))
     assert not (tmp_path / "new").exists()

@@ -194,3 +194,24 @@ def test_an_input_whose_numbers_overflow_is_one_error_line(run, tmp_path, monkey
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert ["error" in result for result in results] == [False, False, True, False, False, False]
     assert "line 3: the score is not finite" in results[2]["error"]
+
+
+def test_the_command_takes_another_model_and_another_detector(run, tmp_path, capsys):
+    from mad.commands.main import main
+
+    folder, _ = run
+    source = inputs(tmp_path)
+    words = [f"circuit={folder / 'run'}", f"inputs={source}", "alpha=0.2"]
+    tiny.scaled_up(tiny.gpt2_module(), seed=9).save_pretrained(tmp_path / "other, model")
+    other = f"model={tmp_path / 'other, model'}"
+    assert main(["score", *words, f"out={tmp_path / 'a.jsonl'}", other]) == 1
+    assert "allow_other_weights=true" in capsys.readouterr().err
+    assert main(["score", *words, f"out={tmp_path / 'a.jsonl'}", other, "allow_other_weights=true"]) == 3
+    (tmp_path / "trusted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(40, 77)))
+    fit = ["fit", f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}", "detector=mahalanobis"]
+    assert main(fit) == 0
+    assert main(["score", *words, f"out={tmp_path / 'b.jsonl'}", "detector=mahalanobis"]) == 3
+    assert main(["score", *words, f"out={tmp_path / 'c.jsonl'}", "detector=none"]) == 1
+    assert "detector=fast|mahalanobis" in capsys.readouterr().err
+    assert main(["score", *words, f"out={source}", "overwrite=true"]) == 1
+    assert "is the input file itself" in capsys.readouterr().err

@@ -13,6 +13,7 @@ the paper.  A node that no kept edge reads loses all of its incoming edges uneva
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from circuits.discovery.found import Found
 @dataclass
 class ACDC:
     """Automatic circuit discovery (Conmy et al. 2023)."""
+
+    decides: ClassVar[bool] = True  # which edges to keep, so that no selection follows
 
     name: str = "acdc"
     tau: float = 0.01  # an edge is removed iff the metric worsens by less than this

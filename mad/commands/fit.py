@@ -10,6 +10,7 @@ measured on are refused, because false alarms would not be bounded. Score with `
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,16 @@ def run(config: Fit) -> None:
             f"no {splits}, which tells what the circuit was found and measured on; without it false alarms could not "
             "be bounded: extract again"
         )
-    used = json.loads(splits.read_text())
+    try:
+        used = {name: list(json.loads(splits.read_text())[name]) for name in ("discovery", "evaluation")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
     calibrated = fit(
         config.detector,
         Context(opened.engine, opened.circuit),
         parts["fit"],
         parts["calibration"],
-        used={name: used[name] for name in ("discovery", "evaluation")},
+        used=used,
         batch_size=config.batch_size,
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
@@ -71,4 +75,4 @@ def run(config: Fit) -> None:
         f"detector {config.detector.name}: fitted on {first} inputs, calibrated on {len(prompts) - first} -> {target}"
     )
     if problem := calibrated.calibration.problem(config.alpha):
-        print(f"not calibrated: {problem}")
+        logging.getLogger(__name__).warning("scores are not calibrated: %s", problem)

@@ -130,8 +130,13 @@ def _set_up_logging(*, verbose: bool) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    handler: Any = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    console = Console(stderr=True)
+    handler: Any = RichHandler(console=console, show_time=False, show_path=False)
+    if not console.is_terminal:  # one message, one line
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is told
     for package in ("circuits", "abstraction", "mad", "hydra"):
         logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
 

@@ -14,8 +14,22 @@ where it stopped when it is run again. A bad line gives a line with "error"; the
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+
+@dataclass
+class Fitted:
+    """One of a run's detectors."""
+
+    name: str = "fast"  # detector=NAME: one of the run's detectors; `madcap fit` adds more
+
+
+@dataclass
+class Place:
+    """Where a model is."""
+
+    path: str | None = None  # model=PATH: load the model from here instead of where the circuit was found
 
 
 @dataclass
@@ -25,12 +39,12 @@ class Score:
     circuit: str = "???"  # the run folder that `madcap extract` wrote
     inputs: str = "???"  # JSONL file of inputs
     out: str = "???"  # JSONL file of results
-    detector: str = "fast"  # one of the run's detectors; `madcap fit` adds more
+    detector: Fitted = field(default_factory=Fitted)
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists
     chunk: int = 64  # input lines per batch; bounds memory
-    model: str | None = None  # load the model from here instead of where the circuit was found
+    model: Place = field(default_factory=Place)
     device: str = "cpu"  # any torch device
     allow_other_weights: bool = False  # score a fine-tuned or attacked copy of the model
     overwrite: bool = False  # replace `out`
@@ -42,9 +56,12 @@ def run(config: Score) -> int:
     from mad.scoring import Scoring, score
 
     opened = open_run(
-        Path(config.circuit), model=config.model, device=config.device, allow_other_weights=config.allow_other_weights
+        Path(config.circuit),
+        model=config.model.path,
+        device=config.device,
+        allow_other_weights=config.allow_other_weights,
     )
-    calibrated = opened.detector(config.detector, allow_other_weights=config.allow_other_weights)
+    calibrated = opened.detector(config.detector.name, allow_other_weights=config.allow_other_weights)
     scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
     out = Path(config.out)
     tally = score(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # `model=X` with X no preset means `model=path model.path=X`; a task is then a prompt file.
 OPEN_GROUPS = {"model": "path", "task": "file"}
 
+# Keys that are groups of other commands: Hydra would take `model=X` for a choice among presets.
+PLAIN = {"model": "path", "detector": "name"}
+
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
 PATHS = {"circuit", "inputs", "out", "trusted", "model.path", "task.path"}
 
@@ -70,6 +73,8 @@ def normalise(
                 continue
             if len(named) < len(literal):
                 raise UsageError(f"{word}: presets and paths cannot be swept over together; run them one by one")
+        elif key in PLAIN and key not in taken and not sign:
+            word = f"{key}.{PLAIN[key]}=" + ",".join(quote(os.path.expanduser(item)) for item in values)
         elif key in PATHS and literal:
             word = f"{sign}{key}=" + ",".join(quote(os.path.expanduser(item)) for item in values)
         overrides.append(word)
@@ -85,9 +90,10 @@ def _split(word: str) -> tuple[str, str, str]:
 
 
 def _existing(group: str, value: str, names: list[str]) -> str:
-    """The value as a path; a task must exist, so that a misspelt preset is told at once (a model may be on a hub)."""
+    """The value as a path; what is no file must be a hub name, so that a misspelt preset is told at once."""
     path = os.path.expanduser(value)
-    if group == "task" and not os.path.exists(path.strip("'\"")):
+    near = did_you_mean(value, names)
+    if (group == "task" or ("/" not in value and near)) and not os.path.exists(path.strip("'\"")):
         raise UsageError(f"{group}={value}: neither a preset nor a file{did_you_mean(value, names)}; {_listed(names)}")
     return path
 
