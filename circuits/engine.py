@@ -58,7 +58,7 @@ class Factored:
         described = describe(model.bridge, model.hf_config)
         split_input = model.split_input if split_input is None else split_input
         self.graph = replace(described.graph, split_input=split_input)
-        self.architecture: Architecture = described
+        self.architecture: Architecture = replace(described, graph=self.graph)
         self.model = model
         if split_input and described.position is None:
             raise ValueError("split_input=true, but this model has no position embedding to split off (rotary)")

@@ -79,13 +79,11 @@ def extract(
         raise ValueError(f"{shared} prompts are in both the discovery and the evaluation split; they must be disjoint")
     if random_draws < 0:
         raise ValueError(f"random_draws={random_draws}, but it must be at least 0")
-    if selection is not None and getattr(method, "decides", False):
-        given = [name for name in ("edges", "share", "threshold") if getattr(selection, name) is not None]
-        if given:
-            raise ValueError(
-                f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} decides itself which "
-                "edges to keep; change its own settings (tau), or use a method that scores"
-            )
+    if selection is not None and getattr(method, "decides", False) and (given := selection.given()):
+        raise ValueError(
+            f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} decides itself which "
+            "edges to keep; change its own settings (tau), or use a method that scores"
+        )
     ablation, selection, chosen = ablation or AblationConfig(), selection or Selection(), metric_named(metric)
     fitted = fit_ablation(ablation, engine, discovery, batch_size=batch_size)
     behaviour = prepare(engine, discovery, chosen, fitted, batch_size=batch_size)
@@ -141,9 +139,7 @@ def choose(scale: Yardstick, found: Found, selection: Selection) -> Tensor:
             no circuit reaches.
     """
     graph = scale.behaviour.engine.graph
-    ways = {"edges": selection.edges, "share": selection.share, "threshold": selection.threshold}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) > 1:
+    if len(given := selection.given()) > 1:
         raise ValueError(f"selection has {' and '.join(given)}; give one of them")
     if selection.threshold is not None and selection.how in ("greedy", "top_n"):
         raise ValueError(

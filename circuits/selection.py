@@ -35,6 +35,10 @@ class Selection:
     threshold: float | None = None  # threshold: the smallest score kept
     absolute: bool = False  # rank by |score|; else by score, strongest supporters first
 
+    def given(self) -> list[str]:
+        """Which of edges, share and threshold are set; at most one may be."""
+        return [name for name in ("edges", "share", "threshold") if getattr(self, name) is not None]
+
 
 def sizes(graph: Graph, points: int = 25) -> list[int]:
     """Numbers of edges on a logarithmic ladder from 2 to all of them."""

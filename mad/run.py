@@ -35,7 +35,7 @@ from circuits.selection import Selection
 from mad.detector import Context, check_alpha
 from mad.detectors import Fast
 from mad.detectors.circuit import CircuitDetector
-from mad.saved import Calibrated, check_circuit, fit, load_detector, save_detector, sequence_hashes
+from mad.saved import Calibrated, check_weights, fit, load_detector, save_detector, sequence_hashes
 from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ def make_run(config: RunConfig) -> Run:
     clear(folder)
     extraction.circuit.save(folder)
     _write_json(folder / "metrics.json", extraction.metrics)
-    _write_json(folder / "splits.json", {name: sequence_hashes(prompts) for name, prompts in splits.items()})
+    hashes = {name: sequence_hashes(prompts) for name, prompts in splits.items()}
+    _write_json(folder / "splits.json", hashes)
     _write_config(folder / "config.yaml", config)
     try:
         calibrated = fit(
@@ -128,7 +129,7 @@ def make_run(config: RunConfig) -> Run:
             Context(engine, extraction.circuit),
             splits["fit"],
             splits["calibration"],
-            used={name: sequence_hashes(splits[name]) for name in ("discovery", "evaluation")},
+            used={name: hashes[name] for name in ("discovery", "evaluation")},
             batch_size=config.batch_size,
         )
     except ValueError as error:
@@ -180,11 +181,11 @@ def open_run(
     reference = dict(circuit.about.get("model") or {})
     if "weight_hash" not in reference:
         raise ValueError(f"the circuit in {folder} does not say which model it was found on; extract it again")
-    reference.pop("weight_hash", None)
+    found_on = reference.pop("weight_hash")
     if model is not None:
         reference["path"] = model
     loaded = load_model(ModelConfig(**{**reference, "device": device}))
-    check_circuit(circuit, loaded.weight_hash, allow_other_weights)
+    check_weights(found_on, loaded.weight_hash, "circuit", allow_other_weights)
     engine = Factored(loaded)
     if engine.graph != circuit.graph:
         raise ValueError(f"the circuit is of {circuit.graph}, but this model is {engine.graph}")

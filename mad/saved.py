@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from circuits.circuit import Circuit
 from circuits.prompts import Prompts
 from mad.detector import Calibration, Context, Detector
 from mad.detectors import DETECTORS
@@ -56,8 +55,9 @@ def fit(
     if shared := trusted.overlap(calibration):
         raise ValueError(f"{shared} prompts are in both the fit and the calibration split; they must be disjoint")
     for name, prompts in (("fit", trusted), ("calibration", calibration)):
+        own = set(sequence_hashes(prompts))
         for split, hashes in (used or {}).items():
-            if shared := len(set(hashes).intersection(sequence_hashes(prompts))):
+            if shared := len(own.intersection(hashes)):
                 raise ValueError(
                     f"{shared} prompts of the {name} split are in the circuit's {split} split; they must be disjoint, "
                     "or false alarms would not be bounded: give other trusted prompts"
@@ -155,11 +155,3 @@ def check_weights(expected: str, found: str, what: str, allow_other_weights: boo
             f"the {what} was made on weights {expected[:16]}..., but this model has {found[:16]}...; give the model it "
             "was made on, or allow_other_weights=true for a fine-tuned or attacked copy"
         )
-
-
-def check_circuit(circuit: Circuit, weight_hash: str, allow_other_weights: bool = False) -> None:
-    """Raises ValueError when a circuit was found on other weights."""
-    expected = circuit.about.get("model", {}).get("weight_hash")
-    if expected is None:
-        raise ValueError("the circuit does not say which weights it was found on; extract it again")
-    check_weights(expected, weight_hash, "circuit", allow_other_weights)

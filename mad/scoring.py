@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ def score(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     done = _resume(partial, _job(inputs, calibrated, model, scoring), scoring.chunk, overwrite=overwrite)
+    with partial.open("rb") as file:
+        errors, flagged = _counts(map(json.loads, itertools.islice(file, 1, None)))  # those of an earlier run
     with inputs.open("rb") as source, partial.open("ab") as sink:
         lines = (line.rstrip(b"\r\n") for line in source)
         for _ in itertools.islice(lines, done):
@@ -97,17 +99,23 @@ def score(
         while chunk := list(itertools.islice(lines, scoring.chunk)):
             results = score_lines(chunk, number + 1, calibrated, model, scoring)
             number += len(chunk)
+            more_errors, more_flagged = _counts(results)
+            errors, flagged = errors + more_errors, flagged + more_flagged
             sink.write(b"".join(json.dumps(result, allow_nan=False).encode() + b"\n" for result in results))
             sink.flush()
             progress.update(len(chunk))
         progress.close()
-    errors = flagged = 0
-    with partial.open("rb") as results:
-        for result in map(json.loads, itertools.islice(results, 1, None)):
-            errors += "error" in result
-            flagged += bool(result.get("anomalous"))
     _finish(partial, out)
     return Tally(number, errors, flagged, done)
+
+
+def _counts(results: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many results are errors, and how many are anomalous."""
+    errors = flagged = 0
+    for result in results:
+        errors += "error" in result
+        flagged += bool(result.get("anomalous"))
+    return errors, flagged
 
 
 def score_lines(

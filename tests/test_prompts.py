@@ -16,8 +16,6 @@ from circuits.prompt_encoding import encode_record
 from circuits.prompt_files import parse_line, read_records, write_jsonl
 from circuits.prompts import Prompts, collate, prompts_from_records
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
-
 
 class Words:
     """A tokenizer in the manner of SentencePiece: a word takes the space before it, "ing" and "s" are cut off."""
@@ -48,19 +46,15 @@ class Words:
 
 
 @pytest.fixture(scope="module")
-def stories():
-    folder = CASES / "stories260K"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing")
+def stories(cases):
+    folder = cases / "stories260K"
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def gpt2():
-    folder = CASES / "gpt2_tokenizer"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing")
+def gpt2(cases):
+    folder = cases / "gpt2_tokenizer"
     transformers = pytest.importorskip("transformers")
     return transformers.GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
@@ -478,8 +472,8 @@ def test_files_that_cannot_be_read(tmp_path):
         read_records(write(tmp_path / "latin.jsonl", '{"clean": "é"}', encoding="latin-1"))
 
 
-def test_published_prompt_files(gpt2):
-    folder = CASES / "prompts"
+def test_published_prompt_files(gpt2, cases):
+    folder = cases / "prompts"
     years = read_records(folder / "eap_ig_greater_than_data.csv")
     assert len(years) == 1000 and len(years[0]["answers"]) == 47 and years[0]["wrong_answers"][-1] == "52"
     prompts = prompts_from_records(years[:20], tokenizer=gpt2)

@@ -18,14 +18,10 @@ from circuits.tasks.pronoun import Pronoun
 
 GENERATED = [name for name in TASKS if name != "file"]  # `file` reads what the user brings
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
-
 
 @pytest.fixture(scope="module")
-def stories():
-    folder = CASES / "stories260K"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing")
+def stories(cases):
+    folder = cases / "stories260K"
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -138,10 +134,8 @@ def logit_difference(logits: torch.Tensor, prompts) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("form", "corrupt_spread"), [("one_repeat", 5), ("block", 40)])
-def test_trained_induction_model_tells_clean_from_corrupt(form, corrupt_spread):
-    path = CASES / "gbmi_induction_2L1H" / "indhead_l_2_2.pt"
-    if not path.is_file():
-        pytest.skip(f"{path} is missing")
+def test_trained_induction_model_tells_clean_from_corrupt(form, corrupt_spread, cases):
+    path = cases / "gbmi_induction_2L1H" / "indhead_l_2_2.pt"
     weights = torch.load(path, weights_only=True, map_location="cpu")
     prompts = prompts_from_records(induction.generate(Induction(form=form), 200, seed=0), vocabulary=26, max_length=8)
     clean = attention_only_logits(weights, prompts.clean)

@@ -29,6 +29,7 @@ from torch import Tensor
 from circuits.ablation import Ablation, AblationConfig, Means, fit_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Factored
+from circuits.masked import Ablated
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.detector import Context, Explained
@@ -69,36 +70,42 @@ class CircuitDetector:
     def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         """The deviation of the model from the circuit."""
         prompts = prompts.to(self.engine.device)
+        return self._deviation(prompts, self.circuit.mask, *self._ends(prompts)).cpu().float()
+
+    def _ends(self, prompts: Prompts) -> tuple[Float[Tensor, "B P V"], Ablated]:
+        """What a deviation is measured from: the model's logits, and what removed edges carry."""
         reference = self.engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
+        return reference, self.ablation.values(self.engine, prompts)
+
+    def _deviation(
+        self, prompts: Prompts, mask: Tensor, reference: Tensor, ablated: Ablated, *, per_example: bool = False
+    ) -> Float[Tensor, "B"]:
+        """How far the run under a mask, or under one mask per prompt, is from the model."""
         logits = self.engine.masked(
             prompts.clean,
-            self.circuit.mask,
-            self.ablation.values(self.engine, prompts),
+            mask,
+            ablated,
             key_mask=prompts.key_mask,
             positions=prompts.positions,
+            per_example=per_example,
         )
-        return DEVIATIONS[self.config.deviation](logits, prompts, reference).cpu().float()
+        return DEVIATIONS[self.config.deviation](logits, prompts, reference)
 
     def explain(self, prompts: Prompts) -> Explained:
         """Shares of the score by edge, from one forward and backward pass per point of the integral."""
-        engine, prompts = self.engine, prompts.to(self.engine.device)
-        deviation, steps = DEVIATIONS[self.config.deviation], self.config.explain_steps
+        engine, prompts, steps = self.engine, prompts.to(self.engine.device), self.config.explain_steps
         with torch.no_grad():
-            reference = engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
-            ablated = self.ablation.values(engine, prompts)
+            reference, ablated = self._ends(prompts)
+            scores = self._deviation(prompts, self.circuit.mask, reference, ablated).float()
         kept = self.circuit.mask.to(engine.device)
         off = engine.graph.exists.to(engine.device) & (kept == 0)
         total = torch.zeros(len(prompts), *kept.shape, device=engine.device)
         for step in range(steps):
             alpha = (step + 0.5) / steps
             mask = (kept + alpha * off).expand(len(prompts), -1, -1).clone().requires_grad_()
-            logits = engine.masked(
-                prompts.clean, mask, ablated,
-                key_mask=prompts.key_mask, positions=prompts.positions, per_example=True,
-            )  # fmt: skip
-            (gradient,) = torch.autograd.grad(deviation(logits, prompts, reference).sum(), mask)
+            score = self._deviation(prompts, mask, reference, ablated, per_example=True)
+            (gradient,) = torch.autograd.grad(score.sum(), mask)
             total -= gradient * off / steps
-        scores = self.score(prompts).to(total.device)
         shares = total / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None, None]
         return Explained(shares.cpu(), (1 - shares.sum((1, 2))).cpu())
 
