@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,14 +27,26 @@ class Norm:
     kind: Literal["layer", "rms", "none"]
     eps: float = 0.0
     module: nn.Module | None = None  # holds the gain and bias; None: there are none
+    offset: float = 0.0  # added to the stored gain: Gemma stores it less 1
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.kind == "none":
             return x
-        weight = getattr(self.module, "weight", None)
         if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps)
+            return F.rms_norm(x, x.shape[-1:], self._gain, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self._gain, getattr(self.module, "bias", None), self.eps)
+
+    def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What an RMS norm of x multiplies x by, and so each addend of x."""
+        exact = x if x.dtype == torch.float64 else x.float()
+        factor = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt().to(x.dtype)
+        gain = self._gain
+        return factor.expand_as(x) if gain is None else factor * gain
+
+    @property
+    def _gain(self) -> Float[Tensor, "d_model"] | None:
+        gain = getattr(self.module, "weight", None)
+        return gain if gain is None or self.offset == 0.0 else gain + self.offset
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,9 @@ class Attention:
     o: Linear
     scale: float  # scores are q . k * scale
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    window: int | None = None  # how many positions a query sees, itself included; None: all
+    q_norm: Norm | None = None  # of each head's queries, before they are rotated
+    k_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +103,23 @@ class MLP:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: attention and, unless the model has none, an MLP."""
+    """One layer: attention and, unless the model has none, an MLP.
+
+    A post-norm (RMS, no bias) is applied to what attention, or the MLP, adds to the residual stream.
+    """
 
     norm1: Norm
     attention: Attention
     norm2: Norm | None = None
     mlp: MLP | None = None
+    post_norm1: Norm | None = None
+    post_norm2: Norm | None = None
+
+    def feed_forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP writes, from its normed input."""
+        assert self.mlp is not None
+        written = self.mlp(x)
+        return written if self.post_norm2 is None else self.post_norm2(written)
 
 
 @dataclass(frozen=True)

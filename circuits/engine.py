@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.architecture import Architecture, Attention
+from circuits.attention import attend
 from circuits.families import describe
 from circuits.graph import Graph
 from circuits.masked import Ablated, MaskedRun, Start
@@ -154,28 +154,28 @@ class Factored:
         for layer, block in enumerate(self.architecture.blocks):
             before, attention = residual, block.attention
             normed = block.norm1(residual)
-            q, k, v = (
-                projection(normed).unflatten(-1, (-1, self.architecture.head_width)).movedim(-2, 0)
-                for projection in (attention.q, attention.k, attention.v)
-            )  # each [heads, B, S, E]
-            z = self._attend(attention, q, k, v, key_mask)
+            sides: list[Tensor] | None = None if taps is None else []
+            z = self.heads(attention, normed, key_mask, sides)
             first = graph.first_writer(layer)
             if keep is None:
                 written = attention.o(z.movedim(0, -2).flatten(-2))
+                written = written if block.post_norm1 is None else block.post_norm1(written)
             else:
                 heads = keep[first : first + graph.n_heads]
                 torch.bmm(z.flatten(1, 2), self._output_weight(attention), out=heads.flatten(1, 2))
+                if block.post_norm1 is not None:
+                    heads.mul_(block.post_norm1.factor(heads.sum(0)))
                 written = heads.sum(0) if attention.o.bias is None else heads.sum(0).add_(attention.o.bias)
             residual = residual + written
-            if taps is not None:
-                taps.append((before, [q, k, v]))
+            if taps is not None and sides is not None:
+                taps.append((before, sides))
             if block.mlp is None or block.norm2 is None:
                 continue
             mlp_input = before if graph.parallel else residual
             normed = block.norm2(mlp_input)
             if taps is not None:  # without a norm this is the residual itself, which others read too
                 normed = normed.view_as(normed)
-            written = block.mlp(normed)
+            written = block.feed_forward(normed)
             residual = residual + written
             if keep is not None:
                 keep[first + graph.n_heads] = written
@@ -200,7 +200,15 @@ class Factored:
             if not graph.attention_only:
                 total = total + writers[first + graph.n_heads]
             base.append(total)
-        return Ablated(writers, torch.stack(base))
+        levels = torch.stack(base)
+        if not any(block.post_norm1 is not None for block in self.architecture.blocks):
+            return Ablated(writers, levels)
+        unread = [
+            torch.einsum("hbse,hed->hbsd", self.heads(block.attention, block.norm1(x), None),
+                         self._output_weight(block.attention))
+            for block, x in zip(self.architecture.blocks, levels[::2], strict=False)
+        ]  # fmt: skip
+        return Ablated(writers, levels, torch.stack(unread))
 
     def masked(
         self,
@@ -216,6 +224,10 @@ class Factored:
         """Runs the model under an edge mask, or under K masks at once.
 
         Differentiable in the mask, in `start.writers`, in `ablated` and in the weights.
+
+        With post-norms (Gemma 2) a head's output is scaled by a norm over all heads of its layer.  A head that the
+        logits do not depend on enters it with all of its inputs ablated, whatever edges it keeps, so that dropping
+        dead ends changes nothing.
 
         Args:
             tokens: token ids, padded on the right.
@@ -302,36 +314,21 @@ class Factored:
 
     # ---- components -------------------------------------------------------------------------------
 
-    def _attend(
+    def heads(
         self,
         attention: Attention,
-        q: Float[Tensor, "heads N S E"],
-        k: Float[Tensor, "kv N S E"],
-        v: Float[Tensor, "kv N S E"],
-        key_mask: Bool[Tensor, "N S"] | None,
-        kv_of_head: list[int] | None = None,
-    ) -> Float[Tensor, "heads N S E"]:
-        """Attention of each head over its own queries, keys and values; N is any flattened batch."""
-        architecture = self.architecture
-        if architecture.rotary is not None:
-            cos, sin = architecture.rotary.tables(q.shape[-2], q)
-            q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
-        if kv_of_head is not None:
-            k, v = k[kv_of_head], v[kv_of_head]
-        elif len(k) != len(q):
-            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-        causal = architecture.causal
-        if attention.soft_cap is None and (causal or key_mask is None):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
-        allowed = q.new_ones(q.shape[-2], q.shape[-2], dtype=torch.bool)
-        allowed = allowed.tril() if causal else allowed
-        if key_mask is not None and not causal:
-            allowed = allowed & key_mask[:, None, :]
-        if attention.soft_cap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
-        scores = q @ k.mT * attention.scale
-        scores = attention.soft_cap * torch.tanh(scores / attention.soft_cap)
-        return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+        normed: Float[Tensor, "B S D"],
+        key_mask: Bool[Tensor, "B S"] | None,
+        taps: list[Tensor] | None = None,
+    ) -> Float[Tensor, "heads B S E"]:
+        """What all heads of a layer move when all read the same input; `taps` receives q, k and v."""
+        q, k, v = (
+            projection(normed).unflatten(-1, (-1, self.architecture.head_width)).movedim(-2, 0)
+            for projection in (attention.q, attention.k, attention.v)
+        )  # each [heads, B, S, E]
+        if taps is not None:
+            taps += [q, k, v]
+        return attend(self.architecture, attention, q, k, v, key_mask)
 
     def _output_weight(self, attention: Attention) -> Float[Tensor, "heads E D"]:
         return attention.o.weight.T.unflatten(0, (-1, self.architecture.head_width))
@@ -364,19 +361,6 @@ class Factored:
                     f"the engine and {name} differ by {worst:.2g} (relative; bound {tolerance:g}) on random tokens; "
                     "the model computes something that this version does not know, or its weights are not finite"
                 )
-
-
-def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
-    """Rotates the first `cos.shape[-1]` coordinates of each head by position."""
-    width = cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    if pairs == "halves":
-        first, second = turned.chunk(2, -1)
-        quarter = torch.cat((-second, first), -1)
-    else:
-        quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
-    turned = turned * cos + quarter * sin
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def _at(residual: Float[Tensor, "B S D"], positions: Int[Tensor, "B P"] | None) -> Float[Tensor, "B P D"]:

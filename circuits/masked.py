@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.architecture import Block
-from circuits.plan import Plan
+from circuits.attention import attend
+from circuits.plan import Plan, read_writers
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Ablated:
 
     `writers` may have one row in B or S where the value is the same for all; `base[level]` is the sum of the
     writers and biases before reader group `level` (attention of block l: 2l, its MLP: 2l + 1, logits: 2L).
+    With post-norms, `unread` is what each head gives its layer's norm when all of its inputs are ablated.
     """
 
     writers: Float[Tensor, "W B S D"]
     base: Float[Tensor, "levels B S D"]
+    unread: Float[Tensor, "L heads B S D"] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class MaskedRun:
         self.rows = 1 if per_example else n_prompts  # prompts per candidate
         self.shape = (self.candidates, self.rows, n_positions, width)
         self.columns = todo.writers.to(masks.device)
+        self.read = None if ablated.unread is None else read_writers(engine.graph, masks)  # [K, W]
         self.masks = masks if todo.all_writers else masks[..., self.columns]  # [K, R, C]
         self.key_mask = key_mask
         if key_mask is not None and not per_example:
@@ -158,28 +162,46 @@ class MaskedRun:
             row += len(weight)
             side = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
             sides.append(side.view(len(weight), -1, self.shape[2], width))
-        z = engine._attend(attention, *sides, self.key_mask, None if step.all_heads else step.kv_of_head)
+        kv_of_head = None if step.all_heads else step.kv_of_head
+        q, k, v = sides
+        z = attend(engine.architecture, attention, q, k, v, self.key_mask, kv_of_head)
         weight = engine._output_weight(attention)
         weight = weight if step.all_heads else weight[step.heads]
         columns = slice(self.written + len(self.shared), self.written + len(self.shared) + len(weight))
         removed = self._align(self._ablated_rows(columns))
         if self.grad:
-            self._write(torch.bmm(z.flatten(1, 2), weight).view(-1, *self.shape) - removed)
+            heads = torch.bmm(z.flatten(1, 2), weight).view(-1, *self.shape)
+            if block.post_norm1 is not None:
+                heads = heads * block.post_norm1.factor(self._all_heads(heads, layer))
+            self._write(heads - removed)
             return
         into = self.buffer[self.written : self.written + len(weight)]
         torch.bmm(z.flatten(1, 2), weight, out=into.view(len(weight), -1, self.shape[-1]))
+        if block.post_norm1 is not None:
+            into.mul_(block.post_norm1.factor(self._all_heads(into, layer)))
         into.sub_(removed)
         self.written += len(weight)
 
+    def _all_heads(self, heads: Float[Tensor, "r K b S D"], layer: int) -> Float[Tensor, "K b S D"]:
+        """The sum over a layer's heads that its post-norm sees: of this run where they are read, else the unread."""
+        assert self.read is not None and self.ablated.unread is not None
+        first, step = self.engine.graph.first_writer(layer), self.todo.layers[layer]
+        read = self.read[:, first : first + self.engine.graph.n_heads].T  # [heads, K]
+        if read.all():
+            return heads.sum(0)
+        share = read.to(heads.dtype)[..., None, None, None]
+        computed = share if step.all_heads else share[step.heads]
+        return (computed * heads).sum(0) + ((1 - share) * self._align(self.ablated.unread[layer])).sum(0)
+
     def _mlp(self, block: Block, layer: int) -> None:
-        assert block.mlp is not None and block.norm2 is not None
+        assert block.norm2 is not None
         graph = self.engine.graph
         reader = graph.first_reader(layer + 1) - 1
         level = 2 * layer if graph.parallel else 2 * layer + 1
         inputs = self._mix(slice(reader, reader + 1), level)[0]
         column = self.written + len(self.shared)
         removed = self._align(self._ablated_rows(slice(column, column + 1)))
-        self._write(block.mlp(block.norm2(inputs))[None] - removed)
+        self._write(block.feed_forward(block.norm2(inputs))[None] - removed)
 
 
 class _Mix(torch.autograd.Function):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph import Graph
@@ -77,3 +77,18 @@ def plan(graph: Graph, masks: Float[Tensor, "K R W"], first_layer: int = 0) -> P
     writers = torch.from_numpy(np.flatnonzero(wanted))
     n_prefix = int(wanted[: graph.first_writer(first_layer)].sum())
     return Plan(writers, len(writers) == len(graph.writers), n_prefix, layers)
+
+
+def read_writers(graph: Graph, masks: Float[Tensor, "K R W"]) -> Bool[Tensor, "K W"]:
+    """Returns which writers the logits depend on, under each mask by itself."""
+    kept = masks.detach() != 0
+    wanted = kept[:, -1].clone()
+    for layer in reversed(range(graph.n_layers)):
+        writer, reader = graph.first_writer(layer), graph.first_reader(layer)
+        if not graph.attention_only:
+            wanted |= kept[:, graph.first_reader(layer + 1) - 1] & wanted[:, [writer + graph.n_heads]]
+        heads = wanted[:, writer : writer + graph.n_heads]
+        groups = heads.unflatten(1, (graph.kv_heads, graph.kv_group)).any(-1)
+        alive = torch.cat((heads, groups, groups), 1)  # [K, readers of the layer's heads]
+        wanted |= (kept[:, reader : reader + alive.shape[1]] & alive[..., None]).any(1)
+    return wanted

@@ -34,10 +34,81 @@ def gpt2_module(**changes) -> nn.Module:
 def llama_module(**changes) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fields = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 29, "max_position_embeddings": 16,
-              "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2}  # fmt: skip
+    fields = {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True}
     return scaled_up(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval())
+
+
+# Heads wider than hidden_size / heads, two per key-value head; a window shorter than the prompts.
+LLAMA_LIKE = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 29, "max_position_embeddings": 16,
+              "rms_norm_eps": 1e-2}  # fmt: skip
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+def neox_module(**changes) -> nn.Module:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    fields = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "vocab_size": 29, "max_position_embeddings": 16, "layer_norm_eps": 1e-2, "rotary_pct": 0.5}  # fmt: skip
+    return scaled_up(GPTNeoXForCausalLM(GPTNeoXConfig(**{**fields, **changes})).eval())
+
+
+def mistral_module(**changes) -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return scaled_up(MistralForCausalLM(MistralConfig(**{**LLAMA_LIKE, "sliding_window": 4, **changes})).eval())
+
+
+def qwen2_module(**changes) -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    fields = {**LLAMA_LIKE, "hidden_size": 24, **WINDOWED}
+    fields.pop("head_dim")
+    return scaled_up(Qwen2ForCausalLM(Qwen2Config(**{**fields, **changes})).eval())
+
+
+def qwen3_module(**changes) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    fields = {**LLAMA_LIKE, **WINDOWED, "attention_bias": True}
+    return scaled_up(Qwen3ForCausalLM(Qwen3Config(**{**fields, **changes})).eval())
+
+
+def gemma_module(**changes) -> nn.Module:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return scaled_up(GemmaForCausalLM(GemmaConfig(**{**LLAMA_LIKE, "attention_bias": True, **changes})).eval())
+
+
+def gemma2_module(**changes) -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    fields = {**LLAMA_LIKE, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0,
+              "final_logit_softcapping": 3.0}  # fmt: skip
+    return scaled_up(Gemma2ForCausalLM(Gemma2Config(**{**fields, **changes})).eval())
+
+
+def gptj_module(**changes) -> nn.Module:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    fields = {"n_embd": 24, "n_layer": 2, "n_head": 3, "rotary_dim": 4}
+    return scaled_up(GPTJForCausalLM(GPTJConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
+
+
+def codegen_module(**changes) -> nn.Module:
+    from transformers import CodeGenConfig, CodeGenForCausalLM
+
+    fields = {"n_embd": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_ctx": 16}
+    return scaled_up(CodeGenForCausalLM(CodeGenConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
+
+
+GPTJ_LIKE = {"n_positions": 16, "vocab_size": 29, "bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-2}
+
+HUGGINGFACE = {
+    "gpt2": gpt2_module, "llama": llama_module, "neox": neox_module, "mistral": mistral_module, "qwen2": qwen2_module,
+    "qwen3": qwen3_module, "gemma": gemma_module, "gemma2": gemma2_module, "gptj": gptj_module,
+    "codegen": codegen_module,
+}  # fmt: skip
 
 
 def native_bridge(dtype: torch.dtype = torch.float64, **changes):
@@ -60,6 +131,10 @@ def gpt2(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
 
 def llama(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
     return from_module(llama_module(**changes).to(dtype))
+
+
+def huggingface(name: str, dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
+    return from_module(HUGGINGFACE[name](**changes).to(dtype))
 
 
 def native(dtype: torch.dtype = torch.float64, **changes) -> LoadedModel:
@@ -89,13 +164,18 @@ def models() -> dict[str, LoadedModel]:
     """One model of each family and variant, in float64."""
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 8}  # fmt: skip
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "rope_theta": 100.0}
     families = {
-        "gpt2": gpt2(),
+        **{name: huggingface(name) for name in HUGGINGFACE},
         "gpt2, scaled by layer": gpt2(scale_attn_by_inverse_layer_idx=True),
-        "llama": llama(),
         "llama, llama3 rotary": llama(rope_scaling=llama3),
         "llama, linear rotary": llama(rope_scaling={"rope_type": "linear", "factor": 3.0}),
         "llama, tied": llama(tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
+        "neox, sequential": huggingface("neox", use_parallel_residual=False),
+        "mistral, no window": huggingface("mistral", sliding_window=None),
+        "qwen2, no window": huggingface("qwen2", use_sliding_window=False),
+        "qwen3, yarn rotary": huggingface("qwen3", rope_scaling=yarn, use_sliding_window=False, attention_bias=False),
+        "gemma2, no caps": huggingface("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
     }
     return {**families, **{f"native, {name}": native(**changes) for name, changes in NATIVE_VARIANTS.items()}}
 
