@@ -119,7 +119,7 @@ class Ablation:
             chosen.append(able[torch.randint(len(able), (1,), generator=generator)])
         donors = self.donors.select(torch.cat(chosen))
         length = prompts.clean.shape[1]
-        read = length if engine.architecture.causal else donors.clean.shape[1]  # what comes later may matter
+        read = length if engine.graph.causal else donors.clean.shape[1]  # what comes later may matter
         run = engine.clean(donors.clean[:, :read], donors.key_mask[:, :read], donors.positions[:, :1] * 0)
         return run.writers[:, :, :length]
 

@@ -146,5 +146,4 @@ class Architecture:
     unembed: Linear
     head_width: int
     context: int  # longest input, in tokens
-    causal: bool = True
     logit_cap: float | None = None

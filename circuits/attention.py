@@ -42,7 +42,7 @@ def attend(
         k, v = k[kv_of_head], v[kv_of_head]
     elif len(k) != len(q):
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    n_positions, causal = q.shape[-2], architecture.causal
+    n_positions, causal = q.shape[-2], architecture.graph.causal
     windowed = attention.window is not None and attention.window < n_positions
     plain = not windowed and (causal or key_mask is None)
     if plain and attention.soft_cap is None:

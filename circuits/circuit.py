@@ -3,7 +3,7 @@
 On disk a circuit is a folder: `circuit.json`, readable and diffable, with the kept edges; and
 `scores.safetensors` with the scores of all edges.  Nothing in either can run code.
 
-Shapes: writers W, readers R.
+Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Circuit:
     """Kept edges with their scores.  `about` says which model, task, method, metric and ablation gave them."""
 
     graph: Graph
-    kept: Bool[Tensor, "R W"]
-    scores: Float[Tensor, "R W"]
+    kept: Bool[Tensor, "R W *S"]
+    scores: Float[Tensor, "R W *S"]
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -47,13 +47,18 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Names and scores of the kept edges, in forward order."""
-        return [
-            (self.graph.edge_name(reader, writer), self.scores[reader, writer].item())
-            for reader, writer in self.kept.nonzero().tolist()
-        ]
+        return [(self.graph.edge_name(*edge), self.scores[tuple(edge)].item()) for edge in self.kept.nonzero().tolist()]
 
     @property
-    def mask(self) -> Float[Tensor, "R W"]:
+    def edges_over_positions(self) -> list[tuple[str, float]]:
+        """The kept edges without their positions, each with the sum of its scores at those where it is kept."""
+        if self.graph.n_positions is None:
+            return self.edges
+        kept, sums = self.kept.any(-1), (self.scores * self.kept).sum(-1)
+        return [(self.graph.edge_name(r, w), sums[r, w].item()) for r, w in kept.nonzero().tolist()]
+
+    @property
+    def mask(self) -> Float[Tensor, "R W *S"]:
         """1 where an edge is kept, else 0."""
         return self.kept.float()
 

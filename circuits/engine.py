@@ -45,8 +45,9 @@ class Clean:
 class Factored:
     """A model as a sum of writers, read by readers.
 
-    Construction compares the engine with the bridge, and both with the logits that the HuggingFace model gave
-    before it was wrapped, on random tokens.
+    With `n_positions` its edges are told apart by position, for prompts of exactly so many tokens.  Construction
+    compares the engine with the bridge, and both with the logits that the HuggingFace model gave before it was
+    wrapped, on random tokens.
 
     Raises:
         ValueError: the architecture or a configuration field is not supported, or the comparison fails.
@@ -54,10 +55,10 @@ class Factored:
 
     graph: Graph
 
-    def __init__(self, model: LoadedModel, *, split_input: bool | None = None) -> None:
+    def __init__(self, model: LoadedModel, *, split_input: bool | None = None, n_positions: int | None = None) -> None:
         described = describe(model.bridge, model.hf_config)
         split_input = model.split_input if split_input is None else split_input
-        self.graph = replace(described.graph, split_input=split_input)
+        self.graph = replace(described.graph, split_input=split_input, n_positions=n_positions)
         self.architecture: Architecture = replace(described, graph=self.graph)
         self.model = model
         if split_input and described.position is None:
@@ -213,7 +214,7 @@ class Factored:
     def masked(
         self,
         tokens: Int[Tensor, "B S"],
-        mask: Float[Tensor, "*K R W"] | Bool[Tensor, "*K R W"],
+        mask: Float[Tensor, "*K_R_W_S"] | Bool[Tensor, "*K_R_W_S"],
         ablated: Ablated,
         *,
         key_mask: Bool[Tensor, "B S"] | None = None,
@@ -231,7 +232,8 @@ class Factored:
 
         Args:
             tokens: token ids, padded on the right.
-            mask: share of each edge that is kept; entries of edges that cannot exist count as 0.
+            mask: share of each edge that is kept, [R, W] or [K, R, W] (with one more axis, of positions, where the
+                graph tells edges apart by position); entries of edges that cannot exist count as 0.
             ablated: what removed edges carry.
             key_mask: True on real tokens; needed by bidirectional models when there is padding.
             positions: where logits are wanted (-1: nowhere); None: everywhere.
@@ -239,14 +241,21 @@ class Factored:
             per_example: mask k is for example k alone (K = B), and the result is [B, P, V].
         """
         graph = self.graph
-        if mask.shape[-2:] != (len(graph.readers), len(graph.writers)):
+        edge_axes = graph.exists.ndim
+        if mask.shape[-edge_axes:] != graph.exists.shape:
+            positions_of = "" if graph.n_positions is None else f" at {graph.n_positions} positions"
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)}, but the graph has {len(graph.readers)} readers and "
-                f"{len(graph.writers)} writers"
+                f"{len(graph.writers)} writers{positions_of}"
             )
-        if per_example and mask.shape[:-2] != tokens.shape[:1]:
+        if graph.n_positions not in (None, tokens.shape[1]):
+            raise ValueError(
+                f"prompts of {tokens.shape[1]} tokens, but edges are told apart by position for prompts of exactly "
+                f"{graph.n_positions}"
+            )
+        if per_example and mask.shape[:-edge_axes] != tokens.shape[:1]:
             raise ValueError(f"per_example needs one mask per prompt: {tuple(mask.shape)} for {len(tokens)} prompts")
-        single = mask.ndim == 2
+        single = mask.ndim == edge_axes
         masks = (mask[None] if single else mask).to(device=tokens.device, dtype=self.dtype)
         masks = masks * graph.exists.to(masks.device)
         start = start or Start(0, self.embed(tokens))

@@ -14,7 +14,10 @@ With L layers and H heads the number of edges is
 Both lists are in the order in which a forward pass reaches them, so that the writers upstream of a
 reader are always the first `upstream[r]` ones.  Everything else follows from that.
 
-Shapes: writers W, readers R.
+For templated prompts, all of one length, a graph may tell edges apart by position: `a0.h3->a1.h2<q>@5` is what the
+reader takes from the writer at token 5.  There are then S times as many edges, and masks have one more axis.
+
+Shapes: writers W, readers R, candidate masks K; `*S` positions, or nothing.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ class Graph:
     attention_only: bool = False  # no MLPs
     parallel: bool = False  # attention and MLP of a block read the same residual
     split_input: bool = False  # the input as two writers, token and position
+    causal: bool = True  # a position is read by itself and later ones; else by all
+    n_positions: int | None = None  # edges per position, for prompts of exactly this many tokens
 
     def __post_init__(self) -> None:
         for field, value in (("n_layers", self.n_layers), ("n_heads", self.n_heads), ("n_kv_heads", self.kv_heads)):
@@ -54,6 +59,8 @@ class Graph:
                 raise ValueError(f"{field}={value}, but a graph needs at least 1")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
+        if self.n_positions is not None and self.n_positions < 1:
+            raise ValueError(f"n_positions={self.n_positions}, but edges per position need at least 1")
 
     @property
     def kv_heads(self) -> int:
@@ -129,39 +136,49 @@ class Graph:
     # ---- edges ----------------------------------------------------------------------------------
 
     @cached_property
-    def exists(self) -> Bool[Tensor, "R W"]:
+    def exists(self) -> Bool[Tensor, "R W *S"]:
         """True where writer w comes before reader r, so that the edge can exist."""
-        return torch.arange(len(self.writers)) < torch.tensor(self.upstream)[:, None]
+        before = torch.arange(len(self.writers)) < torch.tensor(self.upstream)[:, None]
+        return before if self.n_positions is None else before[..., None].repeat(1, 1, self.n_positions)
 
     @cached_property
     def n_edges(self) -> int:
-        return sum(self.upstream)
+        return sum(self.upstream) * (self.n_positions or 1)
 
-    def edges(self) -> Iterator[tuple[int, int]]:
-        """All edges as (reader, writer) indices, in forward order."""
+    def edges(self) -> Iterator[tuple[int, ...]]:
+        """All edges as (reader, writer) or (reader, writer, position) indices, in forward order."""
         for reader, count in enumerate(self.upstream):
             for writer in range(count):
-                yield reader, writer
+                if self.n_positions is None:
+                    yield reader, writer
+                else:
+                    yield from ((reader, writer, position) for position in range(self.n_positions))
 
-    def edge_name(self, reader: int, writer: int) -> str:
-        return f"{self.writers[writer]}->{self.readers[reader]}"
+    def edge_name(self, reader: int, writer: int, position: int | None = None) -> str:
+        where = "" if position is None else f"@{position}"
+        return f"{self.writers[writer]}->{self.readers[reader]}{where}"
 
-    def edge_index(self, name: str) -> tuple[int, int]:
-        """(reader, writer) indices of an edge's name.
+    def edge_index(self, name: str) -> tuple[int, ...]:
+        """(reader, writer) or (reader, writer, position) indices of an edge's name.
 
         Raises:
             ValueError: the name is no edge of this graph.
         """
-        writer, arrow, reader = name.partition("->")
-        if not arrow or writer not in self.writer_index or reader not in self.reader_index:
+        writer, arrow, rest = name.partition("->")
+        reader, at, position = rest.partition("@")
+        known = arrow and writer in self.writer_index and reader in self.reader_index
+        here = position in map(str, range(self.n_positions)) if self.n_positions is not None else not at
+        if not known or not here:
+            example = self.edge_name(len(self.readers) - 1, 0, None if self.n_positions is None else 0)
+            per_position = "" if self.n_positions is None else f", per position of {self.n_positions} tokens"
             raise ValueError(
                 f"edge {name!r} is not in this graph of {self.n_layers} layers, {self.n_heads} heads and "
-                f"{self.kv_heads} key-value heads; edges look like {self.edge_name(len(self.readers) - 1, 0)!r}"
+                f"{self.kv_heads} key-value heads{per_position}; edges look like {example!r}"
             )
         indices = self.reader_index[reader], self.writer_index[writer]
-        if not self.exists[indices]:
+        if indices[1] >= self.upstream[indices[0]]:
             raise ValueError(f"edge {name!r} runs backwards: {writer} is computed after {reader} has been read")
-        return indices
+        return indices if self.n_positions is None else (*indices, int(position))
 
     def reader_nodes(self, reader: int) -> tuple[str, ...]:
         """The nodes that reader `reader` feeds: one node, or the query heads that share a key-value head."""
@@ -174,31 +191,79 @@ class Graph:
             return (f"a{layer}.h{head}",)
         return tuple(f"a{layer}.h{head * self.kv_group + member}" for member in range(self.kv_group))
 
-    def sweep_order(self) -> list[tuple[int, int]]:
+    def reads_from(self, reader: int, position: int, n_positions: int) -> range:
+        """The positions at which a reader's input bears on its node's output at `position`: keys and values move."""
+        if not self.readers[reader].endswith(("<k>", "<v>")):
+            return range(position, position + 1)
+        return range(position + 1) if self.causal else range(n_positions)
+
+    def sweep_order(self) -> list[tuple[int, ...]]:
         """All edges from the output to the input, the order of a greedy sweep: total and deterministic.
 
-        Layer descending; logits > mlp > v > k > q; head descending; writer descending.
+        Layer descending; logits > mlp > v > k > q; head descending; writer descending; position descending.
         """
-        return [(r, w) for r in reversed(range(len(self.readers))) for w in reversed(range(self.upstream[r]))]
+        return list(self.edges())[::-1]
 
-    def networkx(self, kept: Bool[Tensor, "R W"] | None = None) -> nx.MultiDiGraph:
-        """The (kept) edges between nodes; parallel edges are keyed by the reader's name."""
+    def networkx(self, kept: Bool[Tensor, "R W *S"] | None = None) -> nx.MultiDiGraph:
+        """The (kept) edges between nodes; parallel edges are keyed by the reader's name (and position)."""
         view = nx.MultiDiGraph()
         view.add_nodes_from([*self.writers, "logits"])
-        for reader, writer in (self.exists if kept is None else kept).nonzero().tolist():
+        for reader, writer, *position in (self.exists if kept is None else kept).nonzero().tolist():
+            key = self.readers[reader] + "".join(f"@{p}" for p in position)
             for node in self.reader_nodes(reader):
-                view.add_edge(self.writers[writer], node, key=self.readers[reader])
+                view.add_edge(self.writers[writer], node, key=key)
         return view
 
-    def without_dead_ends(self, kept: Bool[Tensor, "R W"]) -> Bool[Tensor, "R W"]:
+    # ---- what a circuit leaves connected ----------------------------------------------------------
+
+    def without_dead_ends(self, kept: Bool[Tensor, "R W *S"]) -> Bool[Tensor, "R W *S"]:
         """The kept edges that lie on a path of kept edges from an input to `logits`."""
-        view = self.networkx(kept)
-        reaches = nx.ancestors(view, "logits") | {"logits"}
-        inputs = self.writers[: self.n_inputs]
-        reached = set(inputs).union(*(nx.descendants(view, name) for name in inputs))
-        writer_alive = torch.tensor([name in reaches and name in reached for name in self.writers])
-        reader_alive = torch.tensor([any(n in reaches for n in self.reader_nodes(r)) for r in range(len(self.readers))])
-        return kept & writer_alive & reader_alive[:, None]
+        writers, readers = self.read(kept[None])
+        flat = self._with_positions(kept)
+        return (flat & (writers[0] & self._reached(flat)) & readers[0][:, None]).view(kept.shape)
+
+    def read(self, kept: Bool[Tensor, "K R W *S"]) -> tuple[Bool[Tensor, "K W s"], Bool[Tensor, "K R s"]]:
+        """Returns which writers, and which readers, the logits depend on under each mask; s is 1 without positions."""
+        kept = self._with_positions(kept)
+        writers = kept[:, -1].clone()
+        readers = torch.ones_like(kept[:, :, 0])
+        for layer in reversed(range(self.n_layers)):
+            writer, reader, after = self.first_writer(layer), self.first_reader(layer), self.first_reader(layer + 1)
+            if not self.attention_only:
+                readers[:, after - 1] = writers[:, writer + self.n_heads]
+                writers |= kept[:, after - 1] & readers[:, [after - 1]]
+            heads = writers[:, writer : writer + self.n_heads]
+            moved = self._from_here(heads.unflatten(1, (self.kv_heads, self.kv_group)).any(2))
+            sides = torch.cat((heads, moved, moved), 1)
+            readers[:, reader : reader + sides.shape[1]] = sides
+            writers |= (kept[:, reader : reader + sides.shape[1]] & sides[:, :, None]).any(1)
+        return writers, readers
+
+    def _reached(self, kept: Bool[Tensor, "R W S"]) -> Bool[Tensor, "W S"]:
+        """Which writers depend on an input."""
+        writers = torch.zeros_like(kept[0])
+        writers[: self.n_inputs] = True
+        for layer in range(self.n_layers):
+            writer, reader, after = self.first_writer(layer), self.first_reader(layer), self.first_reader(layer + 1)
+            fed = (kept[reader:after] & writers).any(1)  # [readers of the block, S]
+            q, k, v = fed[: self.n_heads + 2 * self.kv_heads].split((self.n_heads, self.kv_heads, self.kv_heads))
+            moved = self._to_here(k | v).repeat_interleave(self.kv_group, 0)
+            writers[writer : writer + self.n_heads] = q | moved
+            if not self.attention_only:
+                own = (kept[after - 1] & writers).any(0)
+                writers[writer + self.n_heads] = own
+        return writers
+
+    def _with_positions(self, kept: Tensor) -> Tensor:
+        return kept if self.n_positions is not None else kept[..., None]
+
+    def _from_here(self, later: Bool[Tensor, "*K S"]) -> Bool[Tensor, "*K S"]:
+        """True where any position that can read this one is True."""
+        return self._to_here(later.flip(-1)).flip(-1)
+
+    def _to_here(self, earlier: Bool[Tensor, "*K S"]) -> Bool[Tensor, "*K S"]:
+        """True where any position that this one can read is True."""
+        return earlier.cumsum(-1) > 0 if self.causal else earlier.any(-1, keepdim=True).expand_as(earlier)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuits.architecture import Block
 from circuits.attention import attend
-from circuits.plan import Plan, read_writers
+from circuits.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MaskedRun:
         self,
         engine: Any,  # Factored
         todo: Plan,
-        masks: Float[Tensor, "K R W"],
+        masks: Float[Tensor, "K R W *S"],
         ablated: Ablated,
         start: Start,
         key_mask: Bool[Tensor, "B S"] | None,
@@ -70,8 +70,12 @@ class MaskedRun:
         self.rows = 1 if per_example else n_prompts  # prompts per candidate
         self.shape = (self.candidates, self.rows, n_positions, width)
         self.columns = todo.writers.to(masks.device)
-        self.read = None if ablated.unread is None else read_writers(engine.graph, masks)  # [K, W]
-        self.masks = masks if todo.all_writers else masks[..., self.columns]  # [K, R, C]
+        self.per_position = engine.graph.n_positions is not None
+        self.read: Tensor | None = None  # [W, K, 1, S | 1, 1]: 1 where the logits depend on a writer
+        if ablated.unread is not None:
+            read, _ = engine.graph.read(masks.detach() != 0)
+            self.read = read.transpose(0, 1)[:, :, None, :, None].to(masks.dtype)
+        self.masks = masks if todo.all_writers else masks[:, :, self.columns]  # [K, R, C] or [K, R, C, S]
         self.key_mask = key_mask
         if key_mask is not None and not per_example:
             self.key_mask = key_mask.repeat(self.candidates, 1)
@@ -80,7 +84,7 @@ class MaskedRun:
         prefix = prefix - self._ablated_rows(slice(0, len(prefix)))
         self.groups: list[Tensor] = []
         self.written = 0
-        if self.candidates == 1 or per_example or grad:
+        if self.candidates == 1 or per_example or grad or self.per_position:
             self.shared = prefix.new_empty(0, *prefix.shape[1:])
             self.buffer = prefix.new_empty(len(self.columns), *self.shape)
             self._write(self._per_candidate(prefix))
@@ -111,6 +115,8 @@ class MaskedRun:
     def _mix(self, readers: list[int] | slice, level: int, positions: Tensor | None = None) -> Tensor:
         """Inputs of some readers, [r, K, b, S, D]: base + mask times differences."""
         base = self._align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+        if self.per_position:
+            return self._mix_per_position(readers, base, positions)
         shared, own = self.shared, self.buffer[: self.written]
         if positions is not None:
             rows = torch.arange(len(positions), device=positions.device)[:, None]
@@ -134,6 +140,13 @@ class MaskedRun:
             mixed = torch.bmm(mask, own.flatten(2).transpose(0, 1)).view(shape)
         mixed = mixed + base[:, None] if self.grad else mixed.add_(base[:, None])
         return mixed.transpose(0, 1)
+
+    def _mix_per_position(self, readers: list[int] | slice, base: Tensor, positions: Tensor | None) -> Tensor:
+        """`_mix` with a mask for each position."""
+        differences = torch.cat(self.groups) if self.grad else self.buffer[: self.written]
+        mask = self.masks[:, readers, : len(differences)]
+        mixed = torch.einsum("krcs,ckbsd->rkbsd", mask, differences) + base
+        return mixed if positions is None else _gather(mixed, positions, self.per_example)
 
     def logits(self, positions: Int[Tensor, "B P"] | None) -> Float[Tensor, "K B P V"]:
         engine, graph = self.engine, self.engine.graph
@@ -186,12 +199,11 @@ class MaskedRun:
         """The sum over a layer's heads that its post-norm sees: of this run where they are read, else the unread."""
         assert self.read is not None and self.ablated.unread is not None
         first, step = self.engine.graph.first_writer(layer), self.todo.layers[layer]
-        read = self.read[:, first : first + self.engine.graph.n_heads].T  # [heads, K]
+        read = self.read[first : first + self.engine.graph.n_heads]
         if read.all():
             return heads.sum(0)
-        share = read.to(heads.dtype)[..., None, None, None]
-        computed = share if step.all_heads else share[step.heads]
-        return (computed * heads).sum(0) + ((1 - share) * self._align(self.ablated.unread[layer])).sum(0)
+        computed = read if step.all_heads else read[step.heads]
+        return (computed * heads).sum(0) + ((1 - read) * self._align(self.ablated.unread[layer])).sum(0)
 
     def _mlp(self, block: Block, layer: int) -> None:
         assert block.norm2 is not None

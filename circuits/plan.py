@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph import Graph
@@ -43,11 +43,10 @@ class Plan:
         return slice(0, self.n_prefix) if self.all_writers else self.writers[: self.n_prefix].to(device)
 
 
-def plan(graph: Graph, masks: Float[Tensor, "K R W"], first_layer: int = 0) -> Plan:
+def plan(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int = 0) -> Plan:
     """Returns the work that masks leave from block `first_layer` on; everything, for a mask that is trained."""
-    kept = graph.exists.numpy()
-    if not masks.requires_grad:
-        kept = kept & (masks.detach() != 0).any(0).cpu().numpy()
+    edges = graph.exists if masks.requires_grad else (masks.detach() != 0).any(0)
+    kept = (edges if graph.n_positions is None else edges.any(-1)).cpu().numpy()
     wanted = kept[-1].copy()
     layers = {}
     heads_range = np.arange(graph.n_heads)
@@ -77,18 +76,3 @@ def plan(graph: Graph, masks: Float[Tensor, "K R W"], first_layer: int = 0) -> P
     writers = torch.from_numpy(np.flatnonzero(wanted))
     n_prefix = int(wanted[: graph.first_writer(first_layer)].sum())
     return Plan(writers, len(writers) == len(graph.writers), n_prefix, layers)
-
-
-def read_writers(graph: Graph, masks: Float[Tensor, "K R W"]) -> Bool[Tensor, "K W"]:
-    """Returns which writers the logits depend on, under each mask by itself."""
-    kept = masks.detach() != 0
-    wanted = kept[:, -1].clone()
-    for layer in reversed(range(graph.n_layers)):
-        writer, reader = graph.first_writer(layer), graph.first_reader(layer)
-        if not graph.attention_only:
-            wanted |= kept[:, graph.first_reader(layer + 1) - 1] & wanted[:, [writer + graph.n_heads]]
-        heads = wanted[:, writer : writer + graph.n_heads]
-        groups = heads.unflatten(1, (graph.kv_heads, graph.kv_group)).any(-1)
-        alive = torch.cat((heads, groups, groups), 1)  # [K, readers of the layer's heads]
-        wanted |= (kept[:, reader : reader + alive.shape[1]] & alive[..., None]).any(1)
-    return wanted

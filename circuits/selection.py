@@ -3,7 +3,7 @@
 `greedy` (Hanna et al. 2024, arXiv 2403.17806) grows the circuit from `logits`: of all edges into nodes that
 are already included, the best-scoring one comes next.  Ties are broken by edge order, forward first.
 
-Shapes: writers W, readers R.
+Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def sizes(graph: Graph, points: int = 25) -> list[int]:
 
 
 def select(
-    graph: Graph, scores: Float[Tensor, "R W"], *, how: str = "greedy", edges: int | None = None,
+    graph: Graph, scores: Float[Tensor, "R W *S"], *, how: str = "greedy", edges: int | None = None,
     threshold: float | None = None, absolute: bool = False,
-) -> Bool[Tensor, "R W"]:  # fmt: skip
+) -> Bool[Tensor, "R W *S"]:  # fmt: skip
     """Returns the kept edges, without dead ends.
 
     Raises:
@@ -79,33 +79,38 @@ def _top(graph: Graph, rank: Tensor, edges: int) -> Tensor:
 
 
 def _greedy(graph: Graph, rank: Tensor, edges: int) -> Tensor:
-    values = rank.numpy()
+    by_position = rank if graph.n_positions is not None else rank[..., None]
+    values, n_positions = by_position.numpy(), by_position.shape[-1]
     readers_of: dict[str, list[int]] = {}
     for reader in range(len(graph.readers)):
         for node in graph.reader_nodes(reader):
             readers_of.setdefault(node, []).append(reader)
-    kept = torch.zeros_like(graph.exists)
-    heap: list[tuple[float, int, int]] = []
-    opened: set[int] = set()
+    kept = torch.zeros_like(by_position, dtype=torch.bool)
+    heap: list[tuple[float, int, int, int]] = []
+    opened: set[tuple[int, int]] = set()
 
-    def open_node(node: str) -> None:
+    def open_node(node: str, position: int) -> None:
+        """Offers the edges into what a node's output at a position depends on."""
         for reader in readers_of.get(node, ()):
-            if reader not in opened:
-                opened.add(reader)
+            for place in graph.reads_from(reader, position, n_positions):
+                if (reader, place) in opened:
+                    continue
+                opened.add((reader, place))
                 for writer in range(graph.upstream[reader]):
-                    heapq.heappush(heap, (-values[reader, writer], reader, writer))
+                    heapq.heappush(heap, (-values[reader, writer, place], reader, writer, place))
 
-    open_node("logits")
+    for position in range(n_positions):
+        open_node("logits", position)
     for _ in range(edges):
         if not heap:
             break
-        _, reader, writer = heapq.heappop(heap)
-        kept[reader, writer] = True
-        open_node(graph.writers[writer])
-    return kept
+        _, reader, writer, position = heapq.heappop(heap)
+        kept[reader, writer, position] = True
+        open_node(graph.writers[writer], position)
+    return kept.view(graph.exists.shape)
 
 
-def random_circuits(graph: Graph, edges: int, count: int, seed: int) -> list[Bool[Tensor, "R W"]]:
+def random_circuits(graph: Graph, edges: int, count: int, seed: int) -> list[Bool[Tensor, "R W *S"]]:
     """Returns connected circuits of (about) the same size: greedy selection on uniformly random scores.
 
     Edges drawn one by one would hardly ever connect input and logits, which makes too weak a control.  Dropping

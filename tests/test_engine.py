@@ -13,7 +13,6 @@ from circuits.architecture import Norm, Rotary
 from circuits.engine import Factored
 from circuits.families import describe
 from circuits.masked import Start
-from circuits.plan import read_writers
 from tests import tiny
 
 MODELS = tiny.models()
@@ -49,6 +48,24 @@ def random_masks(factored: Factored, count: int, kept: float = 0.6) -> torch.Ten
     return (torch.rand(shape, generator=generator) < kept) * soft
 
 
+def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:
+    """Where the logits depend on a writer, [W, S], by the paths of a graph whose nodes are (name, position)."""
+    kept = mask * graph.exists != 0
+    kept = kept[..., None].expand(-1, -1, n_positions) if kept.ndim == 2 else kept
+    paths = nx.DiGraph()
+    paths.add_node("end")
+    for reader, writer, position in kept.nonzero().tolist():
+        name = graph.readers[reader]
+        moves = name.endswith(("<k>", "<v>"))
+        to = range(position if graph.causal else 0, n_positions) if moves else [position]
+        for node in graph.reader_nodes(reader):
+            for there in to:
+                target = "end" if node == "logits" else (node, there)
+                paths.add_edge((graph.writers[writer], position), target)
+    ancestors = nx.ancestors(paths, "end")
+    return torch.tensor([[(name, position) in ancestors for position in range(n_positions)] for name in graph.writers])
+
+
 def through_hooks(
     factored: Factored, tokens: torch.Tensor, mask: torch.Tensor, ablated: torch.Tensor, unread: dict | None = None
 ):
@@ -60,13 +77,13 @@ def through_hooks(
     post_normed = "ln1_post" in bridge.blocks[0]._modules
     if post_normed and unread is None:  # what heads give their post-norm when every edge is removed
         through_hooks(factored, tokens, torch.zeros_like(mask), ablated, unread := {})
-    read = nx.ancestors(graph.networkx(mask * graph.exists != 0), "logits")
+    read = read_by(graph, mask, tokens.shape[1])
 
     def mixed(reader: str) -> torch.Tensor:
         row = graph.reader_index[reader]
         total = sum(biases[:-1] if graph.parallel and reader.startswith("m") else biases)
         for writer in range(graph.upstream[row]):
-            m = mask[row, writer]
+            m = mask[row, writer] if mask.ndim == 2 else mask[row, writer][:, None]
             total = total + m * written[writer] + (1 - m) * ablated[writer]
         return total
 
@@ -98,7 +115,8 @@ def through_hooks(
             if post_normed:
                 norm = bridge.blocks[layer].ln1_post.original_component
                 alone = unread.setdefault(layer, outputs)
-                enter = [outputs[h] if f"a{layer}.h{h}" in read else alone[h] for h in range(graph.n_heads)]
+                here = read[[graph.writer_index[f"a{layer}.h{h}"] for h in range(graph.n_heads)]][:, None, :, None]
+                enter = [torch.where(*values) for values in zip(here, outputs, alone, strict=True)]
                 factor = (1 + norm.weight) / (sum(enter).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
                 outputs = [output * factor for output in outputs]
             written.extend(outputs)
@@ -222,12 +240,65 @@ def test_edges_into_what_the_logits_do_not_depend_on_change_nothing(named_engine
 def test_read_writers_are_the_ancestors_of_the_logits(named_engine):
     _, factored = named_engine
     graph = factored.graph
-    masks = random_masks(factored, 5, kept=0.2) * graph.exists
-    for row, mask in zip(read_writers(graph, masks), masks, strict=True):
-        ancestors = nx.ancestors(graph.networkx(mask != 0), "logits")
-        assert [name for name, read in zip(graph.writers, row, strict=True) if read] == [
-            name for name in graph.writers if name in ancestors
-        ]
+    kept = random_masks(factored, 5, kept=0.2) * graph.exists != 0
+    for row, mask in zip(graph.read(kept)[0][..., 0], kept, strict=True):
+        assert torch.equal(row, read_by(graph, mask, 1)[:, 0])
+
+
+# ---- edges per position ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["gpt2", "llama", "neox", "mistral", "gemma2", "gptj", "native, bidirectional",
+                        "native, grouped queries", "native, attention only"])  # fmt: skip
+def positional(request) -> tuple[str, Factored]:
+    return request.param, Factored(MODELS[request.param], n_positions=7)
+
+
+def test_masks_per_position_equal_the_computation_through_hooks(positional):
+    name, factored = positional
+    tokens = tokens_for(factored, length=7)
+    ablated = random_ablated(factored, tokens)
+    for mask in torch.cat((random_masks(factored, 2), random_masks(factored, 3, kept=0.1))).double():
+        ours = factored.masked(tokens, mask, ablated)
+        theirs = through_hooks(factored, tokens, mask, ablated.writers)
+        torch.testing.assert_close(ours, theirs, atol=bound(name), rtol=bound(name))
+
+
+def test_one_mask_for_all_positions_is_the_mask_without_positions(positional):
+    name, factored = positional
+    plain = Factored(MODELS[name])
+    tokens = tokens_for(factored, length=7)
+    ablated = random_ablated(factored, tokens, 1, 1)
+    masks = random_masks(plain, 3)
+    ours = factored.masked(tokens, masks[..., None].expand(-1, -1, -1, 7), ablated)
+    torch.testing.assert_close(ours, plain.masked(tokens, masks, ablated), atol=bound(name), rtol=bound(name))
+
+
+def test_masks_per_position_in_batches_by_example_and_with_gradients(positional):
+    name, factored = positional
+    tokens = tokens_for(factored, length=7)
+    masks, scored = random_masks(factored, 3, kept=0.3), torch.tensor([[2, 6], [0, -1], [5, 4]])
+    ablated = random_ablated(factored, tokens)
+    for grad in (False, True):
+        given = masks.clone().requires_grad_(grad)
+        batched = factored.masked(tokens, given, ablated, positions=scored).detach()
+        single = torch.stack([factored.masked(tokens, mask, ablated) for mask in masks])
+        at = single[:, torch.arange(3)[:, None], scored]
+        torch.testing.assert_close(batched, at, atol=bound(name), rtol=bound(name))
+        own = factored.masked(tokens, given, ablated, positions=scored, per_example=True).detach()
+        torch.testing.assert_close(own, at[torch.arange(3), torch.arange(3)], atol=bound(name), rtol=bound(name))
+
+
+def test_prompts_of_another_length_than_the_edges_positions_are_refused():
+    factored = Factored(MODELS["gpt2"], n_positions=7)
+    tokens = tokens_for(factored, length=8)
+    with pytest.raises(ValueError, match="prompts of 8 tokens, but edges are told apart by position .* exactly 7"):
+        factored.masked(tokens, random_masks(factored, 1)[0], random_ablated(factored, tokens))
+    with pytest.raises(ValueError, match="writers at 7 positions"):
+        factored.masked(tokens[:, :7], random_masks(Factored(MODELS["gpt2"]), 1)[0], random_ablated(factored, tokens))
+
+
+# ---- masks in batches -----------------------------------------------------------------------------
 
 
 def test_masks_batched_equal_one_at_a_time(named_engine):
@@ -440,9 +511,9 @@ def block(layer: int, **attention):
     return change
 
 
-def parallel(value: bool):
+def graph(**fields):
     def change(architecture):
-        return dataclasses.replace(architecture, graph=dataclasses.replace(architecture.graph, parallel=value))
+        return dataclasses.replace(architecture, graph=dataclasses.replace(architecture.graph, **fields))
 
     return change
 
@@ -507,7 +578,7 @@ NONE = Norm("none")
 MUTATIONS = [
     ("gpt2", "attention scale", each_block(scale=1.0)),
     ("gpt2", "positions", whole(position=None)),
-    ("gpt2", "causal mask", whole(causal=False)),
+    ("gpt2", "causal mask", graph(causal=False)),
     ("gpt2", "norm 1", norms("norm1", kind="none")),
     ("gpt2", "norm 2 is no RMS", norms("norm2", kind="rms")),
     ("gpt2", "norm 1 epsilon", norms("norm1", eps=0.0)),
@@ -522,8 +593,8 @@ MUTATIONS = [
     ("llama", "final norm", norms("final_norm", kind="layer")),
     *[("llama", f"bias of {side}", no_bias(side)) for side in "qvo"],
     ("llama, tied", "rotary", whole(rotary=None)),
-    ("neox", "parallel blocks", parallel(False)),
-    ("neox, sequential", "sequential blocks", parallel(True)),
+    ("neox", "parallel blocks", graph(parallel=False)),
+    ("neox, sequential", "sequential blocks", graph(parallel=True)),
     ("neox", "partial rotary", whole(rotary=None)),
     ("neox", "rotary pairs", swapped_pairs),
     ("neox", "rotary width", full_rotary),
@@ -565,13 +636,13 @@ MUTATIONS = [
     ("gemma2", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
     ("gemma2", "rotary", whole(rotary=None)),
     *[(name, "one shared norm", other_norm2) for name in ("gptj", "codegen")],
-    *[(name, "parallel blocks", parallel(False)) for name in ("gptj", "codegen")],
+    *[(name, "parallel blocks", graph(parallel=False)) for name in ("gptj", "codegen")],
     *[(name, "rotary pairs", swapped_pairs) for name in ("gptj", "codegen")],
     *[(name, "partial rotary", whole(rotary=None)) for name in ("gptj", "codegen")],
     *[(name, "attention scale", each_block(scale=1.0)) for name in ("gptj", "codegen")],
     *[(name, "unembedding bias", whole_unembed_without_bias) for name in ("gptj", "codegen")],
-    ("native, bidirectional", "attends both ways", whole(causal=True)),
-    ("native, layer norm", "causal mask", whole(causal=False)),
+    ("native, bidirectional", "attends both ways", graph(causal=True)),
+    ("native, layer norm", "causal mask", graph(causal=False)),
     ("native, rotary", "rotary", whole(rotary=None)),
     ("native, rotary", "rotary pairs", swapped_pairs),
     ("native, soft caps", "attention cap", each_block(soft_cap=None)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import networkx as nx
 import pytest
 import torch
 from hypothesis import given
@@ -249,3 +250,60 @@ def test_a_parallel_block_has_no_edge_from_its_heads_to_its_mlp():
 def test_impossible_shapes_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         Graph(*shape)
+
+
+# ---- edges per position -------------------------------------------------------------------------
+
+
+def per_position(**shape) -> Graph:
+    return Graph(**{"n_layers": 2, "n_heads": 2, **shape}, n_positions=3)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"causal": False}, {"n_kv_heads": 1}, {"parallel": True}, {"attention_only": True}]
+)
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_dead_ends_per_position_are_what_no_path_uses(shape, share):
+    graph = per_position(**shape)
+    for seed in range(8):
+        draw = torch.rand(graph.exists.shape, generator=torch.Generator().manual_seed(seed))
+        kept = graph.exists & (draw < share)
+        paths = nx.DiGraph()
+        paths.add_nodes_from(("start", "end"))
+        for name in graph.writers[: graph.n_inputs]:
+            paths.add_edges_from(("start", (name, position)) for position in range(3))
+        for reader, writer, position in kept.nonzero().tolist():
+            moves = graph.readers[reader].endswith(("<k>", "<v>"))
+            paths.add_edge((graph.writers[writer], position), (reader, position))
+            for there in range(position if graph.causal else 0, 3) if moves else [position]:
+                for node in graph.reader_nodes(reader):
+                    paths.add_edge((reader, position), "end" if node == "logits" else (node, there))
+        alive = (nx.descendants(paths, "start") | {"start"}) & (nx.ancestors(paths, "end") | {"end"})
+        expected = torch.zeros_like(kept)
+        for reader, writer, position in kept.nonzero().tolist():
+            expected[reader, writer, position] = (graph.writers[writer], position) in alive and (
+                reader, position) in nx.ancestors(paths, "end")  # fmt: skip
+        assert torch.equal(graph.without_dead_ends(kept), expected)
+
+
+def test_edges_per_position_have_names():
+    graph = per_position()
+    assert graph.n_edges == 3 * Graph(2, 2).n_edges == int(graph.exists.sum()) == len(list(graph.edges()))
+    for edge in graph.edges():
+        assert graph.edge_index(graph.edge_name(*edge)) == edge
+    assert graph.edge_name(0, 0, 2) == "input->a0.h0<q>@2"
+    assert graph.sweep_order()[0] == (len(graph.readers) - 1, len(graph.writers) - 1, 2)
+    assert Graph.from_json(graph.to_json()) == graph
+    for name in (
+        "input->a0.h0<q>",
+        "input->a0.h0<q>@3",
+        "input->a0.h0<q>@",
+        "input->a0.h0<q>@-1",
+        "input->a0.h0<q>@01",
+    ):
+        with pytest.raises(ValueError, match="per position of 3 tokens; edges look like 'input->logits@0'"):
+            graph.edge_index(name)
+    with pytest.raises(ValueError, match="edges look like 'input->logits'"):
+        Graph(2, 2).edge_index("input->logits@0")
+    with pytest.raises(ValueError, match="n_positions=0"):
+        Graph(2, 2, n_positions=0)

@@ -420,7 +420,7 @@ def test_induction_models_reach_their_known_accuracy(cases, name, accuracy):
 def test_compiled_programs_compute_their_labels(cases, program, edges):
     folder = cases / "tracr_compiled"
     factored = Factored(load(folder / f"{program}.pt"))
-    assert factored.graph.n_edges == edges and not factored.architecture.causal
+    assert factored.graph.n_edges == edges and not factored.graph.causal
     data = np.load(folder / f"{program}.eval.npz", allow_pickle=False)
     logits = factored.logits(torch.tensor(data["tokens"], dtype=torch.long))[:, data["answer_pos"]]
     labels = torch.tensor(data["labels"])

@@ -12,6 +12,7 @@ the paper.  A node that no kept edge reads loses all of its incoming edges uneva
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,27 +53,26 @@ def acdc(config: ACDC, behaviour: Behaviour) -> Found:
     evaluated, closest = 0, float("inf")
     generator = np.random.default_rng(config.seed)
     progress = tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None)
-    for reader in reversed(range(len(graph.readers))):
-        progress.update(graph.upstream[reader])
-        nodes = graph.reader_nodes(reader)
-        if nodes != ("logits",) and not any(kept[:, graph.writer_index[node]].any() for node in nodes):
-            kept[reader] = False
-            continue
-        writers = list(reversed(range(graph.upstream[reader])))
+    for reader, group in itertools.groupby(graph.sweep_order(), key=lambda edge: edge[0]):
+        edges = list(group)
+        progress.update(len(edges))
+        _, read = graph.read(kept[None])
+        kept[reader] &= read[0, reader].view(kept.shape[2:])  # what nothing depends on needs no input
+        edges = [edge for edge in edges if kept[edge]]
         layer = min(reader // graph.readers_per_block, graph.n_layers)  # all before it is still whole
         if config.order == "shuffle":
-            generator.shuffle(writers)
-        for writer in writers:
-            kept[reader, writer] = False
+            generator.shuffle(edges)
+        for edge in edges:
+            kept[edge] = False
             without = -behaviour.measure(kept, first_layer=layer).double().mean().item()
             delta = without - current
-            scores[reader, writer] = delta
+            scores[edge] = delta
             evaluated += 1
             closest = min(closest, abs(delta - config.tau))
             if delta < config.tau:
                 current = without
             else:
-                kept[reader, writer] = True
+                kept[edge] = True
     progress.close()
     details = {"runs": evaluated, "closest_to_tau": closest, "final_cost": current}
     return Found(scores=scores, kept=kept, details=details)

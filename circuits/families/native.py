@@ -80,7 +80,13 @@ def native(bridge: Any, hf_config: None) -> Architecture:
             pairs="adjacent",
         )
     return Architecture(
-        graph=Graph(config.n_layers, config.n_heads, config.n_key_value_heads, attention_only=bool(config.attn_only)),
+        graph=Graph(
+            config.n_layers,
+            config.n_heads,
+            config.n_key_value_heads,
+            attention_only=bool(config.attn_only),
+            causal=config.attention_dir == "causal",
+        ),
         blocks=blocks,
         token=part(bridge.embed),
         position=None if rotary is not None else part(bridge.pos_embed),
@@ -89,7 +95,6 @@ def native(bridge: Any, hf_config: None) -> Architecture:
         unembed=projection(bridge.unembed),
         head_width=config.d_head,
         context=config.n_ctx,
-        causal=config.attention_dir == "causal",
         logit_cap=config.output_logits_soft_cap if config.output_logits_soft_cap > 0 else None,
     )
 

@@ -44,13 +44,16 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     folder.mkdir(parents=True, exist_ok=True)
     metrics = source / "metrics.json"
     figures = json.loads(metrics.read_text()) if metrics.is_file() else None
+    edges = circuit.edges_over_positions
     caption = f"{len(circuit)} of {circuit.graph.n_edges} edges"
+    if circuit.graph.n_positions is not None:
+        caption += f" ({circuit.graph.n_positions} positions, drawn as {len(edges)} edges with summed scores)"
     if figures:
         detail = figures["faithfulness_detail"]
         caption += f", faithfulness {detail['value']:.2f} ({detail['metric']}, {detail['ablation']} ablation)"
     title = _title(circuit)
     paths = draw_circuit(
-        circuit.edges, folder, formats=tuple(formats), title=title, caption=caption, maximum_edges=maximum_edges,
+        edges, folder, formats=tuple(formats), title=title, caption=caption, maximum_edges=maximum_edges,
         kv_group=circuit.graph.kv_group,
     )  # fmt: skip
     if figures and len(points := [point for point in figures["curve"] if point["edges"]]) > 1:
