@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow lint bench figures models clean help
+.PHONY: demo test test-slow lint bench figures docs models clean help
 
 demo: .venv/installed ## find, draw and use the circuit of the shipped model -> runs/demo
 	$(BIN)/madcap demo out=runs/demo overwrite=true
@@ -30,6 +30,9 @@ bench: .venv/installed ## time the engine
 figures: .venv/installed ## redraw every published figure
 	@set -e; for figure in figures/*.py; do \
 	  [ -e "$$figure" ] || continue; echo "$$figure"; $(BIN)/python "$$figure"; done
+
+docs: .venv/installed ## measure every architecture again -> docs/architectures.md
+	$(BIN)/python -m tests.architectures
 
 models: .venv/installed ## train the shipped model again
 	$(BIN)/madcap train task=recall_redirect out=mad/models/recall_redirect overwrite=true

@@ -32,21 +32,20 @@ class Norm:
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.kind == "none":
             return x
-        if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], self._gain, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self._gain, getattr(self.module, "bias", None), self.eps)
+        weight = getattr(self.module, "weight", None)
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps)
+        if self.offset == 0.0 or weight is None:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()  # as Gemma: a gain near 1 loses its digits in bfloat16
+        return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype) + self.offset, self.eps).to(x.dtype)
 
     def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What an RMS norm of x multiplies x by, and so each addend of x."""
-        exact = x if x.dtype == torch.float64 else x.float()
-        factor = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt().to(x.dtype)
-        gain = self._gain
-        return factor.expand_as(x) if gain is None else factor * gain
-
-    @property
-    def _gain(self) -> Float[Tensor, "d_model"] | None:
-        gain = getattr(self.module, "weight", None)
-        return gain if gain is None or self.offset == 0.0 else gain + self.offset
+        wide = x if x.dtype == torch.float64 else x.float()
+        factor = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        weight = getattr(self.module, "weight", None)
+        return (factor if weight is None else factor * (weight.to(wide.dtype) + self.offset)).to(x.dtype).expand_as(x)
 
 
 @dataclass(frozen=True)

@@ -160,24 +160,29 @@ NATIVE_VARIANTS = {
 }
 
 
-def models() -> dict[str, LoadedModel]:
-    """One model of each family and variant, in float64."""
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 8}  # fmt: skip
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "rope_theta": 100.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "rope_theta": 100.0}
+HUGGINGFACE_VARIANTS = {
+    **{name: {} for name in HUGGINGFACE},
+    "gpt2, scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "llama, llama3 rotary": {"rope_scaling": LLAMA3},
+    "llama, linear rotary": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama, tied": {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
+    "neox, sequential": {"use_parallel_residual": False},
+    "mistral, no window": {"sliding_window": None},
+    "qwen2, no window": {"use_sliding_window": False},
+    "qwen3, yarn rotary": {"rope_scaling": YARN, "use_sliding_window": False, "attention_bias": False},
+    "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
+
+
+def models(dtype: torch.dtype = torch.float64) -> dict[str, LoadedModel]:
+    """One model of each family and variant; a name is its family, then a comma and the variant."""
     families = {
-        **{name: huggingface(name) for name in HUGGINGFACE},
-        "gpt2, scaled by layer": gpt2(scale_attn_by_inverse_layer_idx=True),
-        "llama, llama3 rotary": llama(rope_scaling=llama3),
-        "llama, linear rotary": llama(rope_scaling={"rope_type": "linear", "factor": 3.0}),
-        "llama, tied": llama(tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
-        "neox, sequential": huggingface("neox", use_parallel_residual=False),
-        "mistral, no window": huggingface("mistral", sliding_window=None),
-        "qwen2, no window": huggingface("qwen2", use_sliding_window=False),
-        "qwen3, yarn rotary": huggingface("qwen3", rope_scaling=yarn, use_sliding_window=False, attention_bias=False),
-        "gemma2, no caps": huggingface("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
+        name: huggingface(name.split(",")[0], dtype, **changes) for name, changes in HUGGINGFACE_VARIANTS.items()
     }
-    return {**families, **{f"native, {name}": native(**changes) for name, changes in NATIVE_VARIANTS.items()}}
+    return {**families, **{f"native, {name}": native(dtype, **changes) for name, changes in NATIVE_VARIANTS.items()}}
 
 
 def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29) -> list[dict]:

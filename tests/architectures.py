@@ -1,0 +1,142 @@
+"""Writes `docs/architectures.md`: what each family's engine has been proved to compute, measured on small models.
+
+python -m tests.architectures
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from circuits.engine import Factored
+from circuits.graph import Graph
+from tests import tiny
+from tests.features import MUTATIONS
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's heading, its architecture's name, and well-known models of it with their graphs."""
+
+    title: str
+    architecture: str
+    known: dict[str, Graph]
+
+
+def _parallel(layers: int, heads: int) -> Graph:
+    return Graph(layers, heads, parallel=True)
+
+
+FAMILIES = {
+    "gpt2": Family("GPT-2", "GPT2LMHeadModel", {"gpt2": Graph(12, 12), "gpt2-xl": Graph(48, 25)}),
+    "neox": Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM",
+                   {"pythia-70m": _parallel(6, 8), "pythia-1.4b": _parallel(24, 16)}),
+    "gptj": Family("GPT-J", "GPTJForCausalLM", {"gpt-j-6b": _parallel(28, 16)}),
+    "codegen": Family("CodeGen", "CodeGenForCausalLM", {"codegen-350M-mono": _parallel(20, 16)}),
+    "llama": Family("Llama 2, 3", "LlamaForCausalLM", {"Llama-3.2-1B": Graph(16, 32, 8), "Llama-2-7b": Graph(32, 32)}),
+    "mistral": Family("Mistral", "MistralForCausalLM", {"Mistral-7B-v0.1": Graph(32, 32, 8)}),
+    "qwen2": Family("Qwen 2, 2.5", "Qwen2ForCausalLM", {"Qwen2.5-0.5B": Graph(24, 14, 2)}),
+    "qwen3": Family("Qwen 3, dense", "Qwen3ForCausalLM", {"Qwen3-0.6B": Graph(28, 16, 8)}),
+    "gemma": Family("Gemma 1", "GemmaForCausalLM", {"gemma-2b": Graph(18, 8, 1)}),
+    "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", {"gemma-2-2b": Graph(26, 8, 4)}),
+    "native": Family("TransformerLens native", "TransformerLensNative",
+                     {"2 layers, 4 heads": Graph(2, 4), "without MLPs": Graph(2, 4, attention_only=True)}),
+}  # fmt: skip
+
+INTRODUCTION = """# Architectures
+
+*Made by `make docs` from the tests; `make test` fails when it is no longer true.*
+
+A model is supported when its family is described in `circuits/families` and every configuration field that it sets is
+known there: a field that is set and not known is refused by name. Loading compares the engine with the TransformerLens
+bridge, and both with the HuggingFace model before it was wrapped, on random tokens.
+
+That alone would prove little, because random initial weights hide most features. So each family also has small models
+with weights scaled up, texts longer than the attention window and heads of odd sizes, and **each feature listed below
+has been left out on purpose, and was noticed**. For runs under a mask the engine is compared with an independent
+computation through hooks on the bridge, edge by edge.
+
+The columns float64, float32 and bfloat16 give the deviation: the largest difference between the logits of the engine
+(clean run, and run under a mask of ones) and those of the unwrapped model, divided by the largest logit, over all small
+models of the family, rounded up to one digit. Where float64 is little better than float32, the model itself
+computes its norms or its attention in float32. The weights are scaled up, so that bfloat16, which has two to three
+digits, shows its worst; a real model's deviation is smaller.
+
+With $L$ layers, $H$ heads, $K$ key-value heads and $s_l = 1 + l\\,(H + 1)$ the number of edges is
+
+$$E = \\sum_{l < L} \\left[ (H + 2K)\\, s_l + s_l + H \\right] + s_L$$
+
+In parallel blocks the MLP does not read its own layer's heads: without the $+ H$. Without MLPs:
+$s_l = 1 + l H$ and $E = \\sum_{l < L} (H + 2K)\\, s_l + s_L$. Position embeddings as a writer of their own
+(`split_input=true`) make each $s_l$ one larger; edges per position, for prompts of $S$ tokens, are $S$ times as many.
+"""
+
+REFUSED = """## Refused, by name
+
+* Quantised weights (dequantise and save in float), LoRA adapters that are not merged (`merge_and_unload()`), models on
+  the meta device or offloaded.
+* Mixtures of experts, ALiBi, state-space models, encoder-decoders, multimodal models.
+* Rotary scaling that depends on the length of the text (`dynamic`, `longrope`); `default`, `linear`, `llama3` and
+  `yarn` are supported.
+* Gemma 2 with `attention_bias`: the output projection's bias would be inside the post-norm, part of no writer.
+* Bidirectional Gemma; cross-attention.
+* For native models, every field that TransformerLens's own model ignores (`use_qk_norm`, `parallel_attn_mlp`,
+  `use_local_attn`, ...), and legacy rotary checkpoints.
+
+A family is one function in `circuits/families`, a small model in `tests/tiny.py`, and an entry in `tests/features.py`
+for each of its features.
+"""
+
+
+def deviations(dtype: torch.dtype) -> dict[str, float]:
+    """For each family the largest relative deviation of the engine from the unwrapped model, over its small models."""
+    worst = dict.fromkeys(FAMILIES, 0.0)
+    for name, model in tiny.models(dtype).items():
+        engine, theirs = Factored(model), model.probe_logits.double()
+        clean = engine.clean(model.probe_tokens)
+        masked = engine.masked(model.probe_tokens, engine.graph.exists, engine.ablated(torch.zeros_like(clean.writers)))
+        for ours in (clean.logits, masked):
+            difference = (ours.double() - theirs).abs().max() / theirs.abs().max()
+            assert difference.isfinite(), name
+            worst[name.split(",")[0]] = max(worst[name.split(",")[0]], difference.item())
+    return worst
+
+
+def one_digit(value: float) -> str:
+    """The value with one digit, rounded up."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(value))
+    digit = math.ceil(value / 10.0**exponent - 1e-6)
+    return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
+
+
+def page() -> str:
+    """The page."""
+    head = "| family | architecture | " + " | ".join(DTYPES) + " | edges |"
+    lines = [INTRODUCTION, "## Families", "", head, "|---" * (len(DTYPES) + 3) + "|"]
+    measured = [deviations(dtype) for dtype in DTYPES.values()]
+    for key, family in FAMILIES.items():
+        worst = [one_digit(by_family[key]) for by_family in measured]
+        known = ", ".join(f"{name} {graph.n_edges:,}" for name, graph in family.known.items())
+        lines.append(f"| {family.title} | `{family.architecture}` | " + " | ".join(worst) + f" | {known} |")
+    lines += ["", "## Features proved", ""]
+    features = [(name.split(",")[0], feature) for name, feature, _ in MUTATIONS]
+    for key, group in itertools.groupby(features, key=lambda pair: pair[0] if pair[0] != "codegen" else "gptj"):
+        names = dict.fromkeys(feature for _, feature in group)
+        title = "GPT-J and CodeGen" if key == "gptj" else FAMILIES[key].title
+        lines.append(f"* **{title}**: {'; '.join(names)}.")
+    return "\n".join([*lines, "", REFUSED])
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
+    print(PAGE)

@@ -1,0 +1,315 @@
+"""Every feature of every family, each with the change of an architecture that leaves it out.
+
+A feature counts as proved when the engine without it is noticed: `tests/test_engine.py` tries them all, and
+`docs/architectures.md` lists them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from circuits.architecture import Norm, Rotary
+
+
+def each_block(**attention):
+    def change(architecture):
+        blocks = tuple(
+            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **attention))
+            for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+def each_mlp(**mlp):
+    def change(architecture):
+        blocks = tuple(
+            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp)) for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+def norms(which: str, **fields):
+    def change(architecture):
+        if which == "final_norm":
+            return dataclasses.replace(architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields))
+        blocks = tuple(
+            dataclasses.replace(block, **{which: dataclasses.replace(getattr(block, which), **fields)})
+            for block in architecture.blocks
+        )
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+class WithoutBias(torch.nn.Module):
+    bias = None
+
+    def __init__(self, module):
+        super().__init__()
+        self.weight = module.weight
+
+
+def no_bias(side: str):
+    def change(architecture):
+        blocks = []
+        for block in architecture.blocks:
+            linear = getattr(block.attention, side)
+            bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
+            blocks.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **{side: bare})))
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return change
+
+
+def whole(**fields):
+    return lambda architecture: dataclasses.replace(architecture, **fields)
+
+
+def swapped_pairs(architecture):
+    pairs = "adjacent" if architecture.rotary.pairs == "halves" else "halves"
+    return dataclasses.replace(architecture, rotary=Rotary(architecture.rotary.tables, pairs))
+
+
+def each_layer(**fields):
+    def change(architecture):
+        blocks = tuple(dataclasses.replace(block, **fields) for block in architecture.blocks)
+        return dataclasses.replace(architecture, blocks=blocks)
+
+    return change
+
+
+def block(layer: int, **attention):
+    """A change of one layer's attention."""
+
+    def change(architecture):
+        blocks = list(architecture.blocks)
+        changed = dataclasses.replace(blocks[layer].attention, **attention)
+        blocks[layer] = dataclasses.replace(blocks[layer], attention=changed)
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return change
+
+
+def graph(**fields):
+    def change(architecture):
+        return dataclasses.replace(architecture, graph=dataclasses.replace(architecture.graph, **fields))
+
+    return change
+
+
+def shared_norm(architecture):
+    blocks = tuple(dataclasses.replace(block, norm2=block.norm1) for block in architecture.blocks)
+    return dataclasses.replace(architecture, blocks=blocks)
+
+
+def other_norm2(architecture):
+    """The MLP's norm is that of the next layer."""
+    norms = [block.norm1 for block in architecture.blocks]
+    pairs = zip(architecture.blocks, norms[1:] + norms[:1], strict=True)
+    blocks = tuple(dataclasses.replace(block, norm2=norm) for block, norm in pairs)
+    return dataclasses.replace(architecture, blocks=blocks)
+
+
+def full_rotary(architecture):
+    """All coordinates rotate, not only the first."""
+
+    def tables(positions, like):
+        cos, sin = architecture.rotary.tables(positions, like)
+        width = architecture.head_width
+        return cos.repeat(1, width)[:, :width], sin.repeat(1, width)[:, :width]
+
+    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+
+
+def unscaled_rotary(architecture):
+    """Rotations that keep lengths."""
+
+    def tables(positions, like):
+        cos, sin = architecture.rotary.tables(positions, like)
+        length = (cos**2 + sin**2).sqrt()
+        return cos / length, sin / length
+
+    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+
+
+class Unscaled(torch.nn.Module):
+    """An embedding without the scale that its module applies."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.weight = module.weight
+
+    def forward(self, tokens):
+        return torch.nn.functional.embedding(tokens, self.weight)
+
+
+def unscaled_embedding(architecture):
+    return dataclasses.replace(architecture, token=Unscaled(architecture.token))
+
+
+def no_unembedding_bias(architecture):
+    bare = dataclasses.replace(architecture.unembed, module=WithoutBias(architecture.unembed.module))
+    return dataclasses.replace(architecture, unembed=bare)
+
+
+def plain_rotary(architecture):
+    """Angles position / 10000^(2 i / width), as without any scaling of positions."""
+
+    def tables(positions, like):
+        width = architecture.rotary.tables(positions, like)[0].shape[-1]
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=like.dtype) / width)
+        angles = torch.arange(positions, dtype=like.dtype)[:, None] * frequencies
+        spread = angles.repeat(1, 2) if architecture.rotary.pairs == "halves" else angles.repeat_interleave(2, -1)
+        return spread.cos(), spread.sin()
+
+    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+
+
+def no_mlp_bias(side: str):
+    def change(architecture):
+        blocks = []
+        for block in architecture.blocks:
+            linear = getattr(block.mlp, side)
+            bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
+            blocks.append(dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **{side: bare})))
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return change
+
+
+class Rolled(torch.nn.Module):
+    """A projection whose heads have moved on by one."""
+
+    def __init__(self, module, width):
+        super().__init__()
+        self.weight = module.weight.roll(width, 0)
+        self.bias = None if module.bias is None else module.bias.roll(width, 0)
+
+
+def other_groups(architecture):
+    """Query heads read the next group's keys and values."""
+    blocks = []
+    for block in architecture.blocks:
+        sides = {
+            side: dataclasses.replace(
+                getattr(block.attention, side),
+                module=Rolled(getattr(block.attention, side).module, architecture.head_width),
+            )
+            for side in "kv"
+        }
+        blocks.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **sides)))
+    return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+
+def exact_gelu(x):
+    return torch.nn.functional.gelu(x)
+
+
+def tanh_gelu(x):
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+NONE = Norm("none")
+
+MUTATIONS = [
+    ("gpt2", "learned positions", whole(position=None)),
+    ("gpt2", "causal attention", graph(causal=False)),
+    ("gpt2", "attention scale", each_block(scale=1.0)),
+    ("gpt2", "LayerNorm", norms("norm2", kind="rms")),
+    ("gpt2", "norm before attention", norms("norm1", kind="none")),
+    ("gpt2", "norm epsilon", norms("norm1", eps=0.0)),
+    ("gpt2", "gain and bias of the final norm", norms("final_norm", module=None)),
+    ("gpt2", "tanh GELU", each_mlp(activation=exact_gelu)),
+    *[("gpt2", f"bias of {side}", no_bias(side)) for side in "qvo"],
+    *[("gpt2", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    ("gpt2, scaled by layer", "attention scaled by layer", block(1, scale=0.5)),
+    ("neox", "parallel blocks", graph(parallel=False)),
+    ("neox, sequential", "sequential blocks", graph(parallel=True)),
+    ("neox", "rotary positions", whole(rotary=None)),
+    ("neox", "rotary pairs in halves", swapped_pairs),
+    ("neox", "partial rotary", full_rotary),
+    ("neox", "a norm of its own before the MLP", shared_norm),
+    ("neox", "norm epsilon", norms("norm1", eps=0.0)),
+    ("neox", "exact GELU", each_mlp(activation=tanh_gelu)),
+    ("neox", "attention scale", each_block(scale=1.0)),
+    *[("neox", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    *[("neox", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    *[(name, "parallel blocks", graph(parallel=False)) for name in ("gptj", "codegen")],
+    *[(name, "one norm for attention and MLP", other_norm2) for name in ("gptj", "codegen")],
+    *[(name, "rotary pairs, adjacent", swapped_pairs) for name in ("gptj", "codegen")],
+    *[(name, "partial rotary", full_rotary) for name in ("gptj", "codegen")],
+    *[(name, "attention scale", each_block(scale=1.0)) for name in ("gptj", "codegen")],
+    *[(name, "tanh GELU", each_mlp(activation=exact_gelu)) for name in ("gptj", "codegen")],
+    *[(name, "MLP bias, down", no_mlp_bias("down")) for name in ("gptj", "codegen")],
+    *[(name, "unembedding bias", no_unembedding_bias) for name in ("gptj", "codegen")],
+    ("codegen", "order of the fused projections", other_groups),
+    ("llama", "rotary positions", whole(rotary=None)),
+    ("llama", "rotary pairs in halves", swapped_pairs),
+    ("llama", "grouped queries", other_groups),
+    ("llama", "gated MLP", each_mlp(gate=None)),
+    ("llama", "SiLU", each_mlp(activation=exact_gelu)),
+    ("llama", "head width of its own", each_block(scale=3**-0.5)),
+    ("llama", "RMSNorm", norms("final_norm", kind="layer")),
+    ("llama", "norm epsilon", norms("norm1", eps=0.0)),
+    *[("llama", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    *[("llama", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("gate", "up", "down")],
+    ("llama, llama3 rotary", "llama3 rotary scaling", plain_rotary),
+    ("llama, linear rotary", "linear rotary scaling", plain_rotary),
+    ("mistral", "sliding window", each_block(window=None)),
+    ("mistral", "window with the query itself", each_block(window=5)),
+    ("mistral, no window", "no window", each_block(window=4)),
+    ("mistral", "rotary positions", whole(rotary=None)),
+    ("mistral", "grouped queries", other_groups),
+    ("qwen2", "sliding window in the upper layers", block(1, window=None)),
+    ("qwen2", "full attention in the lower layers", block(0, window=4)),
+    ("qwen2", "rotary positions", whole(rotary=None)),
+    *[("qwen2", f"bias of {side}", no_bias(side)) for side in "qkv"],
+    ("qwen3", "norm of queries", each_block(q_norm=NONE)),
+    ("qwen3", "norm of keys", each_block(k_norm=NONE)),
+    ("qwen3", "sliding window in the upper layers", block(1, window=None)),
+    ("qwen3", "head width of its own", each_block(scale=3**-0.5)),
+    ("qwen3", "rotary positions", whole(rotary=None)),
+    *[("qwen3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    ("qwen3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
+    ("qwen3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
+    ("gemma", "scaled embedding", unscaled_embedding),
+    ("gemma", "gains stored less 1", norms("norm1", offset=0.0)),
+    ("gemma", "final gain stored less 1", norms("final_norm", offset=0.0)),
+    ("gemma", "tanh GELU", each_mlp(activation=torch.nn.functional.silu)),
+    ("gemma", "gated MLP", each_mlp(gate=None)),
+    ("gemma", "rotary positions", whole(rotary=None)),
+    *[("gemma", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    ("gemma2", "scaled embedding", unscaled_embedding),
+    ("gemma2", "gains stored less 1", norms("norm2", offset=0.0)),
+    ("gemma2", "post-norm of attention", each_layer(post_norm1=None)),
+    ("gemma2", "post-norm of the MLP", each_layer(post_norm2=None)),
+    ("gemma2", "post-norm epsilon", norms("post_norm1", eps=0.0)),
+    ("gemma2", "attention soft-cap", each_block(soft_cap=None)),
+    ("gemma2", "logit soft-cap", whole(logit_cap=None)),
+    ("gemma2", "sliding window in even layers", block(0, window=None)),
+    ("gemma2", "full attention in odd layers", block(1, window=4)),
+    ("gemma2", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
+    ("gemma2", "rotary positions", whole(rotary=None)),
+    ("native, layer norm", "causal attention", graph(causal=False)),
+    ("native, bidirectional", "bidirectional attention", graph(causal=True)),
+    ("native, layer norm", "learned positions", whole(position=None)),
+    ("native, rotary", "rotary positions", whole(rotary=None)),
+    ("native, rotary", "rotary pairs, adjacent", swapped_pairs),
+    ("native, grouped queries", "grouped queries", other_groups),
+    ("native, attention scale", "attn_scale", each_block(scale=5**-0.5)),
+    ("native, soft caps", "attention soft-cap", each_block(soft_cap=None)),
+    ("native, soft caps", "logit soft-cap", whole(logit_cap=None)),
+    ("native, layer norm, no parameters", "norm without parameters", norms("norm1", kind="none")),
+    ("native, no norm", "no norm", norms("norm1", kind="layer")),
+    ("native, final rms", "RMSNorm at the end only", norms("final_norm", kind="layer")),
+    ("native, gated", "gated MLP", each_mlp(gate=None)),
+    ("native, solu_ln", "SoLU with its norm", each_mlp(inner_norm=None)),
+    ("native, relu", "ReLU", each_mlp(activation=exact_gelu)),
+    ("native, gelu_new", "tanh GELU", each_mlp(activation=exact_gelu)),
+]
