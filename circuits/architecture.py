@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from circuits.graph import Graph
+from circuits.head import Head
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -142,7 +143,7 @@ class Architecture:
     position: nn.Module | None
     rotary: Rotary | None
     final_norm: Norm
-    unembed: Linear
+    unembed: Linear | Head
     head_width: int
     context: int  # longest input, in tokens
     logit_cap: float | None = None

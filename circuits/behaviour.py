@@ -40,7 +40,7 @@ class Behaviour:
 
     @torch.no_grad()
     def measure(
-        self, mask: Bool[Tensor, "*K R W"] | Float[Tensor, "*K R W"], *, first_layer: int = 0
+        self, mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"], *, first_layer: int = 0
     ) -> Float[Tensor, "*K N"]:
         """The oriented metric of each prompt when the model runs under the mask(s).
 
@@ -71,7 +71,7 @@ class Behaviour:
 
     def empty(self) -> Float[Tensor, "N"]:
         """The oriented metric with every edge removed."""
-        return self.measure(torch.zeros(len(self.engine.graph.readers), len(self.engine.graph.writers)))
+        return self.measure(torch.zeros_like(self.engine.graph.exists))
 
 
 def prepare(
@@ -117,7 +117,7 @@ class Yardstick:
     full: float
     empty: float
 
-    def faithfulness(self, mask: Bool[Tensor, "R W"] | Float[Tensor, "R W"]) -> Faithfulness:
+    def faithfulness(self, mask: Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]) -> Faithfulness:
         """Returns the faithfulness of a circuit."""
         values = self.behaviour.measure(mask)
         circuit = values.double().mean().item()

@@ -29,6 +29,7 @@ from circuits.architecture import Architecture, Attention
 from circuits.attention import attend
 from circuits.families import describe
 from circuits.graph import Graph
+from circuits.head import Head
 from circuits.masked import Ablated, MaskedRun, Start
 from circuits.model import LoadedModel
 from circuits.plan import plan
@@ -64,6 +65,14 @@ class Factored:
         if split_input and described.position is None:
             raise ValueError("split_input=true, but this model has no position embedding to split off (rotary)")
         self._check(model)
+        if model.head is not None:
+            width = int(described.token.weight.shape[1])  # type: ignore[union-attr]
+            if model.head.weight.shape[-1] != width:
+                raise ValueError(
+                    f"the head reads {model.head.weight.shape[-1]} numbers, but the model's residual stream has {width}"
+                )
+            weight, bias = (part.to(self.device, self.dtype) for part in (model.head.weight, model.head.bias))
+            self.architecture = replace(self.architecture, unembed=Head(weight, bias), logit_cap=None)
 
     @property
     def device(self) -> torch.device:
@@ -248,11 +257,13 @@ class Factored:
                 f"mask of shape {tuple(mask.shape)}, but the graph has {len(graph.readers)} readers and "
                 f"{len(graph.writers)} writers{positions_of}"
             )
-        if graph.n_positions not in (None, tokens.shape[1]):
-            raise ValueError(
-                f"prompts of {tokens.shape[1]} tokens, but edges are told apart by position for prompts of exactly "
-                f"{graph.n_positions}"
-            )
+        if graph.n_positions is not None:
+            lengths = {tokens.shape[1]} if key_mask is None else set(key_mask.sum(1).tolist())
+            if others := sorted(lengths - {graph.n_positions}):
+                raise ValueError(
+                    f"prompts of {others[0]} tokens, but edges are told apart by position for prompts of exactly "
+                    f"{graph.n_positions}"
+                )
         if per_example and mask.shape[:-edge_axes] != tokens.shape[:1]:
             raise ValueError(f"per_example needs one mask per prompt: {tuple(mask.shape)} for {len(tokens)} prompts")
         single = mask.ndim == edge_axes
@@ -353,7 +364,7 @@ class Factored:
         """Compares engine, bridge and the unwrapped model's logits on random tokens."""
         tokens = model.probe_tokens
         clean = self.clean(tokens)
-        tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.2  # two to three digits, added up
         bridge, cache = model.bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_out"))
         residual = cache[f"blocks.{self.graph.n_layers - 1}.hook_out"]
         biases = sum(b.attention.o.bias for b in self.architecture.blocks if b.attention.o.bias is not None)

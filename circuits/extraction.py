@@ -90,7 +90,8 @@ def extract(
     scale = yardstick(behaviour, ablation.name)  # refuses now what would be refused after the expensive part
 
     forward = _seconds(
-        engine.device, lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask) for b in behaviour.batches]
+        engine.device,
+        lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask, b.prompts.positions) for b in behaviour.batches],
     )
     started = time.perf_counter()
     found = METHODS[method.name][1](method, behaviour)

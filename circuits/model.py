@@ -24,6 +24,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.head import Head, load_head
+from circuits.refusals import (
+    first_line,
+    refuse_configuration,
+    refuse_dtype,
+    refuse_folder,
+    refuse_keys,
+    refuse_module,
+    refuse_parameters,
+    refuse_weight_files,
+)
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +48,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32, float64, bfloat16 or float16; scores are float32 all the same
     prepend_bos: bool | None = None  # begin each text with the tokenizer's BOS; null: as the tokenizer itself does
     split_input: bool = False  # token and position embeddings as two writers
+    head: str | None = None  # X.safetensors with weight [outputs, d_model] and bias, read in place of the LM head
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class LoadedModel:
     probe_tokens: Int[Tensor, "B S"]
     probe_logits: Float[Tensor, "B S V"]
     split_input: bool = False  # the engine takes token and position embeddings as two writers
+    head: Head | None = None  # read in place of the model's own
 
     @property
     def context(self) -> int:
@@ -60,36 +74,56 @@ class LoadedModel:
     def vocabulary(self) -> int:
         return self.bridge.cfg.d_vocab
 
+    @property
+    def outputs(self) -> int:
+        """How many logits there are: answers are below this."""
+        own = getattr(self.bridge.cfg, "d_vocab_out", -1)
+        return self.head.outputs if self.head is not None else own if own > 0 else self.vocabulary
+
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Returns the model that a configuration names.
 
     Raises:
         FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
-        ValueError: wrong architecture, or weights that do not fit their configuration.
+        ValueError: a device or dtype that cannot be computed with, weights that do not fit their configuration, or
+            a model that is refused (`circuits.refusals`).
     """
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
     _check_device(config.device)
+    refuse_dtype(DTYPES[config.dtype], torch.device(config.device))
     path = local_path(config.path)
     if path.suffix in (".pt", ".pth", ".safetensors"):
-        return replace(_load_transformer_lens(path, config), split_input=config.split_input)
+        return _with_options(_load_transformer_lens(path, config), config)
     if not path.exists() and (config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1):
         raise FileNotFoundError(
             f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a hub name"
         )
     loaded = _load_huggingface(path if path.exists() else None, config)
-    return replace(loaded, split_input=config.split_input)
+    return _with_options(loaded, config)
+
+
+def _with_options(loaded: LoadedModel, config: ModelConfig) -> LoadedModel:
+    """The model with its head, which counts as weights, and its input writers."""
+    loaded = replace(loaded, split_input=config.split_input)
+    if config.head is None:
+        return loaded
+    head = load_head(local_path(config.head))
+    digest = hashlib.sha256((loaded.weight_hash + weight_hash(head.state_dict())).encode()).hexdigest()
+    return replace(loaded, head=head, weight_hash=digest)
 
 
 def _check_device(name: str) -> None:
     """Raises ValueError when there is no such device here."""
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device={name!r} cannot be used here ({_first_line(error)}); use cpu, or another machine"
+            f"device={name!r} cannot be used here ({first_line(error)}); use cpu, or another machine"
         ) from error
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no values to compute with; use cpu")
 
 
 def local_path(path: str) -> Path:
@@ -106,7 +140,7 @@ def from_module(
     """Returns a HuggingFace module in memory as a loaded model; the module itself is copied, not touched.
 
     Raises:
-        ValueError: the module has no HuggingFace configuration.
+        ValueError: the module has no HuggingFace configuration, or is refused (`circuits.refusals`).
     """
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -114,6 +148,7 @@ def from_module(
             f"{type(module).__name__} has no HuggingFace configuration; for other modules build a TransformerLens "
             "bridge and use from_bridge"
         )
+    refuse_module(path, module)
     return _wrap(copy.deepcopy(module), weight_hash(module.state_dict()), tokenizer, path, prepend_bos)
 
 
@@ -121,13 +156,15 @@ def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memor
     """Returns a TransformerLens native bridge as a loaded model.
 
     Raises:
-        ValueError: the bridge wraps another kind of model, whose source is no longer at hand to compare with.
+        ValueError: the bridge wraps another kind of model, whose source is no longer at hand to compare with; or
+            its parameters have no values, are not finite or of several dtypes.
     """
     if bridge.cfg.architecture != "TransformerLensNative":
         raise ValueError(
             f"from_bridge takes TransformerLens native bridges, not {bridge.cfg.architecture!r}: wrapping has already "
             "changed the module; hand the module itself to from_module, or its folder to load_model"
         )
+    refuse_parameters(path, bridge.original_model)
     return _finish(bridge, None, weight_hash(bridge.state_dict()), tokenizer, path, False, None)
 
 
@@ -143,53 +180,61 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def _load_huggingface(folder: Path | None, config: ModelConfig) -> LoadedModel:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from circuits.families import FAMILIES
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = config.path if folder is None else str(folder)
-    if folder is not None and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is no HuggingFace model folder")
-    local = {"local_files_only": folder is not None}
-    try:
-        hf_config = AutoConfig.from_pretrained(source, **local)
-    except (OSError, ValueError) as error:
-        if folder is not None or isinstance(error, ValueError):
-            raise ValueError(f"{source}: config.json is no HuggingFace configuration: {_first_line(error)}") from error
-        raise FileNotFoundError(
-            f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
-            f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
-        ) from error
-    names = hf_config.architectures or []
-    if not any(name in FAMILIES for name in names):
-        raise ValueError(
-            f"{source}: architecture {', '.join(names) or 'not stated'} is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
+    options = {"local_files_only": folder is not None, "trust_remote_code": False}
+    if folder is not None:
+        refuse_folder(folder)
+    _check_configuration(source, options)
+    if folder is not None:
+        refuse_weight_files(folder)
     try:
         with _quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **local
+                source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
             module, report = loaded
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{source}: the weights cannot be loaded with their configuration: {_first_line(error)}"
+            f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
         ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, report.get(problem) or ())):
-            raise ValueError(
-                f"{source}: the weights do not fit the configuration: {len(found)} {problem.replace('_', ' ')}, "
-                f"the first is {found[0]}"
-            )
+    refuse_keys(source, module, report)
     digest = weight_hash(module.state_dict())
     _place(module, config)
+    refuse_module(source, module)
     tokenizer = None
     if folder is None or any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     ):
-        tokenizer = AutoTokenizer.from_pretrained(source, **local)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     return _wrap(module, digest, tokenizer, config.path, config.prepend_bos)
+
+
+def _check_configuration(source: str, options: Mapping[str, bool]) -> None:
+    """Raises ValueError for a configuration that is refused or none, FileNotFoundError where it cannot be had."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with _reading_configuration(source, local=options["local_files_only"]):
+        fields, _ = PreTrainedConfig.get_config_dict(source, **options)
+        if not isinstance(fields, Mapping):
+            raise TypeError("it holds no mapping")
+    refuse_configuration(source, fields)
+    with _reading_configuration(source, local=options["local_files_only"]):
+        AutoConfig.from_pretrained(source, **options)
+
+
+@contextlib.contextmanager
+def _reading_configuration(source: str, *, local: bool) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        if local or not isinstance(error, OSError):
+            raise ValueError(f"{source}: config.json is no HuggingFace configuration: {first_line(error)}") from error
+        raise FileNotFoundError(
+            f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
+            f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
@@ -211,11 +256,16 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
         fixed = {"architecture": "TransformerLensNative", "device": config.device}
         native = TransformerBridgeConfig(**{**fields, **fixed})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{config_path} is no TransformerLens configuration: {_first_line(error)}") from error
+        raise ValueError(f"{config_path} is no TransformerLens configuration: {first_line(error)}") from error
     if rotary := [name for name in tensors if name.endswith((".rotary_sin", ".rotary_cos"))]:
         raise ValueError(
             f"{path}: legacy rotary checkpoints are refused ({rotary[0]}): TransformerLens 4 rotates other pairs of "
             "coordinates than they were trained with"
+        )
+    if whole := [name for name, tensor in tensors.items() if tensor.dtype not in (*DTYPES.values(), torch.bool)]:
+        raise ValueError(
+            f"{path}: {whole[0]} holds {tensors[whole[0]].dtype}, but weights must be {', '.join(DTYPES)}; "
+            "dequantise them and save in float"
         )
     digest = weight_hash(tensors)
     legacy = any(name.endswith((".W_E", ".W_Q")) for name in tensors)
@@ -223,9 +273,10 @@ def _load_transformer_lens(path: Path, config: ModelConfig) -> LoadedModel:
         bridge: Any = TransformerBridge.boot_native(native)  # pyright: ignore[reportAttributeAccessIssue]
         bridge.load_state_dict(convert_tl_checkpoint(tensors, bridge.cfg) if legacy else tensors, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: the weights do not fit {config_path.name}: {_first_line(error)}") from error
+        raise ValueError(f"{path}: the weights do not fit {config_path.name}: {first_line(error)}") from error
     _place(bridge.original_model, config)  # bridge.to() prints
     bridge.cfg.dtype = DTYPES[config.dtype]
+    refuse_parameters(str(path), bridge.original_model)
     return _finish(bridge, None, digest, None, config.path, False, None)
 
 
@@ -314,8 +365,3 @@ def _probe(vocabulary: int, context: int, device: torch.device) -> Int[Tensor, "
 def _prepends_bos(tokenizer: Any) -> bool:
     tokens = tokenizer.encode("a")
     return len(tokens) > 1 and tokens[0] == tokenizer.bos_token_id
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:300]

@@ -54,6 +54,7 @@ def encode_record(
     prepend_bos: bool = False,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    outputs: int | None = None,
 ) -> EncodedPrompt:
     """`record` as token ids.
 
@@ -63,6 +64,7 @@ def encode_record(
         prepend_bos: whether the model reads BOS first.  Texts get it; token ids must bring it.
         max_length: tokens that fit into the model, BOS included.
         vocabulary: token ids are below this.
+        outputs: answers are below this; as many as the vocabulary unless said otherwise.
 
     Raises:
         ValueError: anything wrong with the record; the message is one line and leaves the record's name to the caller.
@@ -87,7 +89,8 @@ def encode_record(
                 "as its clean one, so reword one of them"
             )
     positions = _positions(record.get("positions"), len(clean))
-    places = [_Place(tokenizer, clean, source, position, bos, vocabulary) for position in positions]
+    outputs = vocabulary if outputs is None else outputs
+    places = [_Place(tokenizer, clean, source, position, bos, outputs) for position in positions]
     by_position = record.get("positions") is not None
     answers = _answers("answers", record.get("answers"), places, by_position)
     wrong_answers = _answers("wrong_answers", record.get("wrong_answers"), places, by_position)
@@ -194,7 +197,7 @@ class _Place:
     source: str | list[int]
     position: int
     bos: int | None
-    vocabulary: int
+    outputs: int
 
     def before(self) -> tuple[list[int], str]:
         """The tokens up to this position, without BOS, and their text."""
@@ -232,7 +235,7 @@ def _answers_in_place(field: str, answers: Sequence[Any], place: _Place) -> dict
                 )
             before = before or place.before()
             answer = _answer_token(field, answer, place.tokenizer, *before)
-        _check_token(field, answer, place.vocabulary)
+        _check_token(field, answer, place.outputs)
         tokens[answer] = None
     return tokens
 

@@ -182,6 +182,7 @@ def prompts_from_records(
     prepend_bos: bool = False,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    outputs: int | None = None,
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
 
@@ -199,6 +200,7 @@ def prompts_from_records(
                     prepend_bos=prepend_bos,
                     max_length=max_length,
                     vocabulary=vocabulary,
+                    outputs=outputs,
                 )
             )
         except ValueError as error:

@@ -49,7 +49,7 @@ class Detector(Protocol):
 class Explained:
     """Each prompt's score as a sum over edges: shares of it, and what they leave unexplained."""
 
-    shares: Float[Tensor, "B R W"]  # share = the edge's part / the score
+    shares: Float[Tensor, "B R W *S"]  # share = the edge's part / the score
     residual: Float[Tensor, "B"]  # 1 - sum of the shares
 
 

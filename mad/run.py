@@ -66,6 +66,7 @@ class RunConfig:
     metric: str = "logit_diff"  # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy
     selection: Selection = field(default_factory=Selection)  # which scored edges are kept
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
+    positions: bool = False  # tell edges apart by position; for prompts that all have the same length
     alpha: float = 0.01  # the false-alarm rate that calibration should allow
     batch_size: int = 64  # prompts per run; bounds memory
     random_draws: int = 20  # random circuits of the same size to compare with
@@ -102,8 +103,8 @@ def make_run(config: RunConfig) -> Run:
     folder = Path(config.out)
     check_folder(folder, config.overwrite)
     model = load_model(config.model)
-    engine = Factored(model)
     splits = trusted_splits(config, model)
+    engine = Factored(model, n_positions=_one_length(splits) if config.positions else None)
     extraction = extract(
         engine,
         splits["discovery"],
@@ -141,6 +142,21 @@ def make_run(config: RunConfig) -> Run:
     metrics = {**extraction.metrics, "scoring": scoring}
     _write_json(folder / "metrics.json", metrics)
     return Run(folder, model, engine, extraction.circuit, metrics, calibrated, splits)
+
+
+def _one_length(splits: Mapping[str, Prompts]) -> int:
+    """The length of all prompts.
+
+    Raises:
+        ValueError: they differ.
+    """
+    lengths = sorted({int(length) for prompts in splits.values() for length in prompts.lengths})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"positions=true, but the prompts have {lengths[0]} to {lengths[-1]} tokens: edges per position need "
+            "templated prompts of one length; leave out positions, or the prompts of other lengths"
+        )
+    return lengths[0]
 
 
 @dataclass(frozen=True)
@@ -186,7 +202,7 @@ def open_run(
         reference["path"] = model
     loaded = load_model(ModelConfig(**{**reference, "device": device}))
     check_weights(found_on, loaded.weight_hash, "circuit", allow_other_weights)
-    engine = Factored(loaded)
+    engine = Factored(loaded, n_positions=circuit.graph.n_positions)
     if engine.graph != circuit.graph:
         raise ValueError(f"the circuit is of {circuit.graph}, but this model is {engine.graph}")
     return Opened(folder, loaded, engine, circuit)
@@ -237,6 +253,7 @@ def load_prompts(records: list[dict], model: LoadedModel) -> Prompts:
         prepend_bos=model.prepend_bos,
         max_length=model.context,
         vocabulary=model.vocabulary,
+        outputs=model.outputs,
     )
 
 
@@ -282,14 +299,16 @@ def _scoring_faithfulness(
 
 def _reference(config: ModelConfig, model: LoadedModel) -> dict[str, Any]:
     """How to load the same model again."""
-    path = config.path
-    if not path.startswith("pkg://") and local_path(path).exists():
-        path = str(local_path(path).resolve())
+
+    def absolute(path: str) -> str:
+        return str(local_path(path).resolve()) if not path.startswith("pkg://") and local_path(path).exists() else path
+
     return {
-        "path": path,
+        "path": absolute(config.path),
         "dtype": config.dtype,
         "prepend_bos": model.prepend_bos,
         "split_input": config.split_input,
+        "head": None if config.head is None else absolute(config.head),
         "weight_hash": model.weight_hash,
     }
 

@@ -191,12 +191,8 @@ def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, 
     """The edges with the largest |share|."""
     graph = detector.engine.graph
     order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
-    pairs = [divmod(int(index), shares.shape[1]) for index in order]
-    return [
-        {"edge": graph.edge_name(reader, writer), "share": shares[reader, writer].item()}
-        for reader, writer in pairs
-        if shares[reader, writer] != 0
-    ]
+    edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
+    return [{"edge": graph.edge_name(*edge), "share": shares[edge].item()} for edge in edges if shares[edge] != 0]
 
 
 def _job(inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring) -> dict[str, Any]:

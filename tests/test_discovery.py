@@ -424,3 +424,40 @@ def test_metrics_without_gradient_are_refused(method, config):
 def test_no_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"steps={steps}, but at least 1 is needed"):
         eap_ig(EAPIG(steps=steps), behaviour(ENGINES["gpt2"]))
+
+
+# ---- edges per position -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["gpt2", "grouped queries", "bidirectional"])
+def templated(request) -> tuple[Factored, Factored, Prompts]:
+    """An engine with edges per position, one without, and prompts of one length."""
+    plain = ENGINES[request.param]
+    prompts = tiny.prompts(6, shortest=5, longest=5)
+    return Factored(plain.model, n_positions=5), plain, prompts
+
+
+def test_eap_per_position_is_the_gradient_of_the_mask_per_position(templated):
+    per_position, plain, prompts = templated
+    ours = behaviour(per_position, "logit_diff", "mean", prompts)
+    found = eap(EAP(), ours).scores
+    assert_equal_scores(found, mask_gradient(ours))
+    together = eap(EAP(), behaviour(plain, "logit_diff", "mean", prompts)).scores
+    assert_equal_scores(found.sum(-1), together.double())
+
+
+def test_acdc_per_position_is_the_sequential_sweep(templated):
+    per_position, _, prompts = templated
+    graph, ours = per_position.graph, behaviour(per_position, "kl", "mean", prompts)
+    kept, current, evaluated = graph.exists.clone(), -ours.full().double().mean().item(), 0
+    for edge in graph.sweep_order():
+        kept[edge] = False
+        without = -ours.measure(kept).double().mean().item()
+        evaluated += 1
+        if without - current < 0.01:
+            current = without
+        else:
+            kept[edge] = True
+    found = acdc(ACDC(tau=0.01), ours)
+    assert found.details["runs"] < evaluated
+    assert 0 < int(found.kept.sum()) < graph.n_edges and torch.equal(found.kept, kept)

@@ -292,6 +292,10 @@ def test_prompts_of_another_length_than_the_edges_positions_are_refused():
     tokens = tokens_for(factored, length=8)
     with pytest.raises(ValueError, match="prompts of 8 tokens, but edges are told apart by position .* exactly 7"):
         factored.masked(tokens, random_masks(factored, 1)[0], random_ablated(factored, tokens))
+    with pytest.raises(ValueError, match="prompts of 5 tokens, but"):
+        key_mask = torch.arange(7) < torch.tensor([7, 5, 7])[:, None]
+        ablated = random_ablated(factored, tokens[:, :7])
+        factored.masked(tokens[:, :7], random_masks(factored, 1)[0], ablated, key_mask=key_mask)
     with pytest.raises(ValueError, match="writers at 7 positions"):
         factored.masked(tokens[:, :7], random_masks(Factored(MODELS["gpt2"]), 1)[0], random_ablated(factored, tokens))
 

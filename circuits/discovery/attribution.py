@@ -4,9 +4,9 @@ EAP (Syed et al. 2023, arXiv 2310.10348) takes the gradient of the metric in the
 
     s(w -> r) = sum over pos, d of (a_w - ablated_w) . dm/dx_r
 
-per prompt, then averaged.  EAP-IG-inputs (Hanna et al. 2024, arXiv 2403.17806) takes the mean of dm/dx_r over
-runs whose input embedding lies k/steps of the way from the ablated to the clean one, k = 0 .. steps - 1;
-the difference in front stays the full one.
+per prompt, then averaged; edges told apart by position have no sum over pos.  EAP-IG-inputs (Hanna et al. 2024,
+arXiv 2403.17806) takes the mean of dm/dx_r over runs whose input embedding lies k/steps of the way from the ablated to
+the clean one, k = 0 .. steps - 1; the difference in front stays the full one.
 
 `score(e)` estimates m(model) - m(model without e) with higher m better, so that positive supports the
 behaviour.
@@ -71,7 +71,7 @@ def _attribute(behaviour: Behaviour, points: tuple[float, ...], label: str) -> t
     graph = engine.graph
     if not metric.differentiable:
         raise ValueError(f"metric={metric.name} has no gradient; use logit_diff, prob_diff or cross_entropy")
-    scores = torch.zeros(len(graph.readers), len(graph.writers), dtype=torch.float32, device=engine.device)
+    scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
     n_prompts = 0
     for batch in tqdm(behaviour.batches, desc=label, unit="batch", disable=None):
         prompts, clean = batch.prompts, batch.clean
@@ -88,5 +88,9 @@ def _attribute(behaviour: Behaviour, points: tuple[float, ...], label: str) -> t
             at = embedded - (1.0 - point) * difference
             for first, gradients in engine.reader_gradients(at, objective, prompts.key_mask, prompts.positions):
                 upstream = graph.upstream[first]
-                scores[first : first + len(gradients), :upstream] += gradients.flatten(1) @ flat[:upstream].T
+                if graph.n_positions is None:
+                    products = gradients.flatten(1) @ flat[:upstream].T
+                else:
+                    products = torch.einsum("rbsd,wbsd->rws", gradients, differences[:upstream])
+                scores[first : first + len(gradients), :upstream] += products
     return (scores / (n_prompts * len(points))).cpu()

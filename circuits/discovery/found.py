@@ -15,6 +15,6 @@ class Found:
     A positive score supports the behaviour.  Entries of edges that cannot exist are 0.
     """
 
-    scores: Float[Tensor, "R W"]
-    kept: Bool[Tensor, "R W"] | None = None
+    scores: Float[Tensor, "R W *S"]
+    kept: Bool[Tensor, "R W *S"] | None = None
     details: dict = field(default_factory=dict)

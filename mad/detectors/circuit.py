@@ -102,12 +102,12 @@ class CircuitDetector:
         total = torch.zeros(len(prompts), *kept.shape, device=engine.device)
         for step in range(steps):
             alpha = (step + 0.5) / steps
-            mask = (kept + alpha * off).expand(len(prompts), -1, -1).clone().requires_grad_()
+            mask = (kept + alpha * off).repeat(len(prompts), *(1 for _ in kept.shape)).requires_grad_()
             score = self._deviation(prompts, mask, reference, ablated, per_example=True)
             (gradient,) = torch.autograd.grad(score.sum(), mask)
             total -= gradient * off / steps
-        shares = total / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None, None]
-        return Explained(shares.cpu(), (1 - shares.sum((1, 2))).cpu())
+        flat = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
+        return Explained(flat.view(total.shape).cpu(), (1 - flat.sum(1)).cpu())
 
     def state(self) -> dict[str, Tensor]:
         """The means; the circuit is saved beside the detector."""
