@@ -40,7 +40,10 @@ from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
-PICTURES = ("circuit.svg", "circuit.png", "circuit.pdf", "curve.png", "curve.svg")
+PICTURES = tuple(
+    f"{stem}.{form}" for stem, forms in (("circuit", "svg png pdf"), ("positions", "svg png pdf"), ("curve", "png svg"))
+    for form in forms.split()
+)  # fmt: skip
 RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
 
 

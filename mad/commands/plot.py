@@ -5,7 +5,8 @@
 
 Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the bottom; blue edges support the
 behaviour, red ones work against it; width and opacity show |score|), and curve.png and curve.svg: faithfulness against
-the number of edges kept, with random circuits of the same size.
+the number of edges kept, with random circuits of the same size.  Where edges are told apart by position, also
+positions.svg, .png and .pdf: what each node reads where in the text.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     """The pictures of a run folder."""
     from circuits.figures import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
     from circuits.plot import draw_circuit
+    from circuits.plot_positions import draw_positions
 
     circuit = Circuit.load(source)
     source = source if source.is_dir() else source.parent
@@ -56,6 +58,9 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
         edges, folder, formats=tuple(formats), title=title, caption=caption, maximum_edges=maximum_edges,
         kv_group=circuit.graph.kv_group,
     )  # fmt: skip
+    if circuit.graph.n_positions is not None:
+        for form in formats:
+            paths.append(draw_positions(circuit, folder / f"positions.{form}", title=title, caption=caption))
     if figures and len(points := [point for point in figures["curve"] if point["edges"]]) > 1:
         curve = FaithfulnessCurve(
             circuit.about["method"]["name"], [p["edges"] for p in points], [p["faithfulness"] for p in points]
