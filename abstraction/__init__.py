@@ -1,1 +1,1 @@
-"""Does the circuit explain the behaviour: causal claims and their tests.  Nothing is here yet."""
+"""Does the circuit explain the behaviour: causal models, and transformers whose circuits are exactly known."""

@@ -16,6 +16,7 @@ _WHERE = {
     "EAPIG": "circuits.discovery",
     "Factored": "circuits.engine",
     "Graph": "circuits.graph",
+    "Head": "circuits.head",
     "METRICS": "circuits.metrics",
     "ModelConfig": "circuits.model",
     "Prompts": "circuits.prompts",
