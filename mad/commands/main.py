@@ -23,6 +23,7 @@ COMMANDS = {
     "score": ("mad.commands.score", "score new inputs by how far the model departs from the circuit"),
     "fit": ("mad.commands.fit", "fit another detector to a circuit"),
     "train": ("mad.commands.train", "train a small model on a task"),
+    "truth": ("mad.commands.truth", "test discovery methods where the circuit is known"),
     "bench": ("mad.commands.bench", "time the engine, in forwards of the same model"),
 }
 

@@ -1,0 +1,114 @@
+"""Put discovery methods to the test where the right answer is known.
+
+    madcap truth out=runs/truth
+    madcap truth methods=[acdc] programs=[recall,sort] ablation=mean
+
+Runs discovery methods on transformers whose circuit is known exactly: programs compiled to weights, plain, with the
+residual stream rotated, and with heads and neurons that compute something of no use. Writes truth.json, truth.md and
+truth.png: the AUC of edges and of nodes against the true circuit, whether it was found exactly, and the time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from abstraction.truth import Result
+
+FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
+
+
+@dataclass
+class Truth:
+    """What is tested on what."""
+
+    methods: list[str] = field(default_factory=list)  # empty: all that are registered, with their default settings
+    programs: list[str] = field(default_factory=list)  # empty: all
+    variants: list[str] = field(default_factory=list)  # empty: all
+    metric: str = "logit_diff"  # what methods go by; plain EAP cannot use kl
+    ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
+    prompts: int = 64  # per program
+    seed: int = 0  # of prompts and donors
+    out: str | None = None  # folder for the table and the picture; null: print only
+    overwrite: bool = False  # replace what an earlier run left in `out`
+
+
+def run(config: Truth) -> None:
+    """Tests, prints a summary, and writes the table and the picture."""
+    from tqdm.auto import tqdm
+
+    from abstraction.programs import PROGRAMS
+    from abstraction.truth import VARIANTS, put_to_the_test
+    from circuits.discovery import METHODS
+
+    folder = None if config.out is None else Path(config.out)
+    if folder is not None and not config.overwrite and (used := [n for n in FILES if (folder / n).exists()]):
+        raise FileExistsError(f"{folder} holds {used[0]} already; choose another out=, or overwrite=true")
+    names = config.methods or list(METHODS)
+    methods = {name: METHODS[name][0]() if name in METHODS else None for name in names}
+    programs, variants = config.programs or list(PROGRAMS), config.variants or list(VARIANTS)
+    tested = put_to_the_test(
+        methods, programs, variants, metric=config.metric, ablation=config.ablation, prompts=config.prompts,
+        seed=config.seed,
+    )  # fmt: skip
+    total = len(methods) * len(programs) * len(variants)
+    results = list(tqdm(tested, total=total, desc="truth", unit="test", disable=None))
+    _print(results)
+    if folder is not None:
+        _write(results, config, folder)
+        print(f"wrote {folder}/truth.json, truth.md, truth.png and truth.svg")
+
+
+def _print(results: Sequence[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="discovery where the circuit is known; AUCs are means", title_justify="left")
+    for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "seconds"):
+        left = header in ("variant", "method")
+        table.add_column(header, justify="left" if left else "right", no_wrap=left)
+    for variant, method in dict.fromkeys((r.variant, r.method) for r in results):
+        rows = [r for r in results if (r.variant, r.method) == (variant, method)]
+        edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
+        nodes = [r.node_auc for r in rows if not math.isnan(r.node_auc)]
+        table.add_row(
+            variant, method, f"{sum(r.exact for r in rows)} of {len(rows)}", _mean(edges),
+            f"{min(edges):.3f}" if edges else "-", _mean(nodes), f"{sum(r.seconds for r in rows):.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}" if values else "-"
+
+
+def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
+    from abstraction.truth_plot import draw_truth
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = [{name: _json(value) for name, value in asdict(result).items()} for result in results]
+    (folder / "truth.json").write_text(json.dumps({"config": asdict(config), "results": data}, indent=1) + "\n")
+    headers = tuple("program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds".split(","))
+    rows = [
+        (r.program, r.variant, r.method, str(r.true_edges), str(r.found_edges), str(r.edges), _number(r.edge_auc),
+         _number(r.node_auc), "yes" if r.exact else "no", " ".join(r.missing), " ".join(r.extra), f"{r.seconds:.2f}")
+        for r in results
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in (headers, ("---",) * len(headers), *rows)]
+    (folder / "truth.md").write_text("\n".join(lines) + "\n")
+    caption = f"edge AUC; tick: found exactly; {config.metric}, {config.ablation} ablation, {config.prompts} prompts"
+    for form in ("png", "svg"):
+        draw_truth(results, folder / f"truth.{form}", title="Discovery where the circuit is known", caption=caption)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _json(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value
