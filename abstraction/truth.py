@@ -1,8 +1,9 @@
 """Discovery methods put to the test where the right answer is known: compiled programs, plain and obfuscated.
 
 Each method finds edges in each compiled program; the truth is the program's edges that have an effect under the same
-ablation (`abstraction.ground_truth`).  A method that scores is exact if its n best edges are the n true ones; one that
-decides, if it keeps just these.  The AUC is that of a random true edge against a random other one, by
+ablation (`abstraction.ground_truth`).  A method that decides is exact if it keeps just the true edges; one that scores,
+if every true edge has a larger |score| than every other one, by more than rounding (1e-6 of the largest), so that ties
+at 0 are no success.  The AUC is that of a random true edge against a random other one, by
 
     |score|, with kept edges before all others where the method decides;
 
@@ -33,6 +34,8 @@ from circuits.engine import Factored
 from circuits.graph import Graph
 from circuits.metrics import metric_named
 from circuits.prompts import prompts_from_records
+
+MARGIN = 1e-6  # of the largest |score|
 
 VARIANTS: Mapping[str, Options] = {
     "plain": Options(),
@@ -125,11 +128,18 @@ def judge(
         found_edges=int(kept.sum()),
         edge_auc=auc(rank[graph.exists], truth[graph.exists]),
         node_auc=auc(out, wanted),
-        exact=torch.equal(kept, truth),
+        exact=torch.equal(kept, truth) and (found.kept is not None or _apart(rank[graph.exists], truth[graph.exists])),
         missing=names(truth & ~kept),
         extra=names(kept & ~truth),
         seconds=seconds,
     )
+
+
+def _apart(rank: Float[Tensor, "n"], true: Bool[Tensor, "n"]) -> bool:
+    """Whether all true edges rank above all others by more than rounding."""
+    others = rank[~true]
+    highest = others.max() if len(others) else rank.new_zeros(())
+    return bool(true.any() and rank[true].min() > highest + MARGIN * rank.max())
 
 
 def best(graph: Graph, rank: Float[Tensor, "R W"], count: int) -> Bool[Tensor, "R W"]:

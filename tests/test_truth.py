@@ -46,6 +46,12 @@ def test_a_method_that_scores_is_exact_when_its_best_edges_are_the_true_ones():
     assert result.missing == result.extra == ()
 
 
+def test_ties_between_true_and_other_edges_are_no_success():
+    """The n best edges are the true ones only because ties are broken by edge order."""
+    tied = judged(Found(scores(v=1.0)))
+    assert not tied.exact and tied.edge_auc == pytest.approx((3 + 3 * 0.5) / 6)
+
+
 def test_what_was_missed_and_what_was_added_is_named():
     result = judged(Found(scores(v=3.0, q=-2.0, logits=1.0, direct=0.5)))
     assert not result.exact and result.missing == ("a0.h0->logits",) and result.extra == ("input->a0.h0<q>",)

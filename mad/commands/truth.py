@@ -69,7 +69,7 @@ def _print(results: Sequence[Result]) -> None:
     from rich.table import Table
 
     table = Table(title="discovery where the circuit is known; AUCs are means", title_justify="left")
-    for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "seconds"):
+    for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s"):
         left = header in ("variant", "method")
         table.add_column(header, justify="left" if left else "right", no_wrap=left)
     for variant, method in dict.fromkeys((r.variant, r.method) for r in results):
@@ -77,7 +77,7 @@ def _print(results: Sequence[Result]) -> None:
         edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
         nodes = [r.node_auc for r in rows if not math.isnan(r.node_auc)]
         table.add_row(
-            variant, method, f"{sum(r.exact for r in rows)} of {len(rows)}", _mean(edges),
+            variant, method, f"{sum(r.exact for r in rows)}/{len(rows)}", _mean(edges),
             f"{min(edges):.3f}" if edges else "-", _mean(nodes), f"{sum(r.seconds for r in rows):.2f}",
         )  # fmt: skip
     Console().print(table)
