@@ -41,6 +41,35 @@ class Norm:
         wide = x if x.dtype == torch.float64 else x.float()  # as Gemma: a gain near 1 loses its digits in bfloat16
         return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype) + self.offset, self.eps).to(x.dtype)
 
+    def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """1 / rms(x), by which an RMS norm multiplies; it commutes with the projection that reads the norm."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        return (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
+
+    def gained(self, weight: Float[Tensor, "*heads d_model E"]) -> Float[Tensor, "*heads d_model E"]:
+        """The weight of a projection that reads this RMS norm, with the norm's gain multiplied in."""
+        gain = getattr(self.module, "weight", None)
+        return weight if gain is None else weight * (gain + self.offset)[:, None]
+
+    def pull_back(
+        self, x: Float[Tensor, "*batch d_model"], gradients: Float[Tensor, "r *batch d_model"]
+    ) -> Float[Tensor, "r *batch d_model"]:
+        """Takes r gradients behind the norm to its input x, which they share.
+
+        With y = g x / rms(x) and G = g gradient, the gradient at x is (G - x (x . G) / (D rms^2)) / rms.
+        """
+        if self.kind == "none":
+            return gradients
+        if self.kind == "rms":
+            scale, gain = self.scale(x), getattr(self.module, "weight", None)
+            gradients = gradients * scale if gain is None else gradients * ((gain + self.offset) * scale)
+            share = torch.linalg.vecdot(gradients, x.expand_as(gradients)).unsqueeze(-1) * scale.square() / x.shape[-1]
+            return gradients.addcmul_(x.expand_as(gradients), share, value=-1)
+        with torch.enable_grad():
+            shared = x.detach().expand_as(gradients).requires_grad_()
+            return torch.autograd.grad(self(shared), shared, gradients)[0]
+
     def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What an RMS norm of x multiplies x by, and so each addend of x."""
         wide = x if x.dtype == torch.float64 else x.float()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -300,9 +299,7 @@ class Factored:
         residual, (gradient,) = groups.pop()
         yield (
             len(graph.readers) - 1,
-            _scatter(
-                self._through_norm(self.architecture.final_norm, residual, gradient[None]), positions, embedded.shape[1]
-            ),
+            _scatter(self.architecture.final_norm.pull_back(residual, gradient[None]), positions, embedded.shape[1]),
         )
         for layer in reversed(range(graph.n_layers)):
             block, first = self.architecture.blocks[layer], graph.first_reader(layer)
@@ -310,7 +307,7 @@ class Factored:
                 residual, (gradient,) = groups.pop()
                 yield (
                     first + graph.n_heads + 2 * graph.kv_heads,
-                    self._through_norm(block.norm2, residual, gradient[None]),
+                    block.norm2.pull_back(residual, gradient[None]),
                 )
             residual, sides = groups.pop()
             at_norm = torch.empty(graph.n_heads + 2 * graph.kv_heads, *residual.shape, dtype=residual.dtype,
@@ -321,16 +318,7 @@ class Factored:
                 into = at_norm[row : row + len(side)]
                 torch.bmm(side.flatten(1, 2), weight, out=into.flatten(1, 2))
                 row += len(side)
-            yield first, self._through_norm(block.norm1, residual, at_norm)
-
-    @staticmethod
-    def _through_norm(norm: Any, residual: Tensor, gradients: Tensor) -> Tensor:
-        """Takes gradients behind a norm [r, ...] to its input, which all r readers share."""
-        if norm.kind == "none":
-            return gradients
-        with torch.enable_grad():
-            x = residual.detach().expand_as(gradients).requires_grad_()
-            return torch.autograd.grad(norm(x), x, gradients)[0]
+            yield first, block.norm1.pull_back(residual, at_norm)
 
     # ---- components -------------------------------------------------------------------------------
 

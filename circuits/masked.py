@@ -163,7 +163,11 @@ class MaskedRun:
     def _heads(self, block: Block, layer: int) -> None:
         engine, step = self.engine, self.todo.layers[layer]
         width, attention = engine.architecture.head_width, block.attention
-        inputs = block.norm1(self._mix(step.readers, 2 * layer)).flatten(1, -2)  # [r, K b S, D]
+        inputs = self._mix(step.readers, 2 * layer).flatten(1, -2)  # [r, K b S, D]
+        # RMS normalisation multiplies rows: cheaper after the projection.  In float16 that could overflow.
+        late = block.norm1.kind == "rms" and inputs.dtype != torch.float16
+        scale = block.norm1.scale(inputs) if late else None
+        inputs = inputs if late else block.norm1(inputs)
         sides, row = [], 0
         picks = ((attention.q, step.heads), (attention.k, step.kv_heads), (attention.v, step.kv_heads))
         for projection, pick in picks:
@@ -171,9 +175,15 @@ class MaskedRun:
             bias = None if projection.bias is None else projection.bias.unflatten(0, (-1, width))
             if not step.all_heads:
                 weight, bias = weight[pick], None if bias is None else bias[pick]
-            x = inputs[row : row + len(weight)]
+            rows = slice(row, row + len(weight))
             row += len(weight)
-            side = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+            if scale is not None:
+                side = torch.bmm(inputs[rows], block.norm1.gained(weight)) * scale[rows]
+                side = side if bias is None else side + bias[:, None]
+            elif bias is not None:
+                side = torch.baddbmm(bias[:, None], inputs[rows], weight)
+            else:
+                side = torch.bmm(inputs[rows], weight)
             sides.append(side.view(len(weight), -1, self.shape[2], width))
         kv_of_head = None if step.all_heads else step.kv_of_head
         q, k, v = sides
