@@ -1,9 +1,9 @@
-"""Discovery methods put to the test where the right answer is known: compiled programs, plain and obfuscated.
+"""Discovery methods put to the test where the right answer is known: programs, compiled (plain, obfuscated) or trained.
 
-Each method finds edges in each compiled program; the truth is the program's edges that have an effect under the same
-ablation (`abstraction.ground_truth`).  A method that decides is exact if it keeps just the true edges; one that scores,
-if every true edge has a larger |score| than every other one, by more than rounding (1e-6 of the largest), so that ties
-at 0 are no success.  The AUC is that of a random true edge against a random other one, by
+Each method finds edges in each model; the truth is the program's edges that have an effect under the same ablation
+(`abstraction.ground_truth`, `abstraction.trained`).  A method that decides is exact if it keeps just the true edges;
+one that scores, if every true edge has a larger |score| than every other one, by more than rounding (1e-6 of the
+largest), so that ties at 0 are no success.  The AUC is that of a random true edge against a random other one, by
 
     |score|, with kept edges before all others where the method decides;
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from abstraction.compiled import Compiled, Options, compile
-from abstraction.ground_truth import circuit_of, true_edges
+from abstraction.ground_truth import BOUND, circuit_of, effects, mask_of, true_edges
 from abstraction.programs import PROGRAMS
+from abstraction.trained import TRUTHS, Trained, load
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.behaviour import prepare
 from circuits.discovery import METHODS, Found
@@ -37,12 +38,14 @@ from circuits.prompts import prompts_from_records
 
 MARGIN = 1e-6  # of the largest |score|
 
-VARIANTS: Mapping[str, Options] = {
+TRAINED = "trained"
+COMPILED: Mapping[str, Options] = {
     "plain": Options(),
     "rotated": Options(rotate=True),
     "distractors": Options(distractor_heads=1, distractor_neurons=8),
     "rotated, distractors": Options(rotate=True, distractor_heads=1, distractor_neurons=8),
 }
+VARIANTS = (*COMPILED, TRAINED)  # trained: only the programs that are shipped so
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ class Result:
 def put_to_the_test(
     methods: Mapping[str, Any],
     programs: Sequence[str] = tuple(PROGRAMS),
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] = VARIANTS,
     *,
-    metric: str = "logit_diff",
+    metric: str | None = None,
     ablation: str = "resample",
     prompts: int = 64,
     seed: int = 0,
 ) -> Iterator[Result]:
     """Yields the result of each method (name -> configuration) on each program in each variant.
+
+    Without `metric` methods go by KL, and those that it gives no gradient (plain EAP) by the logit difference.
 
     Raises:
         ValueError: an unknown method, program, variant, metric or ablation; or what a method refuses.
@@ -84,24 +89,34 @@ def put_to_the_test(
         for name in names:
             if name not in known:
                 raise ValueError(f"{kind} {name!r} is unknown; the {kind}s are {', '.join(known)}")
-    for name in programs:
-        for variant in variants:
-            compiled = compile(PROGRAMS[name](), VARIANTS[variant])
-            yield from _methods(compiled, name, variant, methods, metric, ablation, prompts, seed)
+    for name, variant in cases(programs, variants):
+        made = load(name) if variant == TRAINED else compile(PROGRAMS[name](), COMPILED[variant])
+        yield from _methods(made, name, variant, methods, metric, ablation, prompts, seed)
+
+
+def cases(programs: Sequence[str], variants: Sequence[str]) -> list[tuple[str, str]]:
+    """The programs in the variants that there are of them."""
+    return [(name, variant) for name in programs for variant in variants if variant != TRAINED or name in TRUTHS]
 
 
 def _methods(
-    compiled: Compiled, program: str, variant: str, methods: Mapping[str, Any], metric: str, ablation: str,
+    made: Compiled | Trained, program: str, variant: str, methods: Mapping[str, Any], metric: str | None, ablation: str,
     count: int, seed: int,
 ) -> Iterator[Result]:  # fmt: skip
-    engine = Factored(compiled.model)
-    prompts, reference = (prompts_from_records(compiled.records(count, seed=s)) for s in (seed, seed + 1))
+    engine = Factored(made.model)
+    prompts, reference = (prompts_from_records(made.records(count, seed=s)) for s in (seed, seed + 1))
     fitted = fit_ablation(AblationConfig(ablation, seed), engine, reference)
-    truth = circuit_of(engine.graph, true_edges(compiled, engine, prompts, fitted))
-    behaviour = prepare(engine, prompts, metric_named(metric), fitted)
+    behaviour = prepare(engine, prompts, metric_named("kl"), fitted)
+    if isinstance(made, Compiled):
+        truth = circuit_of(engine.graph, true_edges(made, engine, prompts, fitted))
+    else:
+        found = effects(behaviour, [(edge,) for edge in made.edges])
+        shown = [edge for edge, effect in zip(made.edges, found, strict=True) if effect > BOUND]
+        truth = mask_of(engine.graph, shown)
     for method, config in methods.items():
+        own = metric or ("logit_diff" if getattr(config, "needs_slope", False) else "kl")
         started = time.perf_counter()
-        found = METHODS[method][1](config, behaviour)
+        found = METHODS[method][1](config, replace(behaviour, metric=metric_named(own)))
         seconds = time.perf_counter() - started
         yield judge(engine.graph, truth, found, program=program, variant=variant, method=method, seconds=seconds)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from circuits.engine import Factored
 from circuits.masked import Ablated
+from circuits.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 
 ABLATIONS = ("zero", "mean", "positional_mean", "counterfactual", "resample")
@@ -56,6 +57,11 @@ class Ablation:
     means: Means | None = None
     donors: Prompts | None = None
 
+    @property
+    def per_prompt(self) -> bool:
+        """Whether each prompt has values of its own."""
+        return self.config.name in ("counterfactual", "resample")
+
     def values(self, engine: Factored, prompts: Prompts) -> Ablated:
         """Returns what removed edges carry on these prompts.
 
@@ -78,8 +84,8 @@ class Ablation:
         if name == "resample":
             return self._resampled(engine, prompts)
         if name == "zero":
-            width = engine.architecture.token.weight.shape[-1]  # type: ignore[union-attr]
-            return torch.zeros(len(engine.graph.writers), 1, 1, int(width), dtype=engine.dtype, device=engine.device)
+            shape = (len(engine.graph.writers), 1, 1, engine.architecture.width)
+            return torch.zeros(shape, dtype=engine.dtype, device=engine.device)
         assert self.means is not None
         if name == "positional_mean":
             seen = int((self.means.count > 0).sum())
@@ -124,7 +130,7 @@ class Ablation:
         return run.writers[:, :, :length]
 
 
-def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *, batch_size: int = 64) -> Ablation:
+def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *, memory: str = "2GB") -> Ablation:
     """Returns an ablation fitted on reference prompts.
 
     Raises:
@@ -133,24 +139,30 @@ def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *
     if config.name not in ABLATIONS:
         raise ValueError(f"ablation={config.name!r}, but the ablations are {', '.join(ABLATIONS)}")
     if config.name in ("mean", "positional_mean"):
-        return Ablation(config, means=writer_means(engine, reference, batch_size=batch_size))
+        return Ablation(config, means=writer_means(engine, reference, memory=memory))
     return Ablation(config, donors=reference.to(engine.device) if config.name == "resample" else None)
 
 
 @torch.no_grad()
-def writer_means(engine: Factored, prompts: Prompts, *, batch_size: int = 64) -> Means:
-    """Returns every writer's mean over the real tokens of prompts, summed in float64."""
-    longest = int(prompts.lengths.max())
-    total, count = None, torch.zeros(longest, dtype=torch.int64, device=engine.device)
-    for batch in prompts.batches(batch_size):
+def writer_means(engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> Means:
+    """Returns every writer's mean over the real tokens of prompts, summed in float64.
+
+    Raises:
+        ValueError: a prompt takes more memory than there is.
+    """
+    longest, size = int(prompts.lengths.max()), footprint(engine, prompts)
+    shape = (len(engine.graph.writers), longest, size.width)
+    total = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+    count = torch.zeros(longest, dtype=torch.int64, device=engine.device)
+    shared = 2 * total.nbytes
+    for batch in prompts.batches(most_prompts(prompts, size.clean, parse_memory(memory), shared)):
         batch = batch.to(engine.device)
-        writers = engine.clean(batch.clean, batch.key_mask, batch.positions[:, :1]).writers.double()
-        sums = (writers * batch.key_mask[..., None]).sum(1)
-        total = sums.new_zeros(len(sums), longest, sums.shape[-1]) if total is None else total
-        total[:, : sums.shape[1]] += sums
-        count[: sums.shape[1]] += batch.key_mask.sum(0)
-    assert total is not None
-    positional = total / count[:, None]
-    rest = total[:, 1:].sum(1) / max(int(count[1:].sum()), 1)
-    first, rest, positional = (value.to(engine.dtype) for value in (positional[:, 0], rest, positional))
-    return Means(first, rest, positional, count)
+        writers = engine.clean(batch.clean, batch.key_mask, batch.positions[:, :1]).writers
+        length, real = batch.clean.shape[1], batch.key_mask[..., None]
+        for row, writer in enumerate(writers):  # one at a time, since float64 takes twice as much
+            total[row, :length] += (writer.double() * real).sum(0)
+        count[:length] += batch.key_mask.sum(0)
+        del writers  # before the next run
+    positional = (total / count[:, None]).to(engine.dtype)
+    rest = (total[:, 1:].sum(1) / max(int(count[1:].sum()), 1)).to(engine.dtype)
+    return Means(positional[:, 0].clone(), rest, positional, count)

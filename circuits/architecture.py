@@ -52,6 +52,7 @@ class Norm:
         gain = getattr(self.module, "weight", None)
         return weight if gain is None else weight * (gain + self.offset)[:, None]
 
+    @torch.no_grad()
     def pull_back(
         self, x: Float[Tensor, "*batch d_model"], gradients: Float[Tensor, "r *batch d_model"]
     ) -> Float[Tensor, "r *batch d_model"]:
@@ -84,6 +85,10 @@ class Linear:
 
     module: nn.Module
     stored_in_out: bool = False  # GPT-2's Conv1D
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def weight(self) -> Float[Tensor, "out in_"]:
@@ -176,3 +181,13 @@ class Architecture:
     head_width: int
     context: int  # longest input, in tokens
     logit_cap: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream, d_model."""
+        return int(self.token.weight.shape[1])  # type: ignore[union-attr, index]
+
+    @property
+    def outputs(self) -> int:
+        """How many logits there are."""
+        return self.unembed.outputs

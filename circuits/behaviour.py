@@ -8,15 +8,18 @@ Shapes: prompts N (all batches), B (one batch), writers W, readers R, candidate 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation
 from circuits.engine import Clean, Factored
 from circuits.masked import Ablated, Start
+from circuits.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import Metric
 from circuits.prompts import Prompts
 
@@ -31,12 +34,66 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Differences:
+    """Some prompts with what attribution needs of them."""
+
+    prompts: Prompts
+    values: Float[Tensor, "W B S D"]  # of every writer, clean less ablated
+    embedded: Float[Tensor, "B S D"]  # what the input writers write in the clean run
+    logits: Float[Tensor, "B P V"]  # of the clean run
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches in order, the first of them prepared once and kept, the others prepared anew on each pass.
+
+    To prepare a batch costs one forward, and another one where each prompt has its own ablated values (counterfactual,
+    resample); a run under a mask costs about 1.2.
+    """
+
+    engine: Factored
+    ablation: Ablation
+    prompts: tuple[Prompts, ...]
+    kept: tuple[Batch, ...]
+    footprint: Footprint
+    work: int  # bytes for the work on one batch, with its own clean and ablated values where it is not kept
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.kept
+        for prompts in self.prompts[len(self.kept) :]:
+            yield _prepared(self.engine, prompts, self.ablation)
+
+    def differences(self) -> Iterator[Differences]:
+        """Clean less ablated values; of a batch that is not kept they take the place of the clean ones."""
+        n_inputs = self.engine.graph.n_inputs
+        for batch in self.kept:
+            clean = batch.clean
+            values = clean.writers - batch.ablated.writers
+            yield Differences(batch.prompts, values, clean.writers[:n_inputs].sum(0), clean.logits)
+        for prompts in self.prompts[len(self.kept) :]:
+            prompts = prompts.to(self.engine.device)
+            clean = self.engine.clean(prompts.clean, prompts.key_mask, prompts.positions)
+            embedded = clean.writers[:n_inputs].sum(0)
+            values = clean.writers.sub_(self.ablation.writers(self.engine, prompts))
+            yield Differences(prompts, values, embedded, clean.logits)
+
+    def masks_at_once(self, batch: Batch) -> int:
+        """Under how many masks a batch can be run at once."""
+        prompts, footprint = len(batch.prompts), self.footprint
+        left = self.work - _held(footprint, self.ablation, prompts)
+        return max(1, left // (prompts * footprint.masked() + footprint.mask))
+
+
+@dataclass(frozen=True)
 class Behaviour:
     """What a circuit is to explain."""
 
     engine: Factored
     metric: Metric
-    batches: tuple[Batch, ...]
+    batches: Batches
 
     @torch.no_grad()
     def measure(
@@ -49,20 +106,53 @@ class Behaviour:
             first_layer: the run starts there, from the clean values of all writers before it; the same result, for
                 less, when the mask keeps every edge into earlier layers.
         """
-        values, before = [], self.engine.graph.first_writer(first_layer)
+        values, edge_axes = [], self.engine.graph.exists.ndim
         for batch in self.batches:
-            prompts = batch.prompts
-            start = Start(first_layer, batch.clean.writers[:before])
-            logits = self.engine.masked(
-                prompts.clean,
-                mask,
-                batch.ablated,
-                key_mask=prompts.key_mask,
-                positions=prompts.positions,
-                start=start,
-            )
-            values.append(self.metric.oriented(logits, prompts, batch.clean.logits))
+            if mask.ndim == edge_axes:
+                values.append(self._on(batch, mask, first_layer))
+                continue
+            parts = mask.split(self.batches.masks_at_once(batch))
+            values.append(torch.cat([self._on(batch, part, first_layer) for part in parts]))
         return torch.cat(values, -1)
+
+    @torch.no_grad()
+    def measure_each(
+        self, masks: Sequence[Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]], label: str
+    ) -> Float[Tensor, "K N"]:
+        """Like `measure`, each mask in a run of its own, for masks that have little in common.
+
+        A run under several masks does the work that any of them leaves.
+        """
+        with tqdm(total=len(masks) * len(self.batches), desc=label, unit="run", disable=None) as progress:
+            values = []
+            for batch in self.batches:
+                values.append([])
+                for mask in masks:
+                    values[-1].append(self._on(batch, mask))
+                    progress.update()
+        return torch.cat([torch.stack(rows) for rows in values], -1)
+
+    def _on(
+        self, batch: Batch, mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"], first_layer: int = 0
+    ) -> Float[Tensor, "*K B"]:
+        """`measure` on one batch."""
+        logits = self.logits(batch, mask, first_layer)
+        return self.metric.oriented(logits, batch.prompts, batch.clean.logits)
+
+    @torch.no_grad()
+    def logits(
+        self, batch: Batch, mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"], first_layer: int = 0
+    ) -> Float[Tensor, "*K_B_P_V"]:
+        """The logits of one batch at its scored positions when the model runs under the mask(s)."""
+        prompts, before = batch.prompts, self.engine.graph.first_writer(first_layer)
+        return self.engine.masked(
+            prompts.clean,
+            mask,
+            batch.ablated,
+            key_mask=prompts.key_mask,
+            positions=prompts.positions,
+            start=Start(first_layer, batch.clean.writers[:before]),
+        )
 
     @torch.no_grad()
     def full(self) -> Float[Tensor, "N"]:
@@ -75,20 +165,40 @@ class Behaviour:
 
 
 def prepare(
-    engine: Factored, prompts: Prompts, metric: Metric, ablation: Ablation, *, batch_size: int = 64
+    engine: Factored, prompts: Prompts, metric: Metric, ablation: Ablation, *, memory: str = "2GB"
 ) -> Behaviour:
-    """Returns a behaviour with its clean and ablated runs done.
+    """Returns a behaviour with as many clean and ablated runs done as half of `memory` can hold.
+
+    The other half is for the work on one batch.  Each pass over the behaviour prepares anew what could not be kept, at
+    one or two forwards a batch.  A prompt that takes more than half by itself is worked on with all of the memory.
 
     Raises:
-        ValueError: the prompts lack what metric or ablation need, or are longer than the model's context.
+        ValueError: the prompts lack what metric or ablation need, are longer than the model's context, or take more
+            memory than there is.
     """
     metric.require(prompts)
-    batches = []
-    for batch in prompts.batches(batch_size):
-        batch = batch.to(engine.device)
-        clean = engine.clean(batch.clean, batch.key_mask, batch.positions)
-        batches.append(Batch(batch, clean, ablation.values(engine, batch)))
-    return Behaviour(engine, metric, tuple(batches))
+    budget, size = parse_memory(memory), footprint(engine, prompts)
+    each, shared = size.behaviour(ablation.per_prompt), size.shared(ablation.per_prompt) + size.mask
+    work = budget // 2 if each + shared <= budget // 2 else budget
+    parts = tuple(prompts.batches(most_prompts(prompts, each, work, shared)))
+    held, kept = 0, []
+    for part in parts:
+        held += _held(size, ablation, len(part))
+        if held > budget - work:
+            break
+        kept.append(_prepared(engine, part, ablation))
+    return Behaviour(engine, metric, Batches(engine, ablation, parts, tuple(kept), size, work))
+
+
+def _held(size: Footprint, ablation: Ablation, n_prompts: int) -> int:
+    """Bytes that a prepared batch holds on to."""
+    return n_prompts * size.prepared(ablation.per_prompt) + size.shared(ablation.per_prompt)
+
+
+def _prepared(engine: Factored, prompts: Prompts, ablation: Ablation) -> Batch:
+    prompts = prompts.to(engine.device)
+    clean = engine.clean(prompts.clean, prompts.key_mask, prompts.positions)
+    return Batch(prompts, clean, ablation.values(engine, prompts))
 
 
 @dataclass(frozen=True)
@@ -119,7 +229,16 @@ class Yardstick:
 
     def faithfulness(self, mask: Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]) -> Faithfulness:
         """Returns the faithfulness of a circuit."""
-        values = self.behaviour.measure(mask)
+        return self.of(self.behaviour.measure(mask))
+
+    def faithfulness_each(
+        self, masks: Sequence[Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]], label: str
+    ) -> list[Faithfulness]:
+        """Returns the faithfulness of each of some circuits, with a progress bar."""
+        return [self.of(values) for values in self.behaviour.measure_each(masks, label)]
+
+    def of(self, values: Float[Tensor, "N"]) -> Faithfulness:
+        """Returns the faithfulness of a circuit under which the oriented metric has these values."""
         circuit = values.double().mean().item()
         sign = 1.0 if self.behaviour.metric.higher_is_better else -1.0
         return Faithfulness(
@@ -141,9 +260,18 @@ def yardstick(behaviour: Behaviour, ablation: str) -> Yardstick:
     """Returns the faithfulness scale of a behaviour under an ablation.
 
     Raises:
+        NotSeparated: see `between`.
+    """
+    return between(behaviour, ablation, behaviour.full(), behaviour.empty())
+
+
+def between(behaviour: Behaviour, ablation: str, full: Float[Tensor, "N"], empty: Float[Tensor, "N"]) -> Yardstick:
+    """Returns the faithfulness scale between the values of the full and of the ablated model.
+
+    Raises:
         NotSeparated: |m(M) - m(0)| is under two standard errors, so that the quotient would be noise.
     """
-    full, empty = behaviour.full().double(), behaviour.empty().double()
+    full, empty = full.double(), empty.double()
     gap = full - empty
     error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
     if not abs(gap.mean().item()) > 2 * error:

@@ -65,10 +65,10 @@ class Factored:
             raise ValueError("split_input=true, but this model has no position embedding to split off (rotary)")
         self._check(model)
         if model.head is not None:
-            width = int(described.token.weight.shape[1])  # type: ignore[union-attr]
-            if model.head.weight.shape[-1] != width:
+            if model.head.weight.shape[-1] != described.width:
                 raise ValueError(
-                    f"the head reads {model.head.weight.shape[-1]} numbers, but the model's residual stream has {width}"
+                    f"the head reads {model.head.weight.shape[-1]} numbers, but the model's residual stream has "
+                    f"{described.width}"
                 )
             weight, bias = (part.to(self.device, self.dtype) for part in (model.head.weight, model.head.bias))
             self.architecture = replace(self.architecture, unembed=Head(weight, bias), logit_cap=None)

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation, AblationConfig, fit_ablation
-from circuits.behaviour import Behaviour, Faithfulness, NotSeparated, Yardstick, prepare, yardstick
+from circuits.behaviour import Behaviour, Faithfulness, NotSeparated, Yardstick, between, prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found
 from circuits.engine import Factored
@@ -51,7 +52,7 @@ def extract(
     metric: str = "kl",
     ablation: AblationConfig | None = None,
     selection: Selection | None = None,
-    batch_size: int = 64,
+    memory: str = "2GB",
     random_draws: int = 20,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -66,7 +67,7 @@ def extract(
         metric: what the circuit has to keep (`METRICS`).
         ablation: what removed edges carry; by default the corrupt prompt's values.
         selection: which scored edges are kept, for methods that only score.
-        batch_size: prompts per run; bounds memory.
+        memory: working memory beside the model's own weights, such as 500MB.
         random_draws: how many random circuits of the same size to compare with.
         seed: of the random circuits.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
@@ -85,22 +86,11 @@ def extract(
             "edges to keep; change its own settings (tau), or use a method that scores"
         )
     ablation, selection, chosen = ablation or AblationConfig(), selection or Selection(), metric_named(metric)
-    fitted = fit_ablation(ablation, engine, discovery, batch_size=batch_size)
-    behaviour = prepare(engine, discovery, chosen, fitted, batch_size=batch_size)
-    scale = yardstick(behaviour, ablation.name)  # refuses now what would be refused after the expensive part
-
-    forward = _seconds(
-        engine.device,
-        lambda: [engine.logits(b.prompts.clean, b.prompts.key_mask, b.prompts.positions) for b in behaviour.batches],
-    )
-    started = time.perf_counter()
-    found = METHODS[method.name][1](method, behaviour)
-    seconds = time.perf_counter() - started
-    kept = found.kept if found.kept is not None else choose(scale, found, selection)
-
-    held_out = prepare(engine, evaluation, chosen, fitted, batch_size=batch_size)
+    fitted = fit_ablation(ablation, engine, discovery, memory=memory)
+    found, kept, cost = _discover(prepare(engine, discovery, chosen, fitted, memory=memory), method, selection)
+    held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
     metrics = evaluate(yardstick(held_out, ablation.name), found, kept, selection, random_draws=random_draws, seed=seed)
-    metrics |= {"seconds": seconds, "forwards": seconds / forward, "method": found.details}
+    metrics |= {**cost, "method": found.details}
     _warn_of_poor_circuits(metrics)
     circuit = Circuit(
         graph=engine.graph,
@@ -116,6 +106,24 @@ def extract(
         },
     )
     return Extraction(circuit, metrics, fitted)
+
+
+def _discover(
+    behaviour: Behaviour, method: Any, selection: Selection
+) -> tuple[Found, Bool[Tensor, "R W *S"], dict[str, float]]:
+    """What a method found, the edges to keep, and what it cost; on return the prepared batches are let go."""
+    # Refuses now what would be refused after the expensive part.
+    scale = yardstick(behaviour, behaviour.batches.ablation.config.name)
+    engine = behaviour.engine
+    batches = [batch.to(engine.device) for batch in behaviour.batches.prompts]
+    forward = _seconds(
+        engine.device, lambda: [engine.logits(batch.clean, batch.key_mask, batch.positions) for batch in batches]
+    )
+    started = time.perf_counter()
+    found = METHODS[method.name][1](method, behaviour)
+    seconds = time.perf_counter() - started
+    kept = found.kept if found.kept is not None else choose(scale, found, selection)
+    return found, kept, {"seconds": seconds, "forwards": seconds / forward}
 
 
 def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
@@ -178,18 +186,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a circuit: faithfulness by metric, random circuits of its size, the curve over sizes, KL."""
     graph = scale.behaviour.engine.graph
-    edges, own = int(kept.sum()), scale.faithfulness(kept)
+    edges = int(kept.sum())
     drawn = random_circuits(graph, edges, random_draws, seed) if edges else []
-    progress = tqdm(drawn, desc="random circuits", unit="circuit", disable=None)
-    chance = torch.tensor([scale.faithfulness(mask).value for mask in progress])
-    pick, curve = _picker(graph, found, selection), {}
-    for wanted in tqdm(sizes(graph), desc="curve", unit="size", disable=None):
-        mask = pick(wanted)
-        curve[int(mask.sum())] = scale.faithfulness(mask).value
+    ladder = {int(mask.sum()): mask for mask in map(_picker(graph, found, selection), sizes(graph))}
+    each = min(RANDOM_PER_SIZE, random_draws)
+    rungs = sizes(graph, RANDOM_SIZES) if drawn else []
+    random_ladder = [mask for wanted in rungs for mask in random_circuits(graph, wanted, each, seed + 1)]
+    masks = [kept, *drawn, *ladder.values(), *random_ladder]
+    results = iter(scale.faithfulness_each(masks, "evaluate"))
+    own = next(results)
+    chance = torch.tensor([next(results).value for _ in drawn])
+    curve = {edges: next(results).value for edges in ladder}
     random_curve = []
-    for wanted in tqdm(sizes(graph, RANDOM_SIZES) if drawn else (), desc="random curve", unit="size", disable=None):
-        masks = random_circuits(graph, wanted, min(RANDOM_PER_SIZE, random_draws), seed + 1)
-        values = [scale.faithfulness(mask).value for mask in masks]
+    for wanted in rungs:
+        values = [next(results).value for _ in range(each)]
         random_curve.append({"edges": wanted, "low": min(values), "high": max(values)})
     return {
         "edges_total": graph.n_edges,
@@ -211,16 +221,22 @@ def evaluate(
 
 def by_metric(scale: Yardstick, kept: Tensor) -> dict[str, Faithfulness]:
     """Faithfulness under each metric that the prompts allow and that separates the model from the ablated one."""
-    results = {}
-    for name, metric in METRICS.items():
-        if metric.lacks(scale.behaviour.batches[0].prompts):
-            continue
+    behaviour, results = scale.behaviour, {}
+    metrics = [metric for metric in METRICS.values() if not metric.lacks(behaviour.batches.prompts[0])]
+    values: dict[str, list[list[Tensor]]] = {metric.name: [[], [], []] for metric in metrics}
+    for batch in behaviour.batches:
+        runs = [batch.clean.logits, *(behaviour.logits(batch, mask) for mask in (torch.zeros_like(kept), kept))]
+        for metric in metrics:
+            for logits, into in zip(runs, values[metric.name], strict=True):
+                into.append(metric.oriented(logits, batch.prompts, batch.clean.logits))
+    for metric in metrics:
+        full, empty, circuit = map(torch.cat, values[metric.name])
         try:
-            other = yardstick(_with_metric(scale.behaviour, metric), scale.ablation)
+            other = between(_with_metric(behaviour, metric), scale.ablation, full, empty)
         except NotSeparated as error:
-            log.info("no faithfulness under %s: %s", name, error)
+            log.info("no faithfulness under %s: %s", metric.name, error)
             continue
-        results[name] = other.faithfulness(kept)
+        results[metric.name] = other.of(circuit)
     return results
 
 

@@ -2,9 +2,9 @@
 
     logits[p] = W[p] norm(residual at position p) + b[p]
 
-W is [outputs, D], the same at all scored positions, or [places, outputs, D], one probe for each sensor: row p is read at
-the p-th scored position.  A head with a single output is a yes-or-no probe: its logit stands against 0, so that output
-1 means yes, output 0 no, and softmax is the probe's sigmoid.  Answers are numbers of outputs.
+W is [outputs, D], the same at all scored positions, or [places, outputs, D], one probe for each sensor: row p is read
+at the p-th scored position.  A head with a single output is a yes-or-no probe: its logit stands against 0, so that
+output 1 means yes, output 0 no, and softmax is the probe's sigmoid.  Answers are numbers of outputs.
 
 Shapes: positions P, d_model D, outputs O.
 """

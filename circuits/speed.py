@@ -1,18 +1,23 @@
-"""How many forwards the engine's work costs.
+"""How many forwards the engine's work costs, and how much memory a process with it takes.
 
 A *forward* is one plain forward of the same model on the same batch in the same run.  There are two denominators: the
 TransformerLens bridge, and the bare HuggingFace module, which is cheaper.  The work and both denominators are timed in
-turns, and each figure is the median over rounds, so that a slow moment of the machine falls on all alike.
+turns, and each figure is the median over rounds, so that a slow moment of the machine falls on all alike.  Peak memory
+is that of a fresh process: Python, torch, the model and the work on it.
 
 Shapes: batch B, pos S.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,23 +35,29 @@ from circuits.selection import select
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2-like model with random weights, and a batch."""
+    """A model with random weights, and a batch."""
 
     name: str
+    family: str
     layers: int
     heads: int
     width: int
     vocabulary: int
     batch: int
     positions: int
-    rounds: int
+    rounds: int = 1
+    kv_heads: int | None = None  # llama; None: as many as there are heads
+    hidden: int | None = None  # width of the MLPs; None: four times the model's
 
 
 SHAPES = (
-    Shape("2L4H", 2, 4, 64, 64, batch=32, positions=10, rounds=60),
-    Shape("4L8H", 4, 8, 64, 64, batch=32, positions=10, rounds=40),
-    Shape("GPT-2 small", 12, 12, 768, 50257, batch=8, positions=16, rounds=7),
+    Shape("2L4H", "gpt2", 2, 4, 64, 64, batch=32, positions=10, rounds=60),
+    Shape("4L8H", "gpt2", 4, 8, 64, 64, batch=32, positions=10, rounds=40),
+    Shape("GPT-2 small", "gpt2", 12, 12, 768, 50257, batch=8, positions=16, rounds=7),
+    # Three of its 16 layers and few words, so that it is layers of these widths that are timed.
+    Shape("Llama 1B, 3 layers", "llama", 3, 32, 2048, 4096, batch=4, positions=32, rounds=3, kv_heads=8, hidden=8192),
 )
+LARGE_BATCH = Shape("GPT-2 small", "gpt2", 12, 12, 768, 50257, batch=32, positions=64)  # its peak memory is measured
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,7 @@ class Timing:
 
 def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> list[Timing]:
     """Times masked runs, EAP, EAP-IG and scoring against a circuit that keeps a share of the edges."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, vocab_size=shape.vocabulary,
-        n_positions=4 * shape.positions, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    module = GPT2LMHeadModel(config).eval()
+    module = _module(shape, seed)
     model = from_module(module)
     engine = Factored(model)
     prompts = _prompts(shape, seed)
@@ -93,6 +97,54 @@ def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> lis
     return [Timing(shape.name, name, value, value / bridge, value / bare) for name, value in medians.items()]
 
 
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that a process takes, from its start."""
+
+    shape: str
+    work: str
+    megabytes: float
+
+
+def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
+    """Runs EAP with counterfactual ablation in a fresh process."""
+    code = f"from circuits.speed import {Shape.__name__}, _eap_here; print(_eap_here({shape!r}, {memory!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    work = f"EAP, {shape.batch} prompts of {shape.positions} tokens, memory={memory}"
+    return Peak(shape.name, work, int(done.stdout) / 1e6)
+
+
+def _eap_here(shape: Shape, memory: str) -> int:
+    """The peak of this process, in bytes, after EAP."""
+    engine = Factored(from_module(_module(shape, seed=0)))
+    ablation = Ablation(AblationConfig("counterfactual"))
+    eap(EAP(), prepare(engine, _prompts(shape, seed=0), metric_named("logit_diff"), ablation, memory=memory))
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: what getrusage says of a child starts from what its parent took
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _module(shape: Shape, seed: int) -> Any:
+    """A HuggingFace model with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    context, hidden = 4 * shape.positions, shape.hidden or 4 * shape.width
+    if shape.family == "llama":
+        config = LlamaConfig(
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            hidden_size=shape.width, intermediate_size=hidden, vocab_size=shape.vocabulary,
+            max_position_embeddings=context,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+    config = GPT2Config(
+        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, n_inner=hidden, vocab_size=shape.vocabulary,
+        n_positions=context, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
 def _prompts(shape: Shape, seed: int) -> Prompts:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(shape.vocabulary, (shape.batch, 2, shape.positions), generator=generator).tolist()
@@ -104,7 +156,7 @@ def _work(engine: Factored, prompts: Prompts, circuit_share: float) -> dict[str,
     """Each piece of work, from prompts to result; masked runs start from clean and ablated values in hand."""
     metric, counterfactual = metric_named("logit_diff"), Ablation(AblationConfig("counterfactual"))
     behaviour = prepare(engine, prompts, metric, counterfactual)
-    (batch,) = behaviour.batches
+    (batch,) = behaviour.batches.kept
     generator = torch.Generator().manual_seed(1)
     half = (torch.rand(engine.graph.exists.shape, generator=generator) < 0.5).float()
     scores = torch.rand(engine.graph.exists.shape, generator=generator)

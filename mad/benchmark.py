@@ -34,12 +34,9 @@ class Comparison:
     scores: Mapping[str, Float[Tensor, "B"]]  # by group
 
 
-def score_groups(detector: Detector, groups: Mapping[str, Prompts], *, batch_size: int = 64) -> dict[str, Tensor]:
+def score_groups(detector: Detector, groups: Mapping[str, Prompts], *, memory: str = "2GB") -> dict[str, Tensor]:
     """A detector's scores on each group."""
-    return {
-        name: torch.cat([detector.score(batch) for batch in prompts.batches(batch_size)])
-        for name, prompts in groups.items()
-    }
+    return {name: detector.score(prompts, memory=memory) for name, prompts in groups.items()}
 
 
 def auroc(normal: Float[Tensor, "B"], anomalous: Float[Tensor, "N"]) -> float:
@@ -50,7 +47,9 @@ def auroc(normal: Float[Tensor, "B"], anomalous: Float[Tensor, "N"]) -> float:
     return float(roc_auc_score(labels, torch.cat([normal, anomalous]).numpy()))
 
 
-def compare(name: str, detector: Calibrated | Detector, groups: Mapping[str, Prompts], alpha: float) -> Comparison:
+def compare(
+    name: str, detector: Calibrated | Detector, groups: Mapping[str, Prompts], alpha: float, *, memory: str = "2GB"
+) -> Comparison:
     """One detector on groups `normal_iid`, `normal_shift` (either may be absent) and `anomaly`.
 
     Raises:
@@ -61,7 +60,7 @@ def compare(name: str, detector: Calibrated | Detector, groups: Mapping[str, Pro
     calibration = detector.calibration if isinstance(detector, Calibrated) else None
     if calibration is not None and (problem := calibration.problem(alpha)):
         raise ValueError(problem)
-    scores = score_groups(detector.detector if isinstance(detector, Calibrated) else detector, groups)
+    scores = score_groups(detector.detector if isinstance(detector, Calibrated) else detector, groups, memory=memory)
     flagged = None
     if calibration is not None:
         flagged = {

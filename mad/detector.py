@@ -36,8 +36,14 @@ class Detector(Protocol):
         """The configuration that it was fitted with."""
         ...
 
-    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
-        """How anomalous each prompt is; float32 on the CPU, high = anomalous."""
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How anomalous each prompt is; float32 on the CPU, high = anomalous.
+
+        As many prompts are run at once as fit in `memory`, beside the model's own weights.
+
+        Raises:
+            TooLittleMemory: not even one does.
+        """
         ...
 
     def state(self) -> Mapping[str, Tensor]:
@@ -57,7 +63,7 @@ class Explained:
 class ExplainingDetector(Detector, Protocol):
     """A detector that can also say which edges a score comes from."""
 
-    def explain(self, prompts: Prompts) -> Explained: ...
+    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained: ...
 
 
 @dataclass(frozen=True)

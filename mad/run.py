@@ -28,6 +28,7 @@ from circuits.behaviour import prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.engine import Factored
 from circuits.extraction import Extraction, extract
+from circuits.memory import parse_memory
 from circuits.metrics import metric_named
 from circuits.model import LoadedModel, ModelConfig, load_model, local_path
 from circuits.prompts import Prompts, prompts_from_records
@@ -71,7 +72,7 @@ class RunConfig:
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
     positions: bool = False  # tell edges apart by position; for prompts that all have the same length
     alpha: float = 0.01  # the false-alarm rate that calibration should allow
-    batch_size: int = 64  # prompts per run; bounds memory
+    memory: str = "2GB"  # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     random_draws: int = 20  # random circuits of the same size to compare with
     seed: int = 0  # of prompts, splits and random circuits
     out: str = "???"  # folder to write
@@ -102,6 +103,7 @@ def make_run(config: RunConfig) -> Run:
         ValueError: see `circuits.extract` and `mad.fit`.
     """
     check_alpha(config.alpha)
+    parse_memory(config.memory)
     config.detector.check()
     folder = Path(config.out)
     check_folder(folder, config.overwrite)
@@ -116,7 +118,7 @@ def make_run(config: RunConfig) -> Run:
         metric=config.metric,
         ablation=config.ablation,
         selection=config.selection,
-        batch_size=config.batch_size,
+        memory=config.memory,
         random_draws=config.random_draws,
         seed=config.seed,
         about={"model": _reference(config.model, model), "task": asdict(config.task), "seed": config.seed},
@@ -134,7 +136,7 @@ def make_run(config: RunConfig) -> Run:
             splits["fit"],
             splits["calibration"],
             used={name: hashes[name] for name in ("discovery", "evaluation")},
-            batch_size=config.batch_size,
+            memory=config.memory,
         )
     except ValueError as error:
         raise ValueError(f"the circuit is saved in {folder}, but its detector could not be fitted: {error}") from error
@@ -286,7 +288,7 @@ def _scoring_faithfulness(
     if not isinstance(detector, CircuitDetector):
         return None
     metric, name = metric_named(config.metric), detector.ablation.config.name
-    behaviour = prepare(engine, splits["evaluation"], metric, detector.ablation, batch_size=config.batch_size)
+    behaviour = prepare(engine, splits["evaluation"], metric, detector.ablation, memory=config.memory)
     try:
         result = yardstick(behaviour, name).faithfulness(extraction.circuit.mask)
     except ValueError as error:

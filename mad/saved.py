@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from circuits.prompts import Prompts
 from mad.detector import Calibration, Context, Detector
 from mad.detectors import DETECTORS
@@ -37,7 +35,7 @@ def fit(
     calibration: Prompts,
     *,
     used: Mapping[str, Sequence[str]] | None = None,
-    batch_size: int = 64,
+    memory: str = "2GB",
 ) -> Calibrated:
     """Fits a detector on trusted prompts and calibrates it on others.
 
@@ -47,7 +45,7 @@ def fit(
         trusted: prompts to fit on.
         calibration: prompts to calibrate on, exchangeable with the normal inputs to come.
         used: `sequence_hashes` of prompts that found or measured the circuit, by what they were used for.
-        batch_size: prompts per run.
+        memory: working memory beside the model's own weights, such as 500MB.
 
     Raises:
         ValueError: the sets overlap each other or those that the circuit was found or evaluated on.
@@ -62,8 +60,8 @@ def fit(
                     f"{shared} prompts of the {name} split are in the circuit's {split} split; they must be disjoint, "
                     "or false alarms would not be bounded: give other trusted prompts"
                 )
-    detector = DETECTORS[config.name][1](config, context, trusted, batch_size=batch_size)
-    scores = torch.cat([detector.score(batch) for batch in calibration.batches(batch_size)])
+    detector = DETECTORS[config.name][1](config, context, trusted, memory=memory)
+    scores = detector.score(calibration, memory=memory)
     about = {
         name: {"prompts": len(prompts), "hash": prompts.hash()}
         for name, prompts in (("fit", trusted), ("calibration", calibration))

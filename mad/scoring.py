@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from circuits.memory import TooLittleMemory, parse_memory
 from circuits.model import LoadedModel, weight_hash
-from circuits.prompts import EncodedPrompt, collate, encode_record, parse_line
+from circuits.prompts import EncodedPrompt, Prompts, collate, encode_record, parse_line
 from mad.detector import ExplainingDetector
 from mad.saved import Calibrated
 
@@ -37,7 +38,7 @@ class Scoring:
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists, largest share first
-    chunk: int = 64  # input lines per batch; part of the job, because results may differ in the last digit
+    chunk: int = 64  # input lines at a time; part of the job, because results may differ in the last digit
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,14 @@ def score(
     model: LoadedModel,
     scoring: Scoring = Scoring(),  # noqa: B008
     *,
+    memory: str = "2GB",
     overwrite: bool = False,
 ) -> Tally:
     """Scores every line of a JSONL file; a bad line becomes a line with `error`.
+
+    A chunk is run in as many parts as `memory` asks for (working memory beside the model's own weights).  It is no part
+    of the job, so that a run can go on with another `memory`; results may then differ in the last digit.  A line that
+    does not fit by itself is a bad one; where only its explanation does not, the result has `because_error`.
 
     Raises:
         FileNotFoundError: no such input file.
@@ -72,6 +78,7 @@ def score(
         raise ValueError(f"explain={scoring.explain!r}, but the choices are {', '.join(EXPLAIN)}")
     if scoring.explain == "all" and not isinstance(calibrated.detector, ExplainingDetector):
         raise ValueError(f"explain=all, but detector {calibrated.detector.config.name} cannot explain its scores")
+    parse_memory(memory)
     for name, value in (("chunk", scoring.chunk), ("edges", scoring.edges)):
         if value < 1:
             raise ValueError(f"{name}={value}, but it must be at least 1")
@@ -97,7 +104,7 @@ def score(
         progress = tqdm(desc="score", unit="line", initial=done, disable=None)
         number = done
         while chunk := list(itertools.islice(lines, scoring.chunk)):
-            results = score_lines(chunk, number + 1, calibrated, model, scoring)
+            results = score_lines(chunk, number + 1, calibrated, model, scoring, memory)
             number += len(chunk)
             more_errors, more_flagged = _counts(results)
             errors, flagged = errors + more_errors, flagged + more_flagged
@@ -119,7 +126,12 @@ def _counts(results: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def score_lines(
-    lines: list[bytes], first: int, calibrated: Calibrated, model: LoadedModel, scoring: Scoring
+    lines: list[bytes],
+    first: int,
+    calibrated: Calibrated,
+    model: LoadedModel,
+    scoring: Scoring,
+    memory: str,
 ) -> list[dict[str, Any]]:
     """Results of some lines, in order; `first` is the number of the first one, from 1."""
     results: list[dict[str, Any]] = []
@@ -134,11 +146,11 @@ def score_lines(
         except ValueError as error:  # UnicodeDecodeError is one
             results.append({"id": identifier, "error": f"line {first + place}: {error}"})
     try:
-        _score_into(results, good, calibrated, scoring)
+        _score_into(results, good, calibrated, scoring, memory)
     except ValueError:  # one input's numbers are not finite, say: find out which
         for place, prompt in good:
             try:
-                _score_into(results, [(place, prompt)], calibrated, scoring)
+                _score_into(results, [(place, prompt)], calibrated, scoring, memory)
             except ValueError as error:
                 results[place] = {"id": results[place]["id"], "error": f"line {first + place}: {error}"}
     return results
@@ -163,13 +175,14 @@ def _score_into(
     good: list[tuple[int, EncodedPrompt]],
     calibrated: Calibrated,
     scoring: Scoring,
+    memory: str,
 ) -> None:
     """Adds score, p_value, anomalous and because to the results at the places of good prompts."""
     if not good:
         return
     detector, places = calibrated.detector, [place for place, _ in good]
     prompts = collate([prompt for _, prompt in good])
-    scores = detector.score(prompts)
+    scores = detector.score(prompts, memory=memory)
     if not torch.isfinite(scores).all():
         raise ValueError("the score is not finite; the model's numbers overflow on this input")
     p_values = calibrated.calibration.p_values(scores)
@@ -178,13 +191,32 @@ def _score_into(
     if scoring.explain == "none" or not isinstance(detector, ExplainingDetector):
         return
     rows = [row for row, place in enumerate(places) if scoring.explain == "all" or results[place]["anomalous"]]
-    if not rows:
+    if rows:
+        _explain_into(results, [places[row] for row in rows], prompts.select(rows), detector, scoring, memory)
+
+
+def _explain_into(
+    results: list[dict[str, Any]],
+    places: list[int],
+    prompts: Prompts,
+    detector: ExplainingDetector,
+    scoring: Scoring,
+    memory: str,
+) -> None:
+    """Adds because and because_residual to the results at some places; where memory is too little, because_error."""
+    try:
+        explained = detector.explain(prompts, memory=memory)
+    except TooLittleMemory as error:
+        if len(places) == 1:
+            results[places[0]]["because_error"] = str(error)
+            return
+        for row, place in enumerate(places):
+            _explain_into(results, [place], prompts.select([row]), detector, scoring, memory)
         return
-    explained = detector.explain(prompts.select(rows))
     if not torch.isfinite(explained.residual).all():
         raise ValueError("the explanation is not finite; the model's numbers overflow on this input")
-    for row, shares, residual in zip(rows, explained.shares, explained.residual.tolist(), strict=True):
-        results[places[row]] |= {"because": _because(shares, detector, scoring.edges), "because_residual": residual}
+    for place, shares, residual in zip(places, explained.shares, explained.residual.tolist(), strict=True):
+        results[place] |= {"because": _because(shares, detector, scoring.edges), "because_residual": residual}
 
 
 def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 
 from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation, writer_means
 from circuits.engine import Factored
+from circuits.memory import footprint
 from circuits.prompts import Prompts, prompts_from_records
 from tests import tiny
 
@@ -26,10 +27,8 @@ def engine(request) -> Factored:
     return ENGINES[request.param]
 
 
-def fitted(
-    engine: Factored, name: str, reference: Prompts = REFERENCE, seed: int = 0, batch_size: int = 64
-) -> Ablation:
-    return fit_ablation(AblationConfig(name, seed), engine, reference, batch_size=batch_size)
+def fitted(engine: Factored, name: str, reference: Prompts = REFERENCE, seed: int = 0) -> Ablation:
+    return fit_ablation(AblationConfig(name, seed), engine, reference)
 
 
 def alone(engine: Factored, tokens) -> torch.Tensor:
@@ -97,7 +96,9 @@ def test_positional_mean_is_over_the_prompts_that_reach_a_position(engine):
 
 
 def test_means_do_not_depend_on_the_batches(engine):
-    whole, small = (writer_means(engine, REFERENCE, batch_size=size) for size in (64, 2))
+    size = footprint(engine, REFERENCE)
+    means = 2 * 8 * REFERENCE.clean.shape[1] * size.writers * size.width  # float64, and what it is made of
+    whole, small = (writer_means(engine, REFERENCE, memory=memory) for memory in ("2GB", str(means + 2 * size.clean)))
     for field in ("first", "rest", "positional"):
         close(getattr(small, field), getattr(whole, field))
     counts = [sum(length > p for length in REFERENCE.lengths.tolist()) for p in range(int(REFERENCE.lengths.max()))]

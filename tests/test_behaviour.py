@@ -13,6 +13,7 @@ from circuits.engine import Factored
 from circuits.metrics import METRICS
 from circuits.prompts import prompts_from_records
 from tests import tiny
+from tests.budget import memory_for
 
 ENGINES = {
     "gpt2": Factored(tiny.gpt2()),
@@ -28,9 +29,9 @@ def engine(request) -> Factored:
     return ENGINES[request.param]
 
 
-def behaviour(engine: Factored, metric: str, ablation: str = "mean", batch_size: int = 3) -> Behaviour:
+def behaviour(engine: Factored, metric: str, ablation: str = "mean") -> Behaviour:
     fitted = fit_ablation(AblationConfig(ablation), engine, REFERENCE)
-    return prepare(engine, PROMPTS, METRICS[metric], fitted, batch_size=batch_size)
+    return prepare(engine, PROMPTS, METRICS[metric], fitted, memory=memory_for(3, engine, PROMPTS, fitted))
 
 
 def random_masks(engine: Factored, count: int) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_with_counterfactual_ablation_the_empty_circuit_is_the_corrupt_prompt(en
 def test_faithfulness_is_the_quotient_of_means(engine, metric):
     prompts = prompts_from_records(tiny.with_own_answers(engine, RECORDS))
     fitted = fit_ablation(AblationConfig("mean"), engine, REFERENCE)
-    ours = prepare(engine, prompts, METRICS[metric], fitted, batch_size=3)
+    ours = prepare(engine, prompts, METRICS[metric], fitted, memory=memory_for(3, engine, prompts, fitted))
     scale = yardstick(ours, "mean")
     mask = random_masks(engine, 1)[0]
     sign = 1 if METRICS[metric].higher_is_better else -1
@@ -110,7 +111,8 @@ def fixed(full: list[float], empty: list[float]) -> Behaviour:
         def empty(self):
             return torch.tensor(empty)
 
-    return Given(ENGINES["gpt2"], METRICS["logit_diff"], ())
+    ours = behaviour(ENGINES["gpt2"], "logit_diff")
+    return Given(ours.engine, ours.metric, ours.batches)
 
 
 def test_the_scale_is_refused_under_two_standard_errors():
@@ -145,5 +147,5 @@ def test_prompts_that_lack_what_is_needed_are_refused(engine):
         prepare(engine, bare, METRICS["kl"], counterfactual)
     with pytest.raises(ValueError, match="prompts of 17 tokens, but the model's context is 16"):
         prepare(engine, prompts_from_records([{"clean": [1] * 17}]), METRICS["kl"], mean)
-    with pytest.raises(ValueError, match="size=0, but a batch needs at least 1 prompt"):
-        prepare(engine, PROMPTS, METRICS["kl"], mean, batch_size=0)
+    with pytest.raises(ValueError, match=r"one prompt of 9 tokens takes up to \d+.* but memory=1kB; raise memory"):
+        prepare(engine, PROMPTS, METRICS["kl"], mean, memory="1kB")

@@ -7,6 +7,7 @@ import torch
 
 from circuits.circuit import Circuit
 from circuits.engine import Factored
+from circuits.memory import TooLittleMemory, footprint
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import random_circuits
 from mad.detector import Context, ExplainingDetector
@@ -117,6 +118,20 @@ def test_a_restored_detector_scores_the_same(context, config):
     again = restore(config, context, detector.state())
     assert torch.equal(detector.score(prompts(6, 1)), again.score(prompts(6, 1)))
     assert isinstance(again, ExplainingDetector) == isinstance(again, CircuitDetector)
+
+
+@pytest.mark.parametrize("config", [Fast(), Fast(ablation="zero"), MaxProbability(), Mahalanobis()])
+def test_scores_and_explanations_do_not_depend_on_the_memory(context, config):
+    detector, new = DETECTORS[config.name][1](config, context, prompts(30, 0)), prompts(6, 1)
+    size = footprint(context.engine, new)
+    few = str(size.shared(False) + size.mask + 2 * max(size.plain + size.masked(), size.plain + size.explanation))
+    torch.testing.assert_close(detector.score(new, memory=few), detector.score(new), atol=1e-6, rtol=1e-6)
+    with pytest.raises(TooLittleMemory, match="one prompt of 9 tokens"):
+        detector.score(new, memory="1kB")
+    if isinstance(detector, CircuitDetector):
+        ours, expected = detector.explain(new, memory=few), detector.explain(new)
+        torch.testing.assert_close(ours.shares, expected.shares, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours.residual, expected.residual, atol=1e-5, rtol=1e-4)
 
 
 def test_settings_that_cannot_score_are_refused(context):

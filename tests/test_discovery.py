@@ -19,6 +19,7 @@ from circuits.metrics import METRICS
 from circuits.model import ModelConfig, load_model
 from circuits.prompts import Prompts, prompts_from_records
 from tests import tiny
+from tests.budget import memory_for
 from tests.test_engine import through_hooks
 
 ENGINES = {
@@ -35,7 +36,7 @@ REFERENCE = tiny.prompts(6, seed=2, longest=7)
 
 def behaviour(engine: Factored, metric: str = "kl", ablation: str = "mean", prompts: Prompts = PROMPTS) -> Behaviour:
     fitted = fit_ablation(AblationConfig(ablation), engine, REFERENCE)
-    return prepare(engine, prompts, METRICS[metric], fitted, batch_size=2)
+    return prepare(engine, prompts, METRICS[metric], fitted, memory=memory_for(2, engine, prompts, fitted))
 
 
 def kept_names(engine: Factored, kept: torch.Tensor) -> set[str]:
@@ -198,6 +199,15 @@ def test_a_tau_that_is_not_above_zero_is_refused(tau):
         acdc(ACDC(tau=tau), behaviour(ENGINES["gpt2"]))
 
 
+def test_a_sweep_whose_batches_are_not_all_kept_says_what_would_help(caplog):
+    engine, prompts = ENGINES["gpt2"], tiny.prompts(9, seed=1)
+    fitted = fit_ablation(AblationConfig("counterfactual"), engine, REFERENCE)
+    for memory, said in ((memory_for(1, engine, prompts, fitted), True), ("2GB", False)):
+        caplog.clear()
+        acdc(ACDC(tau=1e9), prepare(engine, prompts, METRICS["kl"], fitted, memory=memory))
+        assert ("of 9 batches prepared" in caplog.text and "raise memory" in caplog.text) == said
+
+
 def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="order='random', but the orders are sweep, shuffle"):
         acdc(ACDC(order="random"), behaviour(ENGINES["gpt2"]))
@@ -335,8 +345,8 @@ def test_attribution_does_not_depend_on_the_batches():
     fitted = fit_ablation(AblationConfig("counterfactual"), engine, REFERENCE)
     for method, config in ((eap, EAP()), (eap_ig, EAPIG(steps=2))):
         scores = [
-            method(config, prepare(engine, PROMPTS, METRICS["logit_diff"], fitted, batch_size=size)).scores
-            for size in (1, 2, 64)
+            method(config, prepare(engine, PROMPTS, METRICS["logit_diff"], fitted, memory=memory)).scores
+            for memory in (*(memory_for(size, engine, PROMPTS, fitted) for size in (1, 2)), "2GB")
         ]
         assert_equal_scores(scores[0], scores[2].double())
         assert_equal_scores(scores[1], scores[2].double())

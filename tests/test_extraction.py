@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from circuits.ablation import AblationConfig, fit_ablation, writer_means
+from circuits.ablation import Ablation, AblationConfig, fit_ablation, writer_means
 from circuits.behaviour import Yardstick, prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
@@ -20,17 +20,19 @@ from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection, select, sizes
 from circuits.tasks import induction
 from tests import tiny
+from tests.budget import memory_for
 
 ENGINE = Factored(tiny.gpt2(n_embd=8, n_head=2))
 GRAPH = ENGINE.graph
 DISCOVERY, EVALUATION = (
     prompts_from_records(tiny.with_own_answers(ENGINE, tiny.records(12, seed, longest=7))) for seed in (1, 2)
 )
+MEMORY = memory_for(5, ENGINE, DISCOVERY, Ablation(AblationConfig("counterfactual")))
 TIMES = ("seconds", "forwards")
 
 
 def run(method=None, selection: Selection | None = None, **changes) -> Extraction:
-    arguments = {"metric": "kl", "random_draws": 3, "batch_size": 5, **changes}
+    arguments = {"metric": "kl", "random_draws": 3, "memory": MEMORY, **changes}
     return extract(ENGINE, DISCOVERY, EVALUATION, method or EAPIG(), selection=selection or Selection(), **arguments)
 
 
@@ -103,6 +105,30 @@ def test_an_extraction_is_repeatable(method, selection):
     reseeded = run(method, selection, seed=1)
     assert torch.equal(reseeded.circuit.kept, one.circuit.kept), "the seed is that of the random circuits"
     assert reseeded.metrics["random_circuits"] != one.metrics["random_circuits"]
+
+
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean"])
+@pytest.mark.parametrize(
+    ("method", "selection"), [(EAPIG(steps=2), Selection(edges=20)), (ACDC(tau=0.05), Selection())]
+)
+def test_an_extraction_does_not_depend_on_the_memory(method, selection, ablation):
+    config = AblationConfig(ablation)
+    little = memory_for(1, ENGINE, DISCOVERY, fit_ablation(config, ENGINE, DISCOVERY))
+    few, everything = (run(method, selection, ablation=config, memory=memory) for memory in (little, "2GB"))
+    assert torch.equal(few.circuit.kept, everything.circuit.kept)
+    torch.testing.assert_close(few.circuit.scores, everything.circuit.scores, atol=1e-6, rtol=1e-4)
+    pairs = zip(numbers(few.metrics), numbers(everything.metrics), strict=True)
+    for (name, one), (same, other) in pairs:
+        assert name == same and one == pytest.approx(other, rel=1e-6, abs=1e-9), name
+
+
+def numbers(data, name: str = "") -> list[tuple[str, float]]:
+    """All numbers but times in a tree, with their paths."""
+    if isinstance(data, dict):
+        return [found for key in data if key not in TIMES for found in numbers(data[key], f"{name}.{key}")]
+    if isinstance(data, list):
+        return [found for place, value in enumerate(data) for found in numbers(value, f"{name}.{place}")]
+    return [(name, data)] if isinstance(data, int | float) else []
 
 
 def test_the_full_circuit_is_faithful_and_the_empty_one_is_not():

@@ -127,7 +127,11 @@ def test_a_detector_knows_its_circuit(run, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"alpha": 2.0}, "alpha=2.0"), ({"detector": Fast(deviation="l2")}, "deviation='l2'")],
+    [
+        ({"alpha": 2.0}, "alpha=2.0"),
+        ({"memory": "2GiB"}, "memory='2GiB' is no number of bytes"),
+        ({"detector": Fast(deviation="l2")}, "deviation='l2'"),
+    ],
 )
 def test_bad_settings_are_refused_before_any_work(run, tmp_path, changes, message):  # noqa: F811
     _, config = run

@@ -10,11 +10,13 @@ import torch
 import mad.scoring as scoring_module
 from circuits.ablation import AblationConfig
 from circuits.discovery import EAPIG
+from circuits.memory import footprint
 from circuits.model import ModelConfig
+from circuits.prompts import prompts_from_records
 from circuits.selection import Selection
 from circuits.tasks.file import File
 from mad.run import RunConfig, Splits, make_run, open_run
-from mad.scoring import Scoring, score
+from mad.scoring import Scoring, read_results, score
 from tests import tiny
 
 ALPHA = 0.2
@@ -130,6 +132,56 @@ def test_an_interrupted_run_resumes_to_the_same_file(run, tmp_path, monkeypatch,
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    size = footprint(again.engine, tiny.prompts(1, shortest=6, longest=6))
+    few = str(size.shared(False) + size.mask + 3 * (size.plain + size.explanation))
+    whole, parts, mixed = (tmp_path / f"{name}.jsonl" for name in ("whole", "parts", "mixed"))
+    score(source, whole, calibrated, again.model, scoring)
+    score(source, parts, calibrated, again.model, scoring, memory=few)
+    real, calls = scoring_module.score_lines, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        return real(*arguments) if len(calls) < 3 else 1 / 0
+
+    monkeypatch.setattr(scoring_module, "score_lines", interrupted)
+    with pytest.raises(ZeroDivisionError):
+        score(source, mixed, calibrated, again.model, scoring)
+    monkeypatch.undo()
+    assert score(source, mixed, calibrated, again.model, scoring, memory=few).resumed == 16
+    for ours in (parts, mixed):
+        for result, expected in zip(read_results(ours), read_results(whole), strict=True):
+            assert result.keys() == expected.keys()
+            if "score" in expected:
+                assert result["score"] == pytest.approx(expected["score"], rel=1e-4, abs=1e-6)
+                assert result["p_value"] == expected["p_value"]
+
+
+def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_is_left_out(run, tmp_path):
+    again, calibrated = opened(run)
+    long = {"clean": [1, 2, 3] * 5, "id": "long"}
+    good = [*({"clean": r["clean"]} for r in records(3, 5)), long]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
+    sizes = [footprint(again.engine, prompts_from_records([{"clean": [1] * length}])) for length in (6, 15)]
+    scores = [size.shared(False) + size.mask + size.plain + size.masked() for size in sizes]
+    explanations = [size.shared(False) + size.mask + size.plain + size.explanation for size in sizes]
+
+    def results(memory: int) -> list[dict]:
+        score(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model,
+              Scoring(alpha=ALPHA, explain="all"), memory=str(memory), overwrite=True)  # fmt: skip
+        return list(read_results(tmp_path / "out.jsonl"))
+
+    *rest, last = results(max(scores[1], explanations[0]))
+    assert all("because" in result for result in rest)
+    assert last["id"] == "long" and "score" in last and "because" not in last
+    assert "one prompt of 15 tokens takes up to" in last["because_error"]
+    *rest, last = results(scores[0])
+    assert all("because_error" in result for result in rest)
+    assert "line 4: one prompt of 15 tokens takes up to" in last["error"] and "score" not in last
+
+
 def test_partial_results_of_another_job_are_refused(run, tmp_path, monkeypatch):
     again, calibrated = opened(run)
     source, out = inputs(tmp_path), tmp_path / "out.jsonl"
@@ -184,8 +236,8 @@ def test_an_input_whose_numbers_overflow_is_one_error_line(run, tmp_path, monkey
     (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in good))
     real = type(calibrated.detector).score
 
-    def overflowing(self, prompts):
-        values = real(self, prompts)
+    def overflowing(self, prompts, *, memory):
+        values = real(self, prompts, memory=memory)
         hit = [list(sequence) == poisoned for sequence in prompts.sequences()]
         return values.masked_fill(torch.tensor(hit), float("nan"))
 

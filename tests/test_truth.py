@@ -77,9 +77,15 @@ def test_kept_edges_come_before_all_others():
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
 def test_acdc_recovers_compiled_circuits_exactly(ablation):
     programs, variants = ("recall", "sort", "sensors"), ("plain", "rotated, distractors")
-    results = list(put_to_the_test({"acdc": ACDC()}, programs, variants, ablation=ablation, prompts=32))
+    results = list(put_to_the_test({"acdc": ACDC(tau=1e-3)}, programs, variants, ablation=ablation, prompts=32))
     assert len(results) == 6 and all(result.exact and result.edge_auc == 1.0 for result in results)
     assert [result.program for result in results[::2]] == list(programs)
+
+
+def test_acdc_by_kl_recovers_trained_circuits_exactly():
+    results = list(put_to_the_test({"acdc": ACDC()}, ("recall", "sort", "greater_than"), ("trained",)))
+    assert [result.program for result in results] == ["recall", "greater_than"]  # sort is not shipped trained
+    assert all(result.exact and result.edges == 110 for result in results)
 
 
 def test_gradients_at_the_clean_run_miss_attention_that_is_saturated():

@@ -13,6 +13,7 @@ the paper.  A node that no kept edge reads loses all of its incoming edges uneva
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,8 @@ from tqdm.auto import tqdm
 
 from circuits.behaviour import Behaviour
 from circuits.discovery.found import Found
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +49,12 @@ def acdc(config: ACDC, behaviour: Behaviour) -> Found:
         raise ValueError(f"tau={config.tau}, but it must be above 0: with tau <= 0 every harmless edge is kept")
     if config.order not in ("sweep", "shuffle"):
         raise ValueError(f"order={config.order!r}, but the orders are sweep, shuffle")
+    if len(behaviour.batches.kept) < len(behaviour.batches):
+        log.warning(
+            "acdc passes over the prompts thousands of times, and memory keeps only %d of %d batches prepared, so that "
+            "each pass prepares the others anew; raise memory, or use fewer prompts",
+            len(behaviour.batches.kept), len(behaviour.batches),
+        )  # fmt: skip
     graph = behaviour.engine.graph
     kept = graph.exists.clone()
     scores = torch.zeros(kept.shape)

@@ -17,6 +17,7 @@ Shapes: prompts B, positions S, d_model D, writers W, readers R.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -28,6 +29,8 @@ from circuits.discovery.found import Found
 @dataclass
 class EAP:
     """Edge attribution patching (Syed et al. 2023)."""
+
+    needs_slope: ClassVar[bool] = True  # of the metric at the clean run, where KL has none
 
     name: str = "eap"
 
@@ -72,25 +75,22 @@ def _attribute(behaviour: Behaviour, points: tuple[float, ...], label: str) -> t
     if not metric.differentiable:
         raise ValueError(f"metric={metric.name} has no gradient; use logit_diff, prob_diff or cross_entropy")
     scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
-    n_prompts = 0
-    for batch in tqdm(behaviour.batches, desc=label, unit="batch", disable=None):
-        prompts, clean = batch.prompts, batch.clean
+    n_prompts, batches = 0, behaviour.batches
+    for batch in tqdm(batches.differences(), total=len(batches), desc=label, unit="batch", disable=None):
+        prompts, flat = batch.prompts, batch.values.flatten(1)
         n_prompts += len(prompts)
-        differences = clean.writers - batch.ablated.writers  # [W, B, S, D]
-        flat = differences.flatten(1)
-        difference = differences[: graph.n_inputs].sum(0)
-        embedded = clean.writers[: graph.n_inputs].sum(0)
+        difference = batch.values[: graph.n_inputs].sum(0)
 
-        def objective(logits: torch.Tensor, prompts=prompts, clean=clean) -> torch.Tensor:
-            return metric.oriented(logits, prompts, clean.logits).sum()
+        def objective(logits: torch.Tensor, batch=batch) -> torch.Tensor:
+            return metric.oriented(logits, batch.prompts, batch.logits).sum()
 
         for point in points:
-            at = embedded - (1.0 - point) * difference
+            at = batch.embedded - (1.0 - point) * difference
             for first, gradients in engine.reader_gradients(at, objective, prompts.key_mask, prompts.positions):
                 upstream = graph.upstream[first]
                 if graph.n_positions is None:
                     products = gradients.flatten(1) @ flat[:upstream].T
                 else:
-                    products = torch.einsum("rbsd,wbsd->rws", gradients, differences[:upstream])
+                    products = torch.einsum("rbsd,wbsd->rws", gradients, batch.values[:upstream])
                 scores[first : first + len(gradients), :upstream] += products
     return (scores / (n_prompts * len(points))).cpu()

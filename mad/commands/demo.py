@@ -67,21 +67,22 @@ def run(config: Demo) -> None:
     write_jsonl([record for records in drawn.values() for record in records], done.folder / "inputs.jsonl")
     score(
         done.folder / "inputs.jsonl", done.folder / "scored.jsonl", done.detector, done.model,
-        Scoring(alpha=config.alpha), overwrite=True,
+        Scoring(alpha=config.alpha), memory=config.memory, overwrite=True,
     )  # fmt: skip
 
     console.print("4. beside baselines and random circuits")
     inputs = {name: load_prompts(records, done.model) for name, records in drawn.items()}
-    comparisons = [compare("circuit", done.detector, inputs, config.alpha)]
+    comparisons = [compare("circuit", done.detector, inputs, config.alpha, memory=config.memory)]
+    trusted = done.splits["fit"], done.splits["calibration"]
     for baseline in (MaxProbability(), Mahalanobis()):
-        fitted = fit(baseline, Context(done.engine), done.splits["fit"], done.splits["calibration"])
+        fitted = fit(baseline, Context(done.engine), *trusted, memory=config.memory)
         save_detector(fitted, done.folder / "detector" / baseline.name, weight_hash=done.model.weight_hash)
-        comparisons.append(compare(baseline.name, fitted, inputs, config.alpha))
+        comparisons.append(compare(baseline.name, fitted, inputs, config.alpha, memory=config.memory))
     controls: list[Comparison] = []
     for mask in random_circuits(done.engine.graph, len(done.circuit), config.controls, config.seed):
         context = Context(done.engine, Circuit(done.engine.graph, mask, mask.float()))
-        fitted = fit(config.detector, context, done.splits["fit"], done.splits["calibration"])
-        controls.append(compare("random circuit", fitted, inputs, config.alpha))
+        fitted = fit(config.detector, context, *trusted, memory=config.memory)
+        controls.append(compare("random circuit", fitted, inputs, config.alpha, memory=config.memory))
 
     caption = f"{done.model.path.rsplit('/', 1)[-1]}: anomalies are prompts with the backdoor's trigger"
     pictures.append(draw_roc(roc_curves(comparisons), done.folder / "roc.png", "Who notices the backdoor", caption))

@@ -25,7 +25,7 @@ class Fit:
     detector: Any = "???"  # which detector
     fit_share: float = 0.5  # share of the trusted inputs to fit on; the rest calibrate
     alpha: float = 0.01  # the false-alarm rate that calibration should allow
-    batch_size: int = 64  # prompts per run; bounds memory
+    memory: str = "2GB"  # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     seed: int = 0  # of the split
     device: str = "cpu"  # any torch device
     overwrite: bool = False  # replace a detector of the same name
@@ -33,12 +33,14 @@ class Fit:
 
 def run(config: Fit) -> None:
     """Fits, calibrates and saves the detector."""
+    from circuits.memory import parse_memory
     from circuits.prompts import read_records
     from mad.detector import Context, check_alpha
     from mad.run import load_trusted, open_run
     from mad.saved import fit, save_detector
 
     check_alpha(config.alpha)
+    parse_memory(config.memory)
     config.detector.check()
     folder = Path(config.circuit)
     target = folder / "detector" / config.detector.name
@@ -68,7 +70,7 @@ def run(config: Fit) -> None:
         parts["fit"],
         parts["calibration"],
         used=used,
-        batch_size=config.batch_size,
+        memory=config.memory,
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
     print(

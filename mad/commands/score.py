@@ -8,7 +8,8 @@ Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, 
 Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high score is more anomalous; p_value is the
 conformal p-value among held-out trusted inputs; anomalous means p_value <= alpha; because lists the edges off the
 circuit that the score comes from. Any number of lines is scored in constant memory, and an interrupted run goes on
-where it stopped when it is run again. A bad line gives a line with "error"; the exit code is then 3.
+where it stopped when it is run again. A bad line gives a line with "error"; the exit code is then 3. So does one that
+takes more than memory=; where only its explanation does, the result has "because_error" in place of "because".
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Score:
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists
-    chunk: int = 64  # input lines per batch; bounds memory
+    chunk: int = 64  # input lines that are read, scored and written at a time
+    memory: str = "2GB"  # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     model: Place = field(default_factory=Place)
     device: str = "cpu"  # any torch device
     allow_other_weights: bool = False  # score a fine-tuned or attacked copy of the model
@@ -64,7 +66,9 @@ def run(config: Score) -> int:
     calibrated = opened.detector(config.detector.name, allow_other_weights=config.allow_other_weights)
     scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
     out = Path(config.out)
-    tally = score(Path(config.inputs), out, calibrated, opened.model, scoring, overwrite=config.overwrite)
+    tally = score(
+        Path(config.inputs), out, calibrated, opened.model, scoring, memory=config.memory, overwrite=config.overwrite
+    )
     resumed = f" ({tally.resumed} by an earlier run)" if tally.resumed else ""
     print(
         f"{tally.lines} lines{resumed}, {tally.flagged} anomalous at alpha {config.alpha:g}, "

@@ -4,7 +4,8 @@
     madcap truth methods=[acdc] programs=[recall,sort] ablation=mean
 
 Runs discovery methods on transformers whose circuit is known exactly: programs compiled to weights, plain, with the
-residual stream rotated, and with heads and neurons that compute something of no use. Writes truth.json, truth.md and
+residual stream rotated, and with heads and neurons that compute something of no use; and models that were trained until
+a program's circuit was theirs. Writes truth.json, truth.md and
 truth.png: the AUC of edges and of nodes against the true circuit, whether it was found exactly, and the time.
 """
 
@@ -30,7 +31,7 @@ class Truth:
     methods: list[str] = field(default_factory=list)  # empty: all that are registered, with their default settings
     programs: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all
-    metric: str = "logit_diff"  # what methods go by; plain EAP cannot use kl
+    metric: str | None = None  # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
     ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
     prompts: int = 64  # per program
     seed: int = 0  # of prompts and donors
@@ -43,7 +44,7 @@ def run(config: Truth) -> None:
     from tqdm.auto import tqdm
 
     from abstraction.programs import PROGRAMS
-    from abstraction.truth import VARIANTS, put_to_the_test
+    from abstraction.truth import VARIANTS, cases, put_to_the_test
     from circuits.discovery import METHODS
 
     folder = None if config.out is None else Path(config.out)
@@ -56,7 +57,7 @@ def run(config: Truth) -> None:
         methods, programs, variants, metric=config.metric, ablation=config.ablation, prompts=config.prompts,
         seed=config.seed,
     )  # fmt: skip
-    total = len(methods) * len(programs) * len(variants)
+    total = len(methods) * len(cases(programs, variants))
     results = list(tqdm(tested, total=total, desc="truth", unit="test", disable=None))
     _print(results)
     if folder is not None:
@@ -101,7 +102,8 @@ def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
     ]  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in (headers, ("---",) * len(headers), *rows)]
     (folder / "truth.md").write_text("\n".join(lines) + "\n")
-    caption = f"edge AUC; tick: found exactly; {config.metric}, {config.ablation} ablation, {config.prompts} prompts"
+    metric = config.metric or "KL (plain EAP: logit difference)"
+    caption = f"edge AUC; tick: found exactly; {metric}, {config.ablation} ablation, {config.prompts} prompts"
     for form in ("png", "svg"):
         draw_truth(results, folder / f"truth.{form}", title="Discovery where the circuit is known", caption=caption)
 

@@ -10,7 +10,7 @@ Shapes: prompts B, scored positions P, d_model D.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.engine import Factored
+from circuits.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 from mad.detector import Context
+
+
+def _batches(engine: Factored, prompts: Prompts, memory: str) -> Iterator[Prompts]:
+    """As many prompts at a time as fit into a plain run."""
+    return prompts.batches(most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory)))
 
 
 @dataclass
@@ -39,9 +45,12 @@ class MaxProbabilityDetector:
     config: MaxProbability
     engine: Factored
 
-    @torch.no_grad()
-    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """Minus the log-probability of the first choice."""
+        return torch.cat([self._score(batch) for batch in _batches(self.engine, prompts, memory)])
+
+    @torch.no_grad()
+    def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         prompts = prompts.to(self.engine.device)
         logits = self.engine.logits(prompts.clean, prompts.key_mask, prompts.positions).float()
         scored = (prompts.positions >= 0).float()
@@ -53,7 +62,7 @@ class MaxProbabilityDetector:
 
 
 def fit_max_probability(
-    config: MaxProbability, context: Context, trusted: Prompts, *, batch_size: int = 64
+    config: MaxProbability, context: Context, trusted: Prompts, *, memory: str = "2GB"
 ) -> MaxProbabilityDetector:
     """Returns the detector; trusted prompts only calibrate it."""
     return MaxProbabilityDetector(config, context.engine)
@@ -88,8 +97,11 @@ class MahalanobisDetector:
     mean: Float[Tensor, "D"]
     precision: Float[Tensor, "D D"]
 
-    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """The largest squared distance over the scored positions."""
+        return torch.cat([self._score(batch) for batch in _batches(self.engine, prompts, memory)])
+
+    def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         residual = _residual(self.engine, prompts) - self.mean
         distance = torch.einsum("bpd,de,bpe->bp", residual, self.precision, residual)
         return distance.masked_fill(prompts.positions.cpu() < 0, float("-inf")).amax(-1).float()
@@ -108,7 +120,7 @@ def _residual(engine: Factored, prompts: Prompts) -> Float[Tensor, "B P D"]:
 
 
 def fit_mahalanobis(
-    config: Mahalanobis, context: Context, trusted: Prompts, *, batch_size: int = 64
+    config: Mahalanobis, context: Context, trusted: Prompts, *, memory: str = "2GB"
 ) -> MahalanobisDetector:
     """Returns the detector with mean and covariance of trusted prompts.
 
@@ -118,9 +130,8 @@ def fit_mahalanobis(
     config.check()
     from sklearn.covariance import ShrunkCovariance
 
-    rows = torch.cat(
-        [_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in trusted.batches(batch_size)]
-    )
+    batches = _batches(context.engine, trusted, memory)
+    rows = torch.cat([_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in batches])
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} trusted residual, but a covariance needs at least 2; give more trusted prompts")
     fitted = ShrunkCovariance(shrinkage=config.shrinkage).fit(rows.numpy())

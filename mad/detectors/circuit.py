@@ -19,7 +19,7 @@ Shapes: prompts B, scored positions P, vocabulary V, readers R, writers W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from circuits.ablation import Ablation, AblationConfig, Means, fit_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Factored
 from circuits.masked import Ablated
+from circuits.memory import footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.detector import Context, Explained
@@ -67,10 +68,20 @@ class CircuitDetector:
     ablation: Ablation
 
     @torch.no_grad()
-    def score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """The deviation of the model from the circuit."""
+        size = footprint(self.engine, prompts)
+        return torch.cat([self._score(batch) for batch in self._batches(prompts, size.plain + size.masked(), memory)])
+
+    def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         prompts = prompts.to(self.engine.device)
         return self._deviation(prompts, self.circuit.mask, *self._ends(prompts)).cpu().float()
+
+    def _batches(self, prompts: Prompts, each: int, memory: str) -> Iterator[Prompts]:
+        """As many prompts at a time as fit, each of which takes so many bytes beside the ablated values."""
+        size = footprint(self.engine, prompts)
+        shared = size.shared(self.ablation.per_prompt) + size.mask
+        return prompts.batches(most_prompts(prompts, each, parse_memory(memory), shared))
 
     def _ends(self, prompts: Prompts) -> tuple[Float[Tensor, "B P V"], Ablated]:
         """What a deviation is measured from: the model's logits, and what removed edges carry."""
@@ -91,8 +102,14 @@ class CircuitDetector:
         )
         return DEVIATIONS[self.config.deviation](logits, prompts, reference)
 
-    def explain(self, prompts: Prompts) -> Explained:
+    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
         """Shares of the score by edge, from one forward and backward pass per point of the integral."""
+        size = footprint(self.engine, prompts)
+        parts = [self._explain(batch) for batch in self._batches(prompts, size.plain + size.explanation, memory)]
+        shares, residuals = ([getattr(part, name) for part in parts] for name in ("shares", "residual"))
+        return Explained(torch.cat(shares), torch.cat(residuals))
+
+    def _explain(self, prompts: Prompts) -> Explained:
         engine, prompts, steps = self.engine, prompts.to(self.engine.device), self.config.explain_steps
         with torch.no_grad():
             reference, ablated = self._ends(prompts)
@@ -135,15 +152,13 @@ def _logit_diff(logits: Tensor, prompts: Prompts, reference: Tensor) -> Tensor:
 DEVIATIONS: dict[str, Callable[[Tensor, Prompts, Tensor], Tensor]] = {"kl": _kl, "logit_diff": _logit_diff}
 
 
-def fit_fast(config: Fast, context: Context, trusted: Prompts, *, batch_size: int = 64) -> CircuitDetector:
+def fit_fast(config: Fast, context: Context, trusted: Prompts, *, memory: str = "2GB") -> CircuitDetector:
     """Returns the circuit detector with means over trusted prompts.
 
     Raises:
         ValueError: no circuit, an unknown deviation, or an ablation that new inputs cannot have.
     """
-    return _build(
-        config, context, lambda ablation, engine: fit_ablation(ablation, engine, trusted, batch_size=batch_size)
-    )
+    return _build(config, context, lambda ablation, engine: fit_ablation(ablation, engine, trusted, memory=memory))
 
 
 def restore_fast(config: Fast, context: Context, state: Mapping[str, Tensor]) -> CircuitDetector:
