@@ -159,8 +159,8 @@ def writer_means(engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> 
         batch = batch.to(engine.device)
         writers = engine.clean(batch.clean, batch.key_mask, batch.positions[:, :1]).writers
         length, real = batch.clean.shape[1], batch.key_mask[..., None]
-        for row, writer in enumerate(writers):  # one at a time, since float64 takes twice as much
-            total[row, :length] += (writer.double() * real).sum(0)
+        for row in range(len(writers)):  # one at a time, since float64 takes twice as much
+            total[row, :length] += (writers[row].double() * real).sum(0)
         count[:length] += batch.key_mask.sum(0)
         del writers  # before the next run
     positional = (total / count[:, None]).to(engine.dtype)
