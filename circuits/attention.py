@@ -33,32 +33,69 @@ def attend(
         key_mask: True on real tokens; only bidirectional models need it, since padding is on the right.
         kv_of_head: for each query head its place among the key-value heads; None: they are in equal groups.
     """
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    if architecture.rotary is not None:
-        cos, sin = architecture.rotary.tables(q.shape[-2], q)
-        q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
-    if kv_of_head is not None:
-        k, v = k[kv_of_head], v[kv_of_head]
-    elif len(k) != len(q):
-        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    q, k = _positioned(architecture, attention, q, k)
+    k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
     n_positions, causal = q.shape[-2], architecture.graph.causal
     windowed = attention.window is not None and attention.window < n_positions
     plain = not windowed and (causal or key_mask is None)
     if plain and attention.soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
+    allowed = _allowed(architecture, attention, q, key_mask)
+    if attention.soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
+    return _scores(attention, q, k).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def attention_scores(
+    architecture: Architecture,
+    attention: Attention,
+    q: Float[Tensor, "heads N S E"],
+    k: Float[Tensor, "kv N S E"],
+    key_mask: Bool[Tensor, "N S"] | None,
+    kv_of_head: list[int] | None = None,
+) -> Float[Tensor, "heads N S S"]:
+    """Returns what the softmax of `attend` is taken of, query by key; -inf where a query may not look.
+
+    Padding is not told apart where the model does not: on the right of a causal model's tokens.
+    """
+    q, k = _positioned(architecture, attention, q, k)
+    scores = _scores(attention, q, _per_head(k, len(q), kv_of_head))
+    return scores.masked_fill(~_allowed(architecture, attention, q, key_mask), float("-inf"))
+
+
+def _positioned(architecture: Architecture, attention: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys as they are compared: normed, then rotated by position, where the model does so."""
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if architecture.rotary is not None:
+        cos, sin = architecture.rotary.tables(q.shape[-2], q)
+        q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
+    return q, k
+
+
+def _per_head(x: Tensor, n_heads: int, kv_of_head: list[int] | None) -> Tensor:
+    """Keys or values once for each query head that reads them."""
+    if kv_of_head is not None:
+        return x[kv_of_head]
+    return x if len(x) == n_heads else x.repeat_interleave(n_heads // len(x), 0)
+
+
+def _allowed(architecture: Architecture, attention: Attention, q: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Which query may look at which key, [S, S] or [N, S, S]."""
+    n_positions, causal = q.shape[-2], architecture.graph.causal
     allowed = q.new_ones(n_positions, n_positions, dtype=torch.bool)
     if causal:
         allowed = allowed.tril()
-    if windowed and attention.window is not None:
+    if attention.window is not None and attention.window < n_positions:
         allowed = allowed.triu(1 - attention.window)
     if key_mask is not None and not causal:
         allowed = allowed & key_mask[:, None, :]
-    if attention.soft_cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
+    return allowed
+
+
+def _scores(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
     scores = q @ k.mT * attention.scale
-    scores = attention.soft_cap * torch.tanh(scores / attention.soft_cap)
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+    return scores if attention.soft_cap is None else attention.soft_cap * torch.tanh(scores / attention.soft_cap)
 
 
 def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: str) -> Tensor:

@@ -29,7 +29,7 @@ from circuits.attention import attend
 from circuits.families import describe
 from circuits.graph import Graph
 from circuits.head import Head
-from circuits.masked import Ablated, MaskedRun, Start
+from circuits.masked import Ablated, MaskedRun, Seen, Start
 from circuits.model import LoadedModel
 from circuits.plan import plan
 
@@ -40,6 +40,7 @@ class Clean:
 
     writers: Float[Tensor, "W B S D"]
     logits: Float[Tensor, "B P V"]
+    sides: tuple[tuple[Tensor, Tensor], ...] = ()  # queries [heads, B, S, E] and keys [kv, B, S, E] of each layer
 
 
 class Factored:
@@ -89,6 +90,8 @@ class Factored:
         tokens: Int[Tensor, "B S"],
         key_mask: Bool[Tensor, "B S"] | None = None,
         positions: Int[Tensor, "B P"] | None = None,
+        *,
+        sides: bool = False,
     ) -> Clean:
         """Runs the model and keeps what every writer wrote.
 
@@ -96,11 +99,14 @@ class Factored:
             tokens: token ids, padded on the right.
             key_mask: True on real tokens; needed by bidirectional models when there is padding.
             positions: where logits are wanted (-1: nowhere); None: everywhere.
+            sides: keep queries and keys as well.
         """
         embedded = self.embed(tokens)
         writers = embedded.new_empty(len(self.graph.writers), *embedded.shape[1:])
         writers[: len(embedded)] = embedded
-        return Clean(writers, self._plain(embedded.sum(0), key_mask, positions, keep=writers))
+        taps: list[tuple[Tensor, list[Tensor]]] | None = [] if sides else None
+        logits = self._plain(embedded.sum(0), key_mask, positions, writers, taps)
+        return Clean(writers, logits, tuple((q, k) for _, (q, k, *_) in filter(lambda tap: len(tap[1]) == 3, taps or [])))
 
     @torch.no_grad()
     def logits(
@@ -229,6 +235,8 @@ class Factored:
         positions: Int[Tensor, "B P"] | None = None,
         start: Start | None = None,
         per_example: bool = False,
+        upstream: Float[Tensor, "W B S D"] | None = None,
+        observe: Callable[[Seen], None] | None = None,
     ) -> Float[Tensor, "*KB P V"]:
         """Runs the model under an edge mask, or under K masks at once.
 
@@ -247,6 +255,9 @@ class Factored:
             positions: where logits are wanted (-1: nowhere); None: everywhere.
             start: begin at a later block, from the values of all writers before it.
             per_example: mask k is for example k alone (K = B), and the result is [B, P, V].
+            upstream: every reader is given these values of the writers, say the model's own, and not what the writers
+                write in this run: each node is then one step away from them.
+            observe: is called with what nodes do, block by block; it must copy what it keeps.
         """
         graph = self.graph
         edge_axes = graph.exists.ndim
@@ -273,7 +284,7 @@ class Factored:
         grad = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (masks, start.writers, ablated.base, *self.model.bridge.parameters())
         )
-        run = MaskedRun(self, todo, masks, ablated, start, key_mask, per_example, grad)
+        run = MaskedRun(self, todo, masks, ablated, start, key_mask, per_example, grad, upstream, observe)
         logits = run.logits(positions)
         return logits[0] if single or per_example else logits
 

@@ -15,6 +15,7 @@ scored positions P, vocabulary V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,18 @@ class Start:
     writers: Float[Tensor, "w B S D"]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What some nodes of one block did in a run under masks: its living heads, or its MLP."""
+
+    layer: int
+    writers: list[int]  # which nodes
+    written: Float[Tensor, "w K b S D"]  # what they write
+    queries: Float[Tensor, "w N S E"] | None = None  # of heads, N = K b, before they are normed and rotated
+    keys: Float[Tensor, "kv N S E"] | None = None
+    kv_of_head: list[int] | None = None  # see `attend`
+
+
 class MaskedRun:
     """One run under masks: the state that its steps share."""
 
@@ -62,8 +75,11 @@ class MaskedRun:
         key_mask: Bool[Tensor, "B S"] | None,
         per_example: bool,
         grad: bool,
+        upstream: Float[Tensor, "W B S D"] | None = None,
+        observe: Callable[[Seen], None] | None = None,
     ) -> None:
         self.engine, self.todo, self.ablated, self.grad = engine, todo, ablated, grad
+        self.upstream, self.observe = upstream, observe
         self.per_example, self.start = per_example, start
         n_prompts, n_positions, width = start.writers.shape[1:]
         self.candidates = len(masks)
@@ -196,14 +212,27 @@ class MaskedRun:
             heads = torch.bmm(z.flatten(1, 2), weight).view(-1, *self.shape)
             if block.post_norm1 is not None:
                 heads = heads * block.post_norm1.factor(self._all_heads(heads, layer))
-            self._write(heads - removed)
+            self._write(self._show(heads, layer, columns, q, k, kv_of_head) - removed)
             return
         into = self.buffer[self.written : self.written + len(weight)]
         torch.bmm(z.flatten(1, 2), weight, out=into.view(len(weight), -1, self.shape[-1]))
         if block.post_norm1 is not None:
             into.mul_(block.post_norm1.factor(self._all_heads(into, layer)))
+        if (read := self._show(into, layer, columns, q, k, kv_of_head)) is not into:
+            into.copy_(read)
         into.sub_(removed)
         self.written += len(weight)
+
+    def _show(
+        self, written: Float[Tensor, "w K b S D"], layer: int, columns: slice, q: Tensor | None = None,
+        k: Tensor | None = None, kv_of_head: list[int] | None = None,
+    ) -> Float[Tensor, "w K b S D"]:  # fmt: skip
+        """Shows what some nodes write; returns what later readers are given of it."""
+        if self.observe is not None:
+            self.observe(Seen(layer, self.columns[columns].tolist(), written, q, k, kv_of_head))
+        if self.upstream is None:
+            return written
+        return self._per_candidate(self.upstream[self.columns[columns]])
 
     def _all_heads(self, heads: Float[Tensor, "r K b S D"], layer: int) -> Float[Tensor, "K b S D"]:
         """The sum over a layer's heads that its post-norm sees: of this run where they are read, else the unread."""
@@ -223,7 +252,8 @@ class MaskedRun:
         inputs = self._mix(slice(reader, reader + 1), level)[0]
         column = self.written + len(self.shared)
         removed = self._align(self._ablated_rows(slice(column, column + 1)))
-        self._write(block.feed_forward(block.norm2(inputs))[None] - removed)
+        written = block.feed_forward(block.norm2(inputs))[None]
+        self._write(self._show(written, layer, slice(column, column + 1)) - removed)
 
 
 class _Mix(torch.autograd.Function):
