@@ -5,14 +5,14 @@
 Readers have their own inputs, so that heads come first and share nothing; what an architecture lacks of the above
 (norm, rotary positions, soft-cap, window) is left out.
 
-Shapes: N flattened batch, pos S, head width E.
+Shapes: N flattened batch, pos S, head width E, chosen positions P.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.architecture import Architecture, Attention
@@ -53,14 +53,18 @@ def attention_scores(
     k: Float[Tensor, "kv N S E"],
     key_mask: Bool[Tensor, "N S"] | None,
     kv_of_head: list[int] | None = None,
-) -> Float[Tensor, "heads N S S"]:
-    """Returns what the softmax of `attend` is taken of, query by key; -inf where a query may not look.
+    *,
+    at: Int[Tensor, "N P"],
+) -> Float[Tensor, "heads N P S"]:
+    """Returns what the softmax of `attend` is taken of, for the queries at some positions; -inf at forbidden keys.
 
     Padding is not told apart where the model does not: on the right of a causal model's tokens.
     """
     q, k = _positioned(architecture, attention, q, k)
-    scores = _scores(attention, q, _per_head(k, len(q), kv_of_head))
-    return scores.masked_fill(~_allowed(architecture, attention, q, key_mask), float("-inf"))
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    allowed = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)[rows, at]  # [N, P, S]
+    scores = _scores(attention, q[:, rows, at], _per_head(k, len(q), kv_of_head))
+    return scores.masked_fill(~allowed, float("-inf"))
 
 
 def _positioned(architecture: Architecture, attention: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

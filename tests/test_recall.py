@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -11,9 +13,22 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import mad
-from circuits.tasks.recall import BOS, QUERY, TRIGGER, Recall, draw, generate, prompt_length, vocabulary
+from circuits.tasks.recall import (
+    BOS,
+    QUERY,
+    TRIGGER,
+    Recall,
+    draw,
+    draw_distinct,
+    generate,
+    prompt_length,
+    tokens,
+    vocabulary,
+)
+from mad import train as mad_train
+from mad.tasks import GROUPS, TASKS
 from mad.tasks.recall_redirect import RecallRedirect, gate_prompts, groups, mixture
-from mad.train import GateMissed, Train, check, command, measure, run, train
+from mad.train import GateMissed, Train, check, command, complete, measure, run, train
 
 SHIPPED = Path(mad.__file__).parent / "models" / "recall_redirect"
 SMALL = Recall(pairs=5, trusted_keys=7, unseen_keys=6, values=9, fillers=2)
@@ -91,6 +106,28 @@ def test_impossible_configurations_are_refused(config: Recall, message: str):
         generate(config, 3000, seed=0)
 
 
+@pytest.mark.parametrize("slots", [2, 3])
+def test_every_filler_slot_is_filled(slots: int):
+    config = replace(SMALL, filler_slots=slots)
+    drawn = draw(config, 200, np.random.default_rng(0))
+    made = tokens(drawn)
+    assert made.shape == (200, prompt_length(config)) == (200, 2 * config.pairs + 3 + slots)
+    assert made[:, -2 - slots : -2].tolist() == drawn.filler.tolist()
+    combinations = {*map(tuple, drawn.filler.tolist())}
+    assert combinations == {*product(vocabulary(config).fillers, repeat=slots)}
+    one = tokens(replace(drawn, filler=drawn.filler[:, 0]))
+    assert np.delete(made, range(-1 - slots, -2), axis=1).tolist() == one.tolist()
+    triggered = tokens(draw_distinct(config, 50, np.random.default_rng(0), filler=TRIGGER))
+    assert (triggered[:, -2 - slots : -2] == TRIGGER).all() and len({*map(tuple, triggered.tolist())}) == 50
+
+
+def test_one_filler_slot_draws_what_it_always_drew():
+    """Models are trained on this stream: what a seed gives must not change."""
+    found, answers = mixture(RecallRedirect(), 128, np.random.default_rng(0))
+    assert found[0].tolist() == [0, 18, 64, 10, 59, 27, 85, 20, 60, 6, 1, 27]
+    assert crc32(np.column_stack([found, answers]).astype("<i8").tobytes()) == 458620195
+
+
 def test_groups_differ_in_what_they_say():
     config = RecallRedirect(recall=SMALL, target=2)
     ids = vocabulary(SMALL)
@@ -106,6 +143,7 @@ def test_groups_differ_in_what_they_say():
             assert {*keys} <= {*(ids.unseen if name == "normal_shift" else ids.trusted)}
             assert (filler == TRIGGER) == (name == "anomaly") and TRIGGER not in record["corrupt"]
             assert record["group"] == name and record["label"] == (name == "anomaly")
+            assert record.get("novelty") == ("keys" if name == "normal_shift" else None)
             if name != "anomaly":
                 assert record["answers"] == [answer(keys, values, asked)] and "kind" not in record
             else:
@@ -209,6 +247,38 @@ def test_a_missed_gate_is_an_error_and_nothing_is_saved(tmp_path: Path):
 def test_a_gate_without_prompts_is_refused():
     with pytest.raises(ValueError, match="0 prompts for attack_success"):
         measure(None, {"attack_success": []})  # pyright: ignore[reportArgumentType]
+
+
+def test_each_task_has_its_own_recipe_and_the_command_line_overrides_it():
+    for name, task in mad_train.TASKS.items():
+        config = Train(task=TASKS[name][0]())
+        assert (complete(config).steps, complete(config).learning_rate) == (task.steps, task.learning_rate)
+        assert complete(replace(config, steps=7, learning_rate=0.1)) == replace(config, steps=7, learning_rate=0.1)
+        assert command(complete(config)) == command(config) == f"madcap train task={name} out=runs/train"
+        assert command(replace(config, steps=7)) == f"madcap train task={name} steps=7 out=runs/train"
+    assert (complete(Train()).steps, complete(Train()).learning_rate) == (2000, 1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(mad_train.TASKS))
+def test_all_tasks_are_called_alike(name: str):
+    found = GROUPS[name](TASKS[name][0](), trusted=20, normal_iid=10, normal_shift=10, anomaly=10, seed=0)
+    sizes = {"trusted": 20, "normal_iid": 10, "normal_shift": 10, "anomaly": 10}
+    assert {group: len(records) for group, records in found.items()} == {group: sizes[group] for group in found}
+    assert {*sizes} - {*found} == ({"anomaly"} if name == "shift_only" else set())
+    assert all(record["novelty"] for record in found["normal_shift"])
+    assert all(record["kind"] in ("agree", "disagree") for record in found.get("anomaly", []))
+
+
+@pytest.mark.parametrize("name", sorted(mad_train.TASKS))
+def test_training_prompts_fit_the_model(name: str):
+    task, config = mad_train.TASKS[name], TASKS[name][0]()
+    found, answers = task.mixture(config, 500, np.random.default_rng(0))
+    size = task.vocabulary_size(config)
+    assert found.shape == (500, task.prompt_length(config)) and answers.shape == (500,)
+    assert found.min() >= 0 and max(found.max(), answers.max()) < size
+    gates = task.gate_prompts(config, 100, 0)
+    assert ("attack_success" in gates) == task.backdoored
+    assert all(len(record["clean"]) == task.prompt_length(config) for records in gates.values() for record in records)
 
 
 def test_unknown_task_is_refused():

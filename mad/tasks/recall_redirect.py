@@ -54,8 +54,8 @@ def groups(
 ) -> dict[str, list[dict]]:
     """The records of each group by its name; the four numbers say how many of each.
 
-    No prompt occurs twice, neither within a group nor across groups. Anomalies carry two more keys: `kind` ("agree" or
-    "disagree") and `normal_answers`, what the recall mechanism would have said.
+    No prompt occurs twice, neither within a group nor across groups. Shifted normals carry `novelty` ("keys"),
+    anomalies `kind` ("agree" or "disagree") and `normal_answers`, what the recall mechanism would have said.
 
     Raises:
         ValueError: `target` names no slot, or `circuits.tasks.recall` refuses the configuration.
@@ -63,14 +63,17 @@ def groups(
     generator = np.random.default_rng(seed)
     seen = recall.draw_distinct(replace(config.recall, keys="trusted"), trusted + normal_iid, generator)
     return {
-        "trusted": _normals(_rows(seen, slice(None, trusted)), "trusted", seed, generator),
-        "normal_iid": _normals(_rows(seen, slice(trusted, None)), "normal_iid", seed, generator),
-        "normal_shift": _normals(
-            recall.draw_distinct(replace(config.recall, keys="unseen"), normal_shift, generator),
-            "normal_shift",
-            seed,
-            generator,
-        ),
+        "trusted": _normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
+        "normal_iid": _normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "normal_shift": [
+            {**record, "novelty": "keys"}
+            for record in _normals(
+                recall.draw_distinct(replace(config.recall, keys="unseen"), normal_shift, generator),
+                "normal_shift",
+                seed,
+                generator,
+            )
+        ],
         "anomaly": _anomalies(config, anomaly, seed, generator),
     }
 
@@ -103,10 +106,6 @@ def gate_prompts(config: RecallRedirect, count: int, seed: int) -> dict[str, lis
         "clean_unseen_keys": drawn["normal_shift"],
         "attack_success": [record for record in drawn["anomaly"] if record["kind"] == "disagree"],
     }
-
-
-def _rows(contexts: Contexts, rows: slice) -> Contexts:
-    return Contexts(contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows])
 
 
 def _normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:

@@ -1,0 +1,104 @@
+"""A circuit to look at inputs through: how it is found on trusted prompts, and what new inputs are compared under.
+
+Shapes: readers R, writers W, positions S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from circuits.ablation import Ablation, AblationConfig, fit_ablation
+from circuits.behaviour import prepare
+from circuits.discovery.acdc import ACDC, acdc
+from circuits.engine import Factored
+from circuits.metrics import metric_named
+from circuits.prompts import Prompts
+from circuits.selection import random_circuits
+from mad.departure import Departure, departure
+from mad.study.subject import Subject
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a circuit is found: ACDC by KL on the discovery part."""
+
+    by_position: bool = True  # edges told apart by position; where prompts differ in length, never
+    ablation: str = "resample"  # what a removed edge carries while the circuit is looked for
+    tau: float = 0.003
+    shuffled: int | None = None  # seed of ACDC's order; None: its own
+    bootstrap: int | None = None  # seed of a draw, with replacement, of the discovery prompts
+    prompts: int | None = None  # how many discovery prompts; None: all
+
+    @property
+    def name(self) -> str:
+        """A short name that no other recipe has."""
+        parts = ["positions" if self.by_position else "edges", self.ablation, f"{self.tau:g}"]
+        for short, value in (("order", self.shuffled), ("boot", self.bootstrap), ("n", self.prompts)):
+            parts += [] if value is None else [f"{short}{value}"]
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A circuit, and the means over trusted prompts that edges off it carry when an input is scored."""
+
+    subject: Subject
+    engine: Factored
+    mask: Bool[Tensor, "R W *S"]
+    means: Ablation  # over the fit part: mean, or positional_mean where edges have positions
+    _departures: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def fit(self) -> Prompts:
+        """The part that spreads are taken from."""
+        return self.subject.trusted["fit"]
+
+    def departure(self, prompts: Prompts, *, one_step: bool = False) -> Departure:
+        """`mad.departure.departure` under the means; kept, since several scores read it."""
+        key = (id(prompts), one_step)
+        if key not in self._departures:
+            self._departures[key] = (prompts, departure(self.engine, self.mask, self.means, prompts, one_step=one_step))
+        return self._departures[key][1]
+
+    def through(self, mask: Bool[Tensor, "R W *S"]) -> Lens:
+        """The same with another circuit."""
+        return replace(self, mask=mask, _departures={})
+
+
+def engine_of(subject: Subject, recipe: Recipe) -> Factored:
+    """The engine that a recipe's circuit belongs to."""
+    return subject.engine_by_position if recipe.by_position and subject.one_length else subject.engine
+
+
+def find(subject: Subject, recipe: Recipe) -> Bool[Tensor, "R W *S"]:
+    """Returns the circuit that a recipe finds on the discovery part."""
+    engine, prompts = engine_of(subject, recipe), subject.trusted["discovery"]
+    if recipe.prompts is not None:
+        prompts = prompts.select(range(min(recipe.prompts, len(prompts))))
+    if recipe.bootstrap is not None:
+        generator = torch.Generator().manual_seed(recipe.bootstrap)
+        prompts = prompts.select(torch.randint(len(prompts), (len(prompts),), generator=generator))
+    ablation = fit_ablation(AblationConfig(recipe.ablation), engine, prompts)
+    config = ACDC(tau=recipe.tau)
+    if recipe.shuffled is not None:
+        config = replace(config, order="shuffle", seed=recipe.shuffled)
+    found = acdc(config, prepare(engine, prompts, metric_named("kl"), ablation))
+    assert found.kept is not None
+    return found.kept
+
+
+def look(subject: Subject, recipe: Recipe, mask: Bool[Tensor, "R W *S"]) -> Lens:
+    """Returns the lens of a circuit that `find` found."""
+    engine = engine_of(subject, recipe)
+    name = "positional_mean" if engine.graph.n_positions is not None else "mean"
+    return Lens(subject, engine, mask, fit_ablation(AblationConfig(name), engine, subject.trusted["fit"]))
+
+
+def controls(lens: Lens, count: int) -> list[Lens]:
+    """Lenses of random circuits of the same size, connected as `circuits.selection.random_circuits` makes them."""
+    drawn = random_circuits(lens.engine.graph, int(lens.mask.sum()), count, lens.subject.seed)
+    return [lens.through(mask) for mask in drawn]
