@@ -67,11 +67,12 @@ def departure(
     each = size.observed + (size.prepared(True) if ablation.per_prompt else 0)
     batches = prompts.batches(most_prompts(prompts, each, parse_memory(memory), shared))
     parts = [_departure(engine, mask, ablation, batch.to(engine.device), one_step) for batch in batches]
-    first = parts[0]
     return Departure(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("output", "routing", "nodes")),
-        first.head_names,
-        first.node_names,
+        torch.cat([part.output for part in parts]),
+        torch.cat([part.routing for part in parts]),
+        torch.cat([part.nodes for part in parts]),
+        parts[0].head_names,
+        parts[0].node_names,
     )
 
 

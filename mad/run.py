@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from circuits.ablation import AblationConfig
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.behaviour import prepare, yardstick
 from circuits.circuit import Circuit
 from circuits.engine import Factored
@@ -36,6 +36,7 @@ from circuits.selection import Selection
 from mad.detector import Context, check_alpha
 from mad.detectors import Fast
 from mad.detectors.circuit import CircuitDetector
+from mad.detectors.transplant import TransplantDetector
 from mad.saved import Calibrated, check_weights, fit, load_detector, save_detector, sequence_hashes
 from mad.tasks import TASKS
 
@@ -285,11 +286,15 @@ def _scoring_faithfulness(
 ) -> dict[str, Any] | None:
     """Faithfulness under the detector's own ablation, which new inputs are scored under; warns below one half."""
     detector = calibrated.detector
-    if not isinstance(detector, CircuitDetector):
+    if isinstance(detector, CircuitDetector):
+        ablation = detector.ablation
+    elif isinstance(detector, TransplantDetector):
+        ablation = fit_ablation(AblationConfig("resample"), engine, splits["fit"])
+    else:
         return None
-    metric, name = metric_named(config.metric), detector.ablation.config.name
-    behaviour = prepare(engine, splits["evaluation"], metric, detector.ablation, memory=config.memory)
+    metric, name = metric_named(config.metric), ablation.config.name
     try:
+        behaviour = prepare(engine, splits["evaluation"], metric, ablation, memory=config.memory)
         result = yardstick(behaviour, name).faithfulness(extraction.circuit.mask)
     except ValueError as error:
         log.warning("no faithfulness under the detector's ablation: %s", error)

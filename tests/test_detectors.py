@@ -13,7 +13,7 @@ from circuits.selection import random_circuits
 from mad.detector import Context, ExplainingDetector
 from mad.detectors import DETECTORS
 from mad.detectors.baselines import Mahalanobis, MaxProbability
-from mad.detectors.circuit import CircuitDetector, Fast, fit_fast
+from mad.detectors.circuit import CircuitDetector, Deviation, fit_deviation
 from tests import tiny
 
 
@@ -36,7 +36,7 @@ def context() -> Context:
 @pytest.mark.parametrize("deviation", ["kl", "logit_diff"])
 @pytest.mark.parametrize("ablation", ["mean", "positional_mean", "zero"])
 def test_fast_is_the_deviation_of_model_and_circuit(context, deviation, ablation):
-    detector = fit_fast(Fast(deviation=deviation, ablation=ablation), context, prompts(20, 0))
+    detector = fit_deviation(Deviation(deviation=deviation, ablation=ablation), context, prompts(20, 0))
     new = prompts(6, 1)
     engine = context.engine
     for row, score in enumerate(detector.score(new).tolist()):
@@ -58,13 +58,13 @@ def test_fast_is_the_deviation_of_model_and_circuit(context, deviation, ablation
 def test_a_complete_circuit_never_departs(context):
     engine = context.engine
     complete = Circuit(engine.graph, engine.graph.exists, engine.graph.exists.float())
-    detector = fit_fast(Fast(), Context(engine, complete), prompts(20, 0))
+    detector = fit_deviation(Deviation(), Context(engine, complete), prompts(20, 0))
     assert detector.score(prompts(6, 1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("deviation", ["kl", "logit_diff"])
 def test_shares_sum_to_the_score(context, deviation):
-    detector = fit_fast(Fast(deviation=deviation, explain_steps=400), context, prompts(20, 0))
+    detector = fit_deviation(Deviation(deviation=deviation, explain_steps=400), context, prompts(20, 0))
     explained = detector.explain(prompts(4, 1))
     assert (explained.shares * context.circuit.mask == 0).all(), "edges of the circuit have no share"
     torch.testing.assert_close(explained.residual, 1 - explained.shares.sum((1, 2)))
@@ -72,7 +72,7 @@ def test_shares_sum_to_the_score(context, deviation):
 
 
 def test_explaining_one_prompt_equals_explaining_it_among_others(context):
-    detector = fit_fast(Fast(explain_steps=3), context, prompts(20, 0))
+    detector = fit_deviation(Deviation(explain_steps=3), context, prompts(20, 0))
     several = prompts(4, 1)
     together = detector.explain(several).shares
     alone = torch.cat([detector.explain(several.select([row])).shares for row in range(4)])
@@ -111,7 +111,7 @@ def test_mahalanobis_is_the_largest_distance_over_positions(context):
         assert score == pytest.approx(max(reference.mahalanobis(torch.stack(row).numpy())), rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [Fast(), Fast(ablation="zero"), MaxProbability(), Mahalanobis()])
+@pytest.mark.parametrize("config", [Deviation(), Deviation(ablation="zero"), MaxProbability(), Mahalanobis()])
 def test_a_restored_detector_scores_the_same(context, config):
     _, fit, restore = DETECTORS[config.name]
     detector = fit(config, context, prompts(30, 0))
@@ -120,7 +120,7 @@ def test_a_restored_detector_scores_the_same(context, config):
     assert isinstance(again, ExplainingDetector) == isinstance(again, CircuitDetector)
 
 
-@pytest.mark.parametrize("config", [Fast(), Fast(ablation="zero"), MaxProbability(), Mahalanobis()])
+@pytest.mark.parametrize("config", [Deviation(), Deviation(ablation="zero"), MaxProbability(), Mahalanobis()])
 def test_scores_and_explanations_do_not_depend_on_the_memory(context, config):
     detector, new = DETECTORS[config.name][1](config, context, prompts(30, 0)), prompts(6, 1)
     size = footprint(context.engine, new)
@@ -137,15 +137,15 @@ def test_scores_and_explanations_do_not_depend_on_the_memory(context, config):
 def test_settings_that_cannot_score_are_refused(context):
     trusted = prompts(5, 0)
     for config, message in (
-        (Fast(deviation="l2"), "deviation='l2'"),
-        (Fast(ablation="counterfactual"), "no corrupt twin"),
-        (Fast(explain_steps=0), "explain_steps=0"),
+        (Deviation(deviation="l2"), "deviation='l2'"),
+        (Deviation(ablation="counterfactual"), "no corrupt twin"),
+        (Deviation(explain_steps=0), "explain_steps=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit_fast(config, context, trusted)
+            fit_deviation(config, context, trusted)
     with pytest.raises(ValueError, match="run `madcap extract` first"):
-        fit_fast(Fast(), Context(context.engine), trusted)
-    positional = fit_fast(Fast(ablation="positional_mean"), context, trusted)
+        fit_deviation(Deviation(), Context(context.engine), trusted)
+    positional = fit_deviation(Deviation(ablation="positional_mean"), context, trusted)
     long = prompts_from_records([{"clean": [1] * 16}])
     with pytest.raises(ValueError, match="position 15"):
         positional.score(long)

@@ -84,7 +84,7 @@ def test_the_default_is_the_same_everywhere():
     functions = [f"circuits.{name}" for name in names]
     functions += ["mad.saved.fit", "mad.scoring.score", "mad.benchmark.compare", "mad.benchmark.score_groups"]
     functions += ["mad.run.RunConfig", "mad.commands.fit.Fit", "mad.commands.score.Score"]
-    functions += ["mad.detectors.circuit.fit_fast", "mad.detectors.baselines.fit_mahalanobis"]
+    functions += ["mad.detectors.circuit.fit_deviation", "mad.detectors.baselines.fit_mahalanobis"]
     for path in functions:
         module, _, name = path.rpartition(".")
         function = getattr(importlib.import_module(module), name)

@@ -12,8 +12,8 @@ import yaml
 from circuits.discovery import ACDC
 from circuits.prompts import write_jsonl
 from circuits.tasks.file import File
+from mad.detectors import Deviation
 from mad.detectors.baselines import Mahalanobis
-from mad.detectors.circuit import Fast
 from mad.run import make_run, open_run, trusted_splits
 from mad.saved import fit, load_detector, sequence_hashes
 from tests import tiny
@@ -130,7 +130,7 @@ def test_a_detector_knows_its_circuit(run, tmp_path):  # noqa: F811
     [
         ({"alpha": 2.0}, "alpha=2.0"),
         ({"memory": "2GiB"}, "memory='2GiB' is no number of bytes"),
-        ({"detector": Fast(deviation="l2")}, "deviation='l2'"),
+        ({"detector": Deviation(deviation="l2")}, "deviation='l2'"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(run, tmp_path, changes, message):  # noqa: F811

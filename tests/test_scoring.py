@@ -15,7 +15,10 @@ from circuits.model import ModelConfig
 from circuits.prompts import prompts_from_records
 from circuits.selection import Selection
 from circuits.tasks.file import File
+from mad.detector import Context
+from mad.detectors import Deviation
 from mad.run import RunConfig, Splits, make_run, open_run
+from mad.saved import fit
 from mad.scoring import Scoring, read_results, score
 from tests import tiny
 
@@ -160,7 +163,9 @@ def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_pa
 
 
 def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_is_left_out(run, tmp_path):
-    again, calibrated = opened(run)
+    again, _ = opened(run)
+    trusted, held_out = (prompts_from_records(records(16, seed)) for seed in (8, 9))
+    calibrated = fit(Deviation(), Context(again.engine, again.circuit), trusted, held_out)
     long = {"clean": [1, 2, 3] * 5, "id": "long"}
     good = [*({"clean": r["clean"]} for r in records(3, 5)), long]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))

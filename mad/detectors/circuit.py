@@ -37,10 +37,10 @@ from mad.detector import Context, Explained
 
 
 @dataclass
-class Fast:
-    """One circuit, one extra partial run: the deviation of the model from its circuit."""
+class Deviation:
+    """How far the model's output is from its circuit's, on the same input."""
 
-    name: str = "fast"
+    name: str = "deviation"
     deviation: str = "kl"  # kl: of the output distributions; logit_diff: of the model's first against second choice
     ablation: str = "mean"  # what removed edges carry: mean or positional_mean over the fit split, or zero
     explain_steps: int = 16  # points of the integral when a score is explained
@@ -62,7 +62,7 @@ class Fast:
 class CircuitDetector:
     """A circuit with the ablation that it is scored under."""
 
-    config: Fast
+    config: Deviation
     engine: Factored
     circuit: Circuit
     ablation: Ablation
@@ -152,7 +152,7 @@ def _logit_diff(logits: Tensor, prompts: Prompts, reference: Tensor) -> Tensor:
 DEVIATIONS: dict[str, Callable[[Tensor, Prompts, Tensor], Tensor]] = {"kl": _kl, "logit_diff": _logit_diff}
 
 
-def fit_fast(config: Fast, context: Context, trusted: Prompts, *, memory: str = "2GB") -> CircuitDetector:
+def fit_deviation(config: Deviation, context: Context, trusted: Prompts, *, memory: str = "2GB") -> CircuitDetector:
     """Returns the circuit detector with means over trusted prompts.
 
     Raises:
@@ -161,7 +161,7 @@ def fit_fast(config: Fast, context: Context, trusted: Prompts, *, memory: str = 
     return _build(config, context, lambda ablation, engine: fit_ablation(ablation, engine, trusted, memory=memory))
 
 
-def restore_fast(config: Fast, context: Context, state: Mapping[str, Tensor]) -> CircuitDetector:
+def restore_deviation(config: Deviation, context: Context, state: Mapping[str, Tensor]) -> CircuitDetector:
     """Returns a saved circuit detector."""
 
     def saved(ablation: AblationConfig, engine: Factored) -> Ablation:
@@ -174,7 +174,9 @@ def restore_fast(config: Fast, context: Context, state: Mapping[str, Tensor]) ->
     return _build(config, context, saved)
 
 
-def _build(config: Fast, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]) -> CircuitDetector:
+def _build(
+    config: Deviation, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]
+) -> CircuitDetector:
     if context.circuit is None:
         raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
     config.check()

@@ -83,6 +83,8 @@ def find(subject: Subject, recipe: Recipe) -> Bool[Tensor, "R W *S"]:
         generator = torch.Generator().manual_seed(recipe.bootstrap)
         prompts = prompts.select(torch.randint(len(prompts), (len(prompts),), generator=generator))
     ablation = fit_ablation(AblationConfig(recipe.ablation), engine, prompts)
+    if recipe.ablation == "resample":  # the longest prompt has no donor as long as it is
+        prompts = prompts.select(prompts.lengths <= prompts.deduplicated().lengths.sort().values[-2])
     config = ACDC(tau=recipe.tau)
     if recipe.shuffled is not None:
         config = replace(config, order="shuffle", seed=recipe.shuffled)

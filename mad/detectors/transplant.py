@@ -1,0 +1,263 @@
+"""Does what the circuit calls irrelevant in an input change the answer of trusted inputs?
+
+A circuit claims that the edges off it carry nothing that matters: their values on one input might as well be those on
+another.  So put the values that they have on the input x into trusted prompts, the hosts y, and see whether the hosts'
+outputs move:
+
+    score(x) = mean over hosts y of KL(M(y) || C(y; x)), nats
+
+where M is the model and C(y; x) runs on y's tokens with every edge off the circuit carrying what its writer writes on
+x.  A second mechanism that works through edges off the circuit acts on the hosts too, even when its answer on x is the
+normal one; novelty that the circuit itself handles stays behind with x.
+
+It is resampling ablation (Chan et al. 2022, causal scrubbing; Conmy et al. 2023, arXiv 2304.14997) with the roles
+turned round: the input under suspicion is the donor.  The use as an anomaly score is this library's own.
+
+x and a host of different lengths are aligned at their ends, the first token (an attention sink) with the first.
+
+An explanation shares the score out over the edges off the circuit, by integrated gradients along the mask as in
+`mad.detectors.circuit`, from C(y; x) to M(y), where the score is 0.
+
+Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, readers R, writers W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.circuit import Circuit
+from circuits.engine import Factored
+from circuits.masked import Ablated
+from circuits.memory import Footprint, footprint, most_prompts, parse_memory
+from circuits.metrics import METRICS
+from circuits.prompts import Prompts
+from mad.detector import Context, Explained
+
+
+@dataclass
+class Fast:
+    """The input's off-circuit part in two trusted prompts: one extra partial run."""
+
+    name: str = "fast"
+    hosts: int = 2  # trusted prompts that parts of an input are put into
+    explain_steps: int = 16  # points of the integral when a score is explained
+
+    def check(self) -> None:
+        """Raises ValueError when a setting is out of range."""
+        _check(self)
+
+
+@dataclass
+class Strict:
+    """The same in many trusted prompts: nearly as good as it gets, at as many partial runs."""
+
+    name: str = "strict"
+    hosts: int = 32  # trusted prompts that parts of an input are put into
+    explain_steps: int = 16  # points of the integral when a score is explained
+
+    def check(self) -> None:
+        """Raises ValueError when a setting is out of range."""
+        _check(self)
+
+
+def _check(config: Fast | Strict) -> None:
+    for name in ("hosts", "explain_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}, but at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class TransplantDetector:
+    """A circuit and the hosts, with the model's own logits on them."""
+
+    config: Fast | Strict
+    engine: Factored
+    circuit: Circuit
+    hosts: Prompts
+    reference: Float[Tensor, "K P V"]
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How far the hosts' outputs move, on average.
+
+        Raises:
+            ValueError: the circuit tells positions apart, and a prompt has another length than its prompts.
+        """
+        moved = transplanted(self.engine, self.circuit.mask, self.hosts, prompts, self.reference, memory=memory)
+        return moved.mean(1)
+
+    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
+        """Shares of the score by edge, from one forward and backward pass per point of the integral and host."""
+        engine, mask = self.engine, self.circuit.mask.to(self.engine.device)
+        off = engine.graph.exists.to(engine.device) & (mask == 0)
+        scores = self.score(prompts, memory=memory).to(engine.device)
+        total = torch.zeros(len(prompts), *mask.shape, device=engine.device)
+        for rows, hosts, ablated in _pairs(engine, self.hosts, prompts, memory, lambda size: size.explanation):
+            run, reference = _repeated(self.hosts, hosts, len(rows)), _tiled(self.reference[hosts], len(rows))
+            for step in range(self.config.explain_steps):
+                alpha = (step + 0.5) / self.config.explain_steps
+                masks = (mask + alpha * off).expand(len(run), *mask.shape).clone().requires_grad_()
+                with torch.enable_grad():
+                    moved = _moved(engine, masks, run, ablated, reference, per_example=True)
+                    (gradient,) = torch.autograd.grad(moved.sum(), masks)
+                by_pair = gradient.unflatten(0, (len(rows), -1))
+                total[rows] -= by_pair.sum(1) * off / self.config.explain_steps / len(self.hosts)
+        shares = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
+        return Explained(shares.view(total.shape).cpu(), (1 - shares.sum(1)).cpu())
+
+    def state(self) -> dict[str, Tensor]:
+        """The hosts; the circuit is saved beside the detector."""
+        return {"clean": self.hosts.clean, "lengths": self.hosts.lengths, "positions": self.hosts.positions}
+
+
+@torch.no_grad()
+def transplanted(
+    engine: Factored,
+    mask: Bool[Tensor, "R W *T"] | Float[Tensor, "R W *T"],
+    hosts: Prompts,
+    prompts: Prompts,
+    reference: Float[Tensor, "K P V"] | None = None,
+    *,
+    memory: str = "2GB",
+) -> Float[Tensor, "B K"]:
+    """Returns KL(M(y) || C(y; x)) for each prompt x and host y, in nats, on the CPU.
+
+    Args:
+        reference: the model's logits on the hosts, if they are known.
+
+    Raises:
+        ValueError: edges are told apart by position, and a prompt has another length than theirs.
+        TooLittleMemory: not even one prompt fits with one host.
+    """
+    hosts = hosts.to(engine.device)
+    reference = model_logits(engine, hosts, memory=memory) if reference is None else reference
+    result = torch.empty(len(prompts), len(hosts), device=engine.device)
+    for rows, columns, ablated in _pairs(engine, hosts, prompts, memory, lambda size: size.masked()):
+        run = _repeated(hosts, columns, len(rows))
+        moved = _moved(engine, mask, run, ablated, _tiled(reference[columns], len(rows)))
+        result[rows[:, None], columns] = moved.unflatten(0, (len(rows), -1)).float()
+    return result.cpu()
+
+
+@torch.no_grad()
+def model_logits(engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B P V"]:
+    """Returns the model's logits at the scored positions."""
+    batches = prompts.batches(most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory)))
+    batches = [batch.to(engine.device) for batch in batches]
+    logits = [engine.logits(batch.clean, batch.key_mask, batch.positions) for batch in batches]
+    width = max(part.shape[1] for part in logits)  # prompts of a batch may have fewer scored positions
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in logits])
+
+
+def aligned(
+    writers: Float[Tensor, "W B S D"], lengths: Int[Tensor, "B"], host_lengths: Int[Tensor, "K"], n_positions: int
+) -> Float[Tensor, "W B own T D"]:
+    """Returns what writers write on prompts, at the place of each position of the hosts; own = K, or 1 if all are alike.
+
+    Position p of a host of n tokens takes position p + m - n of a prompt of m tokens, within 1 to m - 1, so that both
+    end at the same place; position 0 takes position 0.
+    """
+    shift = lengths[:, None] - host_lengths  # [B, K]
+    if not shift.any():
+        return writers[:, :, None, :n_positions]
+    index = torch.arange(n_positions, device=writers.device) + shift[..., None]  # [B, K, T]
+    index = index.clamp(min=1).minimum((lengths - 1).clamp(min=0)[:, None, None])
+    index[..., 0] = 0
+    return writers[:, torch.arange(len(lengths), device=writers.device)[:, None, None], index]
+
+
+def _pairs(
+    engine: Factored, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
+) -> Iterator[tuple[Int[Tensor, "b"], Int[Tensor, "k"], Ablated]]:
+    """Yields rows of prompts, rows of hosts, and what edges off the circuit carry in each pair of them."""
+    graph = engine.graph
+    if graph.n_positions is not None and (other := set(prompts.lengths.tolist()) - {graph.n_positions}):
+        raise ValueError(
+            f"prompts of {min(other)} tokens, but edges are told apart by position for prompts of exactly "
+            f"{graph.n_positions}"
+        )
+    size, whole = footprint(engine, hosts), footprint(engine, prompts)
+    pair = cost(size) + size.prepared(True)
+    pairs = _pairs_at_once(prompts, whole, pair, memory, size.mask)
+    columns = torch.arange(len(hosts), device=engine.device).split(pairs)
+    for rows in torch.arange(len(prompts)).split(max(1, pairs // len(hosts))):
+        batch = prompts.select(rows).to(engine.device)
+        with torch.no_grad():
+            anywhere = batch.positions[:, :1] * 0  # its logits are not needed
+            writers = engine.clean(batch.clean, batch.key_mask, anywhere).writers
+        for some in columns:
+            values = aligned(writers, batch.lengths, hosts.lengths[some], hosts.clean.shape[1])
+            if len(batch) > 1:  # one prompt's values are the same for all hosts, and stay one row
+                values = values.expand(-1, -1, len(some), -1, -1)
+            with torch.no_grad():
+                ablated = engine.ablated(values.flatten(1, 2))
+            yield rows.to(engine.device), some, ablated
+
+
+def _pairs_at_once(prompts: Prompts, size: Footprint, pair: int, memory: str, shared: int) -> int:
+    """How many pairs of a prompt and a host are run at once."""
+    budget = parse_memory(memory)
+    most_prompts(prompts, size.clean + pair, budget, shared)  # refuses what does not fit
+    return min((budget - shared) // (size.clean + pair), MOST_PAIRS)
+
+
+MOST_PAIRS = 512  # more gain nothing
+
+
+def _repeated(hosts: Prompts, columns: Int[Tensor, "k"], times: int) -> Prompts:
+    return hosts.select(columns.repeat(times))
+
+
+def _tiled(reference: Float[Tensor, "k P V"], times: int) -> Float[Tensor, "n P V"]:
+    return reference.repeat(times, 1, 1)
+
+
+def _moved(
+    engine: Factored, mask: Tensor, run: Prompts, ablated: Ablated, reference: Tensor, *, per_example: bool = False
+) -> Float[Tensor, "n"]:
+    """KL from the model's logits to those of a run under a mask, or under one mask per row."""
+    logits = engine.masked(
+        run.clean, mask, ablated, key_mask=run.key_mask, positions=run.positions, per_example=per_example
+    )
+    return METRICS["kl"](logits, run, reference)
+
+
+def fit_transplant(
+    config: Fast | Strict, context: Context, trusted: Prompts, *, memory: str = "2GB"
+) -> TransplantDetector:
+    """Returns the detector whose hosts are the first trusted prompts.
+
+    Raises:
+        ValueError: no circuit, fewer trusted prompts than hosts, or a setting out of range.
+    """
+    config.check()
+    if len(trusted) < config.hosts:
+        raise ValueError(
+            f"hosts={config.hosts}, but there are {len(trusted)} trusted prompts to fit on; give more, or lower hosts"
+        )
+    hosts = trusted.select(range(config.hosts))
+    bare = replace(hosts, corrupt=None, answers=None, wrong_answers=None, labels=None)
+    return _build(config, context, bare, memory)
+
+
+def restore_transplant(config: Fast | Strict, context: Context, state: Mapping[str, Tensor]) -> TransplantDetector:
+    """Returns a saved detector."""
+    ids = tuple(f"host-{row}" for row in range(len(state["clean"])))
+    hosts = Prompts(
+        clean=state["clean"], lengths=state["lengths"], corrupt=None, positions=state["positions"], answers=None,
+        wrong_answers=None, labels=None, ids=ids,
+    )  # fmt: skip
+    return _build(config, context, hosts, "2GB")
+
+
+def _build(config: Fast | Strict, context: Context, hosts: Prompts, memory: str) -> TransplantDetector:
+    if context.circuit is None:
+        raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
+    hosts = hosts.to(context.engine.device)
+    reference = model_logits(context.engine, hosts, memory=memory)
+    return TransplantDetector(config, context.engine, context.circuit, hosts, reference)

@@ -1,0 +1,247 @@
+"""Everything on everything: trains the models, finds the circuits, computes every score, resumable.
+
+    OUT/models/TASK/SEED/               trained models; OUT/models/TASK/SEED.missed where one has not learnt its task
+    OUT/scores/TASK-SEED.json           strata, circuits with their sizes, seconds
+    OUT/scores/TASK-SEED.safetensors    every score as `SCORE|CIRCUIT|PART`
+
+Of each trained task the first `models` seeds from `first_seed` on are used whose model passes its gates; seeds that
+were passed over are named in the report.  Work is spread over processes of one thread each, because the models are
+small.  What an interrupted run left is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mad.study.lens import Recipe, controls, engine_of, find, look
+from mad.study.subject import NATURAL, TRAINED, Sizes, Subject, load_subject
+
+log = logging.getLogger(__name__)
+
+TAUS = (0.003, 0.01, 0.03, 0.1)
+MAIN = Recipe()  # what `fast` and `strict` use
+FORMER = Recipe(by_position=False, ablation="mean", tau=0.01)  # edges as they are usually taken
+GRID = tuple(
+    Recipe(by_position, ablation, tau)
+    for by_position in (True, False)
+    for ablation in ("resample", "mean")
+    for tau in TAUS
+)
+ENSEMBLE = tuple(Recipe(shuffled=seed) for seed in (1, 2, 3)) + tuple(Recipe(bootstrap=seed) for seed in (1, 2, 3))
+FEWER = tuple(Recipe(prompts=count) for count in (10, 30))
+ON_GRID = ("output_kl", "routing", "nodes", "transplant")
+EFFECTS = ("effect_mass", "effect_share_max", "effect_share_tails")  # dear: not on random circuits
+
+
+@dataclass
+class Study:
+    """What is measured."""
+
+    tasks: list[str] = field(default_factory=lambda: [*TRAINED, NATURAL])
+    models: int = 3  # trained models of each task
+    first_seed: int = 3  # seeds 0 to 2 were used to choose what `fast` and `strict` are
+    natural: str = "pkg://"  # folder of the language model for the natural task
+    controls: int = 5  # random circuits of the same size, beside the circuits that all scores are computed on
+    workers: int = 2  # processes, each with one thread
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+def run_study(study: Study, out: Path) -> list[Path]:
+    """Trains, scores and writes; returns the results' files.
+
+    Raises:
+        ValueError: an unknown task, or numbers out of range.
+    """
+    check(study)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(study.workers, context, initializer=_single_thread) as pool:
+        chosen = list(_trained(study, out, pool))
+        jobs = {pool.submit(_measure, study, task, seed, folder, out): (task, seed) for task, seed, folder in chosen}
+        with tqdm(total=len(jobs), desc="score", unit="model", disable=None) as progress:
+            for done in _as_completed(jobs):
+                done.result()
+                progress.update()
+    return [_files(out, task, seed)[0] for task, seed, _ in chosen]
+
+
+def check(study: Study) -> None:
+    """Raises ValueError where the study cannot be run as it is described."""
+    if unknown := [task for task in study.tasks if task not in (*TRAINED, NATURAL)]:
+        raise ValueError(f"tasks has {unknown[0]!r}, but the tasks are {', '.join((*TRAINED, NATURAL))}")
+    for name in ("models", "workers"):
+        if getattr(study, name) < 1:
+            raise ValueError(f"{name}={getattr(study, name)}, but at least 1 is needed")
+    if study.controls < 0:
+        raise ValueError(f"controls={study.controls}, but it must be at least 0")
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _trained(study: Study, out: Path, pool: ProcessPoolExecutor) -> Iterator[tuple[str, int, Path]]:
+    """Task, seed and folder of every model; trains those that are not there."""
+    tasks = [task for task in study.tasks if task in TRAINED]
+    passed: dict[str, dict[int, bool]] = {task: {} for task in tasks}
+    running: dict[Future, tuple[str, int]] = {}
+    following = {task: study.first_seed for task in tasks}
+
+    def submit(task: str) -> None:
+        seed = following[task]
+        following[task] += 1
+        running[pool.submit(_train, task, seed, model_folder(out, task, seed))] = (task, seed)
+
+    for _ in range(study.models):
+        for task in tasks:
+            submit(task)
+    with tqdm(total=study.models * len(tasks), desc="train", unit="model", disable=None) as progress:
+        while running:
+            for done in wait(running, return_when="FIRST_COMPLETED").done:
+                task, seed = running.pop(done)
+                passed[task][seed] = done.result()
+                if passed[task][seed]:
+                    progress.update()
+                else:
+                    submit(task)
+    for task in tasks:
+        for seed in sorted(seed for seed, good in passed[task].items() if good)[: study.models]:
+            yield task, seed, model_folder(out, task, seed)
+    if NATURAL in study.tasks:
+        yield NATURAL, study.first_seed, Path(study.natural)
+
+
+def model_folder(out: Path, task: str, seed: int) -> Path:
+    """Where a trained model is."""
+    return out / "models" / task / str(seed)
+
+
+def _train(task: str, seed: int, folder: Path) -> bool:
+    """Trains a model unless it is there; returns whether it has learnt its task."""
+    from mad.tasks import TASKS
+    from mad.train import GateMissed, Train
+    from mad.train import run as train
+
+    missed = folder.with_suffix(".missed")
+    if (folder / "README.md").exists() or missed.exists():
+        return not missed.exists()
+    try:
+        train(Train(task=TASKS[task][0](), seed=seed, out=str(folder), overwrite=True))
+    except GateMissed as error:
+        missed.parent.mkdir(parents=True, exist_ok=True)
+        missed.write_text(f"{error}\n")
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def _measure(study: Study, task: str, seed: int, model: Path, out: Path) -> None:
+    """Computes every score of one subject and writes them, unless they are there."""
+    from safetensors.torch import save_file
+
+    about, tensors = _files(out, task, seed)
+    if about.exists():
+        return
+    started = time.perf_counter()
+    subject = load_subject(task, seed, model, study.sizes)
+    scores, circuits, seconds = measure(subject, study.controls)
+    tensors.parent.mkdir(parents=True, exist_ok=True)
+    save_file(scores, tensors)
+    record = {
+        "task": task,
+        "seed": seed,
+        "strata": {group: list(names) for group, names in subject.strata.items()},
+        "circuits": circuits,
+        "seconds": seconds | {"all": time.perf_counter() - started},
+        "sizes": asdict(study.sizes),
+    }
+    ready = about.with_suffix(".ready")
+    ready.write_text(json.dumps(record, indent=1) + "\n")
+    ready.replace(about)  # last: it says that the subject is done
+
+
+def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, float]]:
+    """Returns scores by `SCORE|CIRCUIT|PART`, each circuit's size, and seconds by score."""
+    from mad.study.baselines import BASELINES, layer_baselines
+    from mad.study.candidates import CANDIDATES
+
+    scores: dict[str, torch.Tensor] = {}
+    circuits: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+
+    def add(name: str, circuit: str, fit: Callable[[], Callable]) -> None:
+        started = time.perf_counter()
+        score = fit()
+        for part, prompts in subject.scored.items():
+            scores[f"{name}|{circuit}|{part}"] = score(prompts)
+        taken = time.perf_counter() - started
+        seconds[f"{name}|{circuit}"] = taken
+        log.info("%s %s: %s on %s in %.1f s", subject.task, subject.seed, name, circuit, taken)
+
+    for name, baseline in BASELINES.items():
+        add(name, "none", partial(baseline, subject))
+    for name, score in layer_baselines(subject).items():
+        add(name, "none", partial(_given, score))
+    for recipe, names, with_controls in plan(subject):
+        started = time.perf_counter()
+        mask = find(subject, recipe)
+        lens = look(subject, recipe, mask)
+        circuits[recipe.name] = {
+            "edges": int(mask.sum()),
+            "edges_total": lens.engine.graph.n_edges,
+            "seconds": time.perf_counter() - started,
+        }
+        for name in names:
+            add(name, recipe.name, partial(CANDIDATES[name], lens))
+        for number, random in enumerate(controls(lens, n_controls if with_controls else 0)):
+            for name in names:
+                if name not in EFFECTS:
+                    add(name, f"random{number} of {recipe.name}", partial(CANDIDATES[name], random))
+    return scores, circuits, seconds
+
+
+def _given(score: Callable) -> Callable:
+    return score
+
+
+def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
+    """Yields every recipe that a subject can have with the scores to compute, and whether on random circuits too."""
+    from mad.study.candidates import CANDIDATES
+
+    seen: set[tuple] = set()
+    for recipe in dict.fromkeys((MAIN, FORMER, *GRID, *ENSEMBLE, *FEWER)):
+        by_position = engine_of(subject, recipe).graph.n_positions is not None
+        key = (by_position, recipe.ablation, recipe.tau, recipe.shuffled, recipe.bootstrap, recipe.prompts)
+        if key in seen:  # no positions in common: the same as the recipe without them
+            continue
+        seen.add(key)
+        full = recipe in (MAIN, FORMER)
+        yield recipe, tuple(CANDIDATES) if full else ON_GRID, full
+
+
+def _files(out: Path, task: str, seed: int) -> tuple[Path, Path]:
+    stem = out / "scores" / f"{task}-{seed}"
+    return stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+
+
+def _as_completed(jobs: dict[Future, Any]) -> Iterator[Future]:
+    left = set(jobs)
+    while left:
+        done, left = wait(left, return_when="FIRST_COMPLETED")
+        yield from done
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
