@@ -38,6 +38,8 @@ from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.detector import Context, Explained
 
+MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
+
 
 @dataclass
 class Fast:
@@ -98,7 +100,7 @@ class TransplantDetector:
         scores = self.score(prompts, memory=memory).to(engine.device)
         total = torch.zeros(len(prompts), *mask.shape, device=engine.device)
         for rows, hosts, ablated in _pairs(engine, self.hosts, prompts, memory, lambda size: size.explanation):
-            run, reference = _repeated(self.hosts, hosts, len(rows)), _tiled(self.reference[hosts], len(rows))
+            run, reference = _repeated(self.hosts, self.reference, hosts, len(rows))
             for step in range(self.config.explain_steps):
                 alpha = (step + 0.5) / self.config.explain_steps
                 masks = (mask + alpha * off).expand(len(run), *mask.shape).clone().requires_grad_()
@@ -138,8 +140,8 @@ def transplanted(
     reference = model_logits(engine, hosts, memory=memory) if reference is None else reference
     result = torch.empty(len(prompts), len(hosts), device=engine.device)
     for rows, columns, ablated in _pairs(engine, hosts, prompts, memory, lambda size: size.masked()):
-        run = _repeated(hosts, columns, len(rows))
-        moved = _moved(engine, mask, run, ablated, _tiled(reference[columns], len(rows)))
+        run, expected = _repeated(hosts, reference, columns, len(rows))
+        moved = _moved(engine, mask, run, ablated, expected)
         result[rows[:, None], columns] = moved.unflatten(0, (len(rows), -1)).float()
     return result.cpu()
 
@@ -157,7 +159,7 @@ def model_logits(engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> 
 def aligned(
     writers: Float[Tensor, "W B S D"], lengths: Int[Tensor, "B"], host_lengths: Int[Tensor, "K"], n_positions: int
 ) -> Float[Tensor, "W B own T D"]:
-    """Returns what writers write on prompts, at the place of each position of the hosts; own = K, or 1 if all are alike.
+    """Returns what writers write on prompts, at the place of each position of the hosts; own is 1 if all are alike.
 
     Position p of a host of n tokens takes position p + m - n of a prompt of m tokens, within 1 to m - 1, so that both
     end at the same place; position 0 takes position 0.
@@ -191,7 +193,8 @@ def _pairs(
             anywhere = batch.positions[:, :1] * 0  # its logits are not needed
             writers = engine.clean(batch.clean, batch.key_mask, anywhere).writers
         for some in columns:
-            values = aligned(writers, batch.lengths, hosts.lengths[some], hosts.clean.shape[1])
+            lengths = hosts.lengths[some]
+            values = aligned(writers, batch.lengths, lengths, int(lengths.max()))
             if len(batch) > 1:  # one prompt's values are the same for all hosts, and stay one row
                 values = values.expand(-1, -1, len(some), -1, -1)
             with torch.no_grad():
@@ -206,15 +209,13 @@ def _pairs_at_once(prompts: Prompts, size: Footprint, pair: int, memory: str, sh
     return min((budget - shared) // (size.clean + pair), MOST_PAIRS)
 
 
-MOST_PAIRS = 512  # more gain nothing
-
-
-def _repeated(hosts: Prompts, columns: Int[Tensor, "k"], times: int) -> Prompts:
-    return hosts.select(columns.repeat(times))
-
-
-def _tiled(reference: Float[Tensor, "k P V"], times: int) -> Float[Tensor, "n P V"]:
-    return reference.repeat(times, 1, 1)
+def _repeated(
+    hosts: Prompts, reference: Float[Tensor, "K P V"], columns: Int[Tensor, "k"], times: int
+) -> tuple[Prompts, Float[Tensor, "n p V"]]:
+    """Some hosts with the model's logits on them, all of them again and again."""
+    chosen = hosts.select(columns)
+    expected = reference[columns, : chosen.positions.shape[1]]
+    return chosen.select(torch.arange(len(chosen)).repeat(times)), expected.repeat(times, 1, 1)
 
 
 def _moved(
