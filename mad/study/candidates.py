@@ -46,7 +46,7 @@ from circuits.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 from mad.departure import Departure
 from mad.detectors.circuit import CircuitDetector, Deviation
-from mad.detectors.transplant import transplanted
+from mad.detectors.transplant import Fast, Strict, transplanted
 from mad.study.effects import MEMORY, Donated, donated, effects, hosts_routing, removed
 from mad.study.lens import Lens
 
@@ -58,7 +58,7 @@ ROUNDING = 1e-6  # of the widest column: a narrower one does not vary, as far as
 FLOOR = 1e-8  # of a node's departure, under which differences are rounding
 EDGE_PROMPTS = 300  # that edges' parts are normalised on: each takes gradients
 DONORS = 8
-HOSTS, FEW_HOSTS, ROUTED_HOSTS = 32, 2, 8
+HOSTS, FEW_HOSTS, ROUTED_HOSTS = Strict().hosts, Fast().hosts, 8
 INPUT_PROMPTS = 128  # whose readers' inputs are held at once
 
 

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mad.detector import Calibration
-from mad.study.lens import Recipe
+from mad.study.plan import Recipe
 from mad.study.subject import GROUP_NAMES
 
 FOLDER = "scores"

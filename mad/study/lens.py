@@ -19,27 +19,8 @@ from circuits.metrics import metric_named
 from circuits.prompts import Prompts
 from circuits.selection import random_circuits
 from mad.departure import Departure, departure
+from mad.study.plan import Recipe
 from mad.study.subject import Subject
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a circuit is found: ACDC by KL on the discovery part."""
-
-    by_position: bool = True  # edges told apart by position; where prompts differ in length, never
-    ablation: str = "resample"  # what a removed edge carries while the circuit is looked for
-    tau: float = 0.003
-    shuffled: int | None = None  # seed of ACDC's order; None: its own
-    bootstrap: int | None = None  # seed of a draw, with replacement, of the discovery prompts
-    prompts: int | None = None  # how many discovery prompts; None: all
-
-    @property
-    def name(self) -> str:
-        """A short name that no other recipe has."""
-        parts = ["positions" if self.by_position else "edges", self.ablation, f"{self.tau:g}"]
-        for short, value in (("order", self.shuffled), ("boot", self.bootstrap), ("n", self.prompts)):
-            parts += [] if value is None else [f"{short}{value}"]
-        return "-".join(parts)
 
 
 @dataclass(frozen=True)

