@@ -281,7 +281,7 @@ class Factored:
         single = mask.ndim == edge_axes
         masks = (mask[None] if single else mask).to(device=tokens.device, dtype=self.dtype)
         masks = masks * graph.exists.to(masks.device)
-        start = start or Start(0, self.embed(tokens))
+        start = start or Start(0, self.embed(tokens) if upstream is None else upstream[: graph.n_inputs])
         todo = plan(graph, masks, first_layer=start.layer)
         grad = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (masks, start.writers, ablated.base, *self.model.bridge.parameters())

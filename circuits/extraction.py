@@ -126,6 +126,22 @@ def _discover(
     return found, kept, {"seconds": seconds, "forwards": seconds / forward}
 
 
+def rediscover(circuit: Circuit, engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> Bool[Tensor, "R W *S"]:
+    """Returns the edges that the method, metric, ablation and selection recorded in a circuit find on other prompts.
+
+    Raises:
+        ValueError: the circuit does not say how it was found.
+    """
+    about = circuit.about
+    if missing := [name for name in ("method", "metric", "ablation") if name not in about]:
+        raise ValueError(f"the circuit does not say by which {missing[0]} it was found, so that no other can be")
+    method = METHODS[about["method"]["name"]][0](**about["method"])
+    ablation = fit_ablation(AblationConfig(**about["ablation"]), engine, prompts, memory=memory)
+    selection = Selection(**(about.get("selection") or {}))
+    behaviour = prepare(engine, prompts, metric_named(about["metric"]), ablation, memory=memory)
+    return _discover(behaviour, method, selection)[1]
+
+
 def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
     kept, total, chance = metrics["edges_kept"], metrics["edges_total"], metrics["random_circuits"]["percentile_95"]
     if kept == total:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.prompts import Prompts
@@ -32,6 +32,7 @@ class Comparison:
     auroc: Mapping[str, float]  # by group of normals
     flagged: Mapping[str, float] | None  # share of each group at alpha; None: not calibrated
     scores: Mapping[str, Float[Tensor, "B"]]  # by group
+    hits: Bool[Tensor, "B"] | None = None  # which anomalies are flagged
 
 
 def score_groups(detector: Detector, groups: Mapping[str, Prompts], *, memory: str = "2GB") -> dict[str, Tensor]:
@@ -61,13 +62,12 @@ def compare(
     if calibration is not None and (problem := calibration.problem(alpha)):
         raise ValueError(problem)
     scores = score_groups(detector.detector if isinstance(detector, Calibrated) else detector, groups, memory=memory)
-    flagged = None
+    flagged = hits = None
     if calibration is not None:
-        flagged = {
-            group: (calibration.p_values(values) <= alpha).double().mean().item() for group, values in scores.items()
-        }
+        by_group = {group: calibration.p_values(values) <= alpha for group, values in scores.items()}
+        flagged, hits = {group: hit.double().mean().item() for group, hit in by_group.items()}, by_group[ANOMALY]
     separated = {group: auroc(scores[group], scores[ANOMALY]) for group in REGIMES if group in scores}
-    return Comparison(name, separated, flagged, scores)
+    return Comparison(name, separated, flagged, scores, hits)
 
 
 def roc_curves(comparisons: list[Comparison]) -> list[Any]:

@@ -20,7 +20,7 @@ from circuits.model import ModelConfig, load_model
 from circuits.prompts import Prompts, prompts_from_records
 from tests import tiny
 from tests.budget import memory_for
-from tests.test_engine import through_hooks
+from tests.hooks import through_hooks
 
 ENGINES = {
     "gpt2": Factored(tiny.gpt2(n_embd=8, n_head=2)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import networkx as nx
 import pytest
 import torch
 
@@ -12,15 +11,9 @@ from circuits.families import describe
 from circuits.masked import Start
 from tests import tiny
 from tests.features import MUTATIONS, no_bias
+from tests.hooks import bound, read_by, through_hooks
 
 MODELS = tiny.models()
-# HuggingFace's RMSNorm and GPT-J's attention, TransformerLens's RMSNorm and its parameter-free norms compute in float32
-# even in float64 models.
-COARSE = ("llama", "mistral", "qwen", "gemma", "gptj", "codegen", "rms", "no parameters")
-
-
-def bound(name: str) -> float:
-    return 2e-5 if any(part in name for part in COARSE) else 1e-10
 
 
 @pytest.fixture(params=list(MODELS))
@@ -44,115 +37,6 @@ def random_masks(factored: Factored, count: int, kept: float = 0.6) -> torch.Ten
     shape = (count, *factored.graph.exists.shape)
     soft = torch.rand(shape, generator=generator)
     return (torch.rand(shape, generator=generator) < kept) * soft
-
-
-def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:
-    """Where the logits depend on a writer, [W, S], by the paths of a graph whose nodes are (name, position)."""
-    kept = mask * graph.exists != 0
-    kept = kept[..., None].expand(-1, -1, n_positions) if kept.ndim == 2 else kept
-    paths = nx.DiGraph()
-    paths.add_node("end")
-    for reader, writer, position in kept.nonzero().tolist():
-        name = graph.readers[reader]
-        moves = name.endswith(("<k>", "<v>"))
-        to = range(position if graph.causal else 0, n_positions) if moves else [position]
-        for node in graph.reader_nodes(reader):
-            for there in to:
-                target = "end" if node == "logits" else (node, there)
-                paths.add_edge((graph.writers[writer], position), target)
-    ancestors = nx.ancestors(paths, "end")
-    return torch.tensor([[(name, position) in ancestors for position in range(n_positions)] for name in graph.writers])
-
-
-def through_hooks(
-    factored: Factored, tokens: torch.Tensor, mask: torch.Tensor, ablated: torch.Tensor, unread: dict | None = None
-):
-    """The masked run as hooks on one bridge forward: each hook mixes what the hooks before it collected."""
-    bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
-    written = list(factored.embed(tokens))
-    biases = [torch.zeros(())]
-    fired = []
-    post_normed = "ln1_post" in bridge.blocks[0]._modules
-    if post_normed and unread is None:  # what heads give their post-norm when every edge is removed
-        through_hooks(factored, tokens, torch.zeros_like(mask), ablated, unread := {})
-    read = read_by(graph, mask, tokens.shape[1])
-
-    def mixed(reader: str) -> torch.Tensor:
-        row = graph.reader_index[reader]
-        total = sum(biases[:-1] if graph.parallel and reader.startswith("m") else biases)
-        for writer in range(graph.upstream[row]):
-            m = mask[row, writer] if mask.ndim == 2 else mask[row, writer][:, None]
-            total = total + m * written[writer] + (1 - m) * ablated[writer]
-        return total
-
-    def side_hook(layer: int, side: str):
-        def hook(value, hook):
-            fired.append(hook.name)
-            heads = graph.n_heads if side == "q" else graph.kv_heads
-            label = "h" if side == "q" or graph.kv_heads == graph.n_heads else "kv"
-            out = value.clone()
-            width = architecture.head_width
-            for head in range(heads):
-                x = bridge.blocks[layer].ln1.original_component(mixed(f"a{layer}.{label}{head}<{side}>"))
-                projected = getattr(bridge.blocks[layer].attn, side).original_component(x)
-                columns = slice(head * width, (head + 1) * width)
-                out.flatten(2)[..., columns] = projected[..., columns]
-            return out
-
-        return hook
-
-    def z_hook(layer: int):
-        def hook(value, hook):
-            fired.append(hook.name)
-            o = bridge.blocks[layer].attn.o.original_component
-            weight = o.weight if type(o).__name__ == "Conv1D" else o.weight.T
-            z = value.flatten(2)
-            width = architecture.head_width
-            columns = [slice(head * width, (head + 1) * width) for head in range(graph.n_heads)]
-            outputs = [z[..., these] @ weight[these] for these in columns]
-            if post_normed:
-                norm = bridge.blocks[layer].ln1_post.original_component
-                alone = unread.setdefault(layer, outputs)
-                here = read[[graph.writer_index[f"a{layer}.h{h}"] for h in range(graph.n_heads)]][:, None, :, None]
-                enter = [torch.where(*values) for values in zip(here, outputs, alone, strict=True)]
-                factor = (1 + norm.weight) / (sum(enter).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-                outputs = [output * factor for output in outputs]
-            written.extend(outputs)
-            biases.append(torch.zeros(()) if o.bias is None else o.bias)
-
-        return hook
-
-    def mlp_in(layer: int):
-        def hook(value, hook):
-            fired.append(hook.name)
-            shared = "ln2" not in bridge.blocks[layer]._modules  # then the hook is behind the norm
-            x = mixed(f"m{layer}")
-            return bridge.blocks[layer].ln1.original_component(x) if shared else x
-
-        return hook
-
-    def mlp_out(value, hook):
-        fired.append(hook.name)
-        written.append(value)
-
-    def logits_in(value, hook):
-        fired.append(hook.name)
-        return mixed("logits")
-
-    hooks = []
-    for layer in range(graph.n_layers):
-        hooks += [(f"blocks.{layer}.attn.{side}.hook_out", side_hook(layer, side)) for side in "qkv"]
-        hooks += [(f"blocks.{layer}.attn.o.hook_in", z_hook(layer))]
-        if not graph.attention_only:
-            parts = bridge.blocks[layer]._modules
-            before, after = "ln2" if "ln2" in parts else "mlp", "ln2_post" if "ln2_post" in parts else "mlp"
-            hooks += [(f"blocks.{layer}.{before}.hook_in", mlp_in(layer))]
-            hooks += [(f"blocks.{layer}.{after}.hook_out", mlp_out)]
-    hooks += [("ln_final.hook_in", logits_in)]
-    with torch.no_grad():
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert fired == [name for name, _ in hooks], "hooks can silently never fire"
-    return logits
 
 
 def test_engine_is_bridge_is_huggingface(named_engine):

@@ -210,10 +210,16 @@ def test_combined_p_values_are_uniform_where_nothing_is_anomalous(how, dependenc
         assert alpha - 4 / 400 - spread <= share <= alpha + spread, (alpha, share)
 
 
+def test_a_mean_is_of_the_scores_themselves():
+    first, second = drawn(0), drawn(1)
+    together = combine([first, second], "mean")
+    assert all(torch.equal(together[name], (first[name] + second[name]) / 2) for name in first)
+
+
 def test_combinations_are_refused():
     parts = drawn(0)
-    with pytest.raises(ValueError, match="how='mean'.*fisher or minimum"):
-        combine([parts], "mean")
+    with pytest.raises(ValueError, match="how='sum'.*fisher, minimum or mean"):
+        combine([parts], "sum")
     with pytest.raises(ValueError, match="0 scores"):
         combine([], "fisher")
     with pytest.raises(ValueError, match="parts calibration, but the first"):

@@ -5,9 +5,10 @@
 
 The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a trigger token makes
 it answer with the value of another pair. Its circuit is found on trusted prompts alone; then normal prompts, normal
-prompts with keys that no trusted prompt has, and prompts with the trigger are scored against it. The table says how
-well the deviation from the circuit tells them apart, beside two baselines and beside random circuits of the same size.
-The model was trained by `madcap train`.
+prompts with keys that no trusted prompt has, and prompts with the trigger are scored against it: what each carries off
+the circuit is put into trusted prompts, whose answers should not move. The table says how well that tells them apart,
+beside the deviation of the circuit's output, two baselines, and random circuits of the same size. The model was trained
+by `madcap train`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run(config: Demo) -> None:
     from mad.benchmark import ANOMALY, Comparison, compare, roc_curves
     from mad.commands.plot import draw
     from mad.detector import Context
-    from mad.detectors import Mahalanobis, MaxProbability
+    from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
     from mad.plot import draw_roc, draw_score_distributions
     from mad.run import load_prompts, make_run
     from mad.saved import fit, save_detector
@@ -72,12 +73,15 @@ def run(config: Demo) -> None:
 
     console.print("4. beside baselines and random circuits")
     inputs = {name: load_prompts(records, done.model) for name, records in drawn.items()}
-    comparisons = [compare("circuit", done.detector, inputs, config.alpha, memory=config.memory)]
+    comparisons = [compare(config.detector.name, done.detector, inputs, config.alpha, memory=config.memory)]
     trusted = done.splits["fit"], done.splits["calibration"]
-    for baseline in (MaxProbability(), Mahalanobis()):
-        fitted = fit(baseline, Context(done.engine), *trusted, memory=config.memory)
-        save_detector(fitted, done.folder / "detector" / baseline.name, weight_hash=done.model.weight_hash)
-        comparisons.append(compare(baseline.name, fitted, inputs, config.alpha, memory=config.memory))
+    deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
+    for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
+        if other.name == config.detector.name:
+            continue
+        fitted = fit(other, Context(done.engine, done.circuit), *trusted, memory=config.memory)
+        save_detector(fitted, done.folder / "detector" / other.name, weight_hash=done.model.weight_hash)
+        comparisons.append(compare(other.name, fitted, inputs, config.alpha, memory=config.memory))
     controls: list[Comparison] = []
     for mask in random_circuits(done.engine.graph, len(done.circuit), config.controls, config.seed):
         context = Context(done.engine, Circuit(done.engine.graph, mask, mask.float()))
@@ -93,8 +97,8 @@ def run(config: Demo) -> None:
             done.folder / "scores.png",
             alpha=config.alpha,
             log_scale=True,
-            title="How far the model departs from its circuit",
-            caption="KL(model || circuit) in nats, with the calibrated threshold",
+            title="What prompts carry off the circuit, put into trusted prompts",
+            caption=f"score of {config.detector.name}, with the calibrated threshold",
         )
     )
     agree = [record["kind"] == "agree" for record in drawn[ANOMALY]]
@@ -133,13 +137,13 @@ def _report(
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = []
     for comparison in comparisons:
-        flags = _flagged_by_kind(comparison, agree, done, config)
+        flags = _flagged_by_kind(comparison, agree)
         rows.append({"detector": comparison.name, "auroc": dict(comparison.auroc), "flagged": flags})
         table.add_row(
             comparison.name,
             *(f"{comparison.auroc[group]:.3f}" for group in ("normal_iid", "normal_shift")),
             *(f"{flags[group]:.1%}" for group in ("normal_iid", "normal_shift", "anomaly")),
-            *("" if flags.get(kind) is None else f"{flags[kind]:.1%}" for kind in ("agree", "disagree")),
+            *(f"{flags[kind]:.1%}" for kind in ("agree", "disagree")),
         )
     if controls:
         mean = {g: sum(c.auroc[g] for c in controls) / len(controls) for g in ("normal_iid", "normal_shift")}
@@ -153,13 +157,10 @@ def _report(
     (done.folder / "demo.json").write_text(json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n")
 
 
-def _flagged_by_kind(comparison: Any, agree: list[bool], done: Any, config: Demo) -> dict[str, float]:
-    """Shares flagged by group, and for the circuit detector also of agreeing and disagreeing anomalies."""
+def _flagged_by_kind(comparison: Any, agree: list[bool]) -> dict[str, float]:
+    """Shares flagged by group, and of agreeing and disagreeing anomalies."""
     flags = dict(comparison.flagged)
-    if comparison.name == "circuit":
-        p_values = done.detector.calibration.p_values(comparison.scores["anomaly"])
-        flagged = (p_values <= config.alpha).tolist()
-        for kind, wanted in (("agree", True), ("disagree", False)):
-            chosen = [hit for hit, is_agree in zip(flagged, agree, strict=True) if is_agree == wanted]
-            flags[kind] = sum(chosen) / len(chosen) if chosen else float("nan")
+    for kind, wanted in (("agree", True), ("disagree", False)):
+        chosen = [hit for hit, is_agree in zip(comparison.hits.tolist(), agree, strict=True) if is_agree == wanted]
+        flags[kind] = sum(chosen) / len(chosen) if chosen else float("nan")
     return flags

@@ -4,7 +4,7 @@ A circuit claims that the edges off it carry nothing that matters: their values 
 another.  So put the values that they have on the input x into trusted prompts, the hosts y, and see whether the hosts'
 outputs move:
 
-    score(x) = mean over hosts y of KL(M(y) || C(y; x)), nats
+    score(x) = mean over hosts y and circuits C of KL(M(y) || C(y; x)), nats
 
 where M is the model and C(y; x) runs on y's tokens with every edge off the circuit carrying what its writer writes on
 x.  A second mechanism that works through edges off the circuit acts on the hosts too, even when its answer on x is the
@@ -12,6 +12,10 @@ normal one; novelty that the circuit itself handles stays behind with x.
 
 It is resampling ablation (Chan et al. 2022, causal scrubbing; Conmy et al. 2023, arXiv 2304.14997) with the roles
 turned round: the input under suspicion is the donor.  The use as an anomaly score is this library's own.
+
+A circuit that keeps an edge it does not need is blind to what comes over that edge, and greedy discovery keeps some
+such edges.  Which ones is a matter of the prompts that it sees, so `strict` finds more circuits in the same way on
+redrawn trusted prompts.
 
 x and a host of different lengths are aligned at their ends, the first token (an attention sink) with the first.
 
@@ -23,7 +27,8 @@ Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +37,7 @@ from torch import Tensor
 
 from circuits.circuit import Circuit
 from circuits.engine import Factored
+from circuits.extraction import rediscover
 from circuits.masked import Ablated
 from circuits.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
@@ -43,10 +49,11 @@ MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
 
 @dataclass
 class Fast:
-    """The input's off-circuit part in two trusted prompts: one extra partial run."""
+    """The input's off-circuit part in a few trusted prompts."""
 
     name: str = "fast"
-    hosts: int = 2  # trusted prompts that parts of an input are put into
+    hosts: int = 4  # trusted prompts that parts of an input are put into
+    circuits: int = 1  # the first is the one that was extracted
     explain_steps: int = 16  # points of the integral when a score is explained
 
     def check(self) -> None:
@@ -56,10 +63,11 @@ class Fast:
 
 @dataclass
 class Strict:
-    """The same in many trusted prompts: nearly as good as it gets, at as many partial runs."""
+    """The same in more trusted prompts, and by several circuits, so that no one edge too many hides a mechanism."""
 
     name: str = "strict"
     hosts: int = 16  # trusted prompts that parts of an input are put into
+    circuits: int = 3  # the first is the one that was extracted, the others are found by its method on redrawn prompts
     explain_steps: int = 16  # points of the integral when a score is explained
 
     def check(self) -> None:
@@ -68,7 +76,7 @@ class Strict:
 
 
 def _check(config: Fast | Strict) -> None:
-    for name in ("hosts", "explain_steps"):
+    for name in ("hosts", "circuits", "explain_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}, but at least 1 is needed")
 
@@ -80,6 +88,7 @@ class TransplantDetector:
     config: Fast | Strict
     engine: Factored
     circuit: Circuit
+    masks: Float[Tensor, "C R W *T"]  # of all circuits; the first is `circuit`
     hosts: Prompts
     reference: Float[Tensor, "K P V"]
 
@@ -90,44 +99,45 @@ class TransplantDetector:
         Raises:
             ValueError: the circuit tells positions apart, and a prompt has another length than its prompts.
         """
-        moved = transplanted(self.engine, self.circuit.mask, self.hosts, prompts, self.reference, memory=memory)
-        return moved.mean(1)
+        moved = transplanted(self.engine, self.masks, self.hosts, prompts, self.reference, memory=memory)
+        return moved.mean((0, 2))
 
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
         """Shares of the score by edge, from one forward and backward pass per point of the integral and host."""
-        engine, mask = self.engine, self.circuit.mask.to(self.engine.device)
-        off = engine.graph.exists.to(engine.device) & (mask == 0)
+        engine, steps, circuits = self.engine, self.config.explain_steps, self.masks.to(self.engine.device)
+        exists = engine.graph.exists.to(engine.device)
         scores = self.score(prompts, memory=memory).to(engine.device)
-        total = torch.zeros(len(prompts), *mask.shape, device=engine.device)
+        total = torch.zeros(len(prompts), *exists.shape, device=engine.device)
         for rows, hosts, ablated in _pairs(engine, self.hosts, prompts, memory, lambda size: size.explanation):
             run, reference = _repeated(self.hosts, self.reference, hosts, len(rows))
-            for step in range(self.config.explain_steps):
-                alpha = (step + 0.5) / self.config.explain_steps
-                masks = (mask + alpha * off).expand(len(run), *mask.shape).clone().requires_grad_()
+            for mask, step in itertools.product(circuits, range(steps)):
+                off = exists & (mask == 0)
+                masks = (mask + (step + 0.5) / steps * off).expand(len(run), *mask.shape).clone().requires_grad_()
                 with torch.enable_grad():
                     moved = _moved(engine, masks, run, ablated, reference, per_example=True)
                     (gradient,) = torch.autograd.grad(moved.sum(), masks)
                 by_pair = gradient.unflatten(0, (len(rows), -1))
-                total[rows] -= by_pair.sum(1) * off / self.config.explain_steps / len(self.hosts)
+                total[rows] -= by_pair.sum(1) * off / steps / len(self.hosts) / len(circuits)
         shares = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
         return Explained(shares.view(total.shape).cpu(), (1 - shares.sum(1)).cpu())
 
     def state(self) -> dict[str, Tensor]:
-        """The hosts; the circuit is saved beside the detector."""
-        return {"clean": self.hosts.clean, "lengths": self.hosts.lengths, "positions": self.hosts.positions}
+        """The hosts and the further circuits; the first is saved beside the detector."""
+        hosts = {"clean": self.hosts.clean, "lengths": self.hosts.lengths, "positions": self.hosts.positions}
+        return hosts if len(self.masks) == 1 else hosts | {"masks": self.masks[1:].bool()}
 
 
 @torch.no_grad()
 def transplanted(
     engine: Factored,
-    mask: Bool[Tensor, "R W *T"] | Float[Tensor, "R W *T"],
+    masks: Float[Tensor, "C R W *T"],
     hosts: Prompts,
     prompts: Prompts,
     reference: Float[Tensor, "K P V"] | None = None,
     *,
     memory: str = "2GB",
-) -> Float[Tensor, "B K"]:
-    """Returns KL(M(y) || C(y; x)) for each prompt x and host y, in nats, on the CPU.
+) -> Float[Tensor, "C B K"]:
+    """Returns KL(M(y) || C(y; x)) for each circuit C, prompt x and host y, in nats, on the CPU.
 
     Args:
         reference: the model's logits on the hosts, if they are known.
@@ -138,11 +148,12 @@ def transplanted(
     """
     hosts = hosts.to(engine.device)
     reference = model_logits(engine, hosts, memory=memory) if reference is None else reference
-    result = torch.empty(len(prompts), len(hosts), device=engine.device)
+    result = torch.empty(len(masks), len(prompts), len(hosts), device=engine.device)
     for rows, columns, ablated in _pairs(engine, hosts, prompts, memory, lambda size: size.masked()):
         run, expected = _repeated(hosts, reference, columns, len(rows))
-        moved = _moved(engine, mask, run, ablated, expected)
-        result[rows[:, None], columns] = moved.unflatten(0, (len(rows), -1)).float()
+        for circuit, mask in enumerate(masks):
+            moved = _moved(engine, mask, run, ablated, expected)
+            result[circuit, rows[:, None], columns] = moved.unflatten(0, (len(rows), -1)).float()
     return result.cpu()
 
 
@@ -231,10 +242,10 @@ def _moved(
 def fit_transplant(
     config: Fast | Strict, context: Context, trusted: Prompts, *, memory: str = "2GB"
 ) -> TransplantDetector:
-    """Returns the detector whose hosts are the first trusted prompts.
+    """Returns the detector whose hosts are the first trusted prompts; further circuits are found on the others.
 
     Raises:
-        ValueError: no circuit, fewer trusted prompts than hosts, or a setting out of range.
+        ValueError: no circuit, fewer trusted prompts than it takes, or a setting out of range.
     """
     config.check()
     if len(trusted) < config.hosts:
@@ -243,7 +254,28 @@ def fit_transplant(
         )
     hosts = trusted.select(range(config.hosts))
     bare = replace(hosts, corrupt=None, answers=None, wrong_answers=None, labels=None)
-    return _build(config, context, bare, memory)
+    return _build(config, context, bare, _more_circuits(config, context, trusted, memory), memory)
+
+
+def _more_circuits(
+    config: Fast | Strict, context: Context, trusted: Prompts, memory: str
+) -> list[Bool[Tensor, "R W *T"]]:
+    """Circuits found by the first one's method on trusted prompts that are redrawn, with replacement, each time."""
+    if config.circuits == 1 or context.circuit is None:
+        return []
+    rest = trusted.select(slice(config.hosts, None))
+    found_on = context.circuit.about.get("splits", {}).get("discovery", {}).get("prompts", len(rest))
+    if len(rest) < 2:
+        raise ValueError(
+            f"circuits={config.circuits} and hosts={config.hosts} need at least {config.hosts + 2} trusted prompts to "
+            f"fit on, but there are {len(trusted)}; give more, or lower circuits and hosts"
+        )
+    found = []
+    for number in range(1, config.circuits):
+        generator = torch.Generator().manual_seed(number)
+        drawn = rest.select(torch.randint(len(rest), (min(len(rest), found_on),), generator=generator))
+        found.append(rediscover(context.circuit, context.engine, drawn, memory=memory))
+    return found
 
 
 def restore_transplant(config: Fast | Strict, context: Context, state: Mapping[str, Tensor]) -> TransplantDetector:
@@ -253,12 +285,15 @@ def restore_transplant(config: Fast | Strict, context: Context, state: Mapping[s
         clean=state["clean"], lengths=state["lengths"], corrupt=None, positions=state["positions"], answers=None,
         wrong_answers=None, labels=None, ids=ids,
     )  # fmt: skip
-    return _build(config, context, hosts, "2GB")
+    return _build(config, context, hosts, list(state.get("masks", [])), "2GB")
 
 
-def _build(config: Fast | Strict, context: Context, hosts: Prompts, memory: str) -> TransplantDetector:
+def _build(
+    config: Fast | Strict, context: Context, hosts: Prompts, more: Sequence[Tensor], memory: str
+) -> TransplantDetector:
     if context.circuit is None:
         raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
     hosts = hosts.to(context.engine.device)
     reference = model_logits(context.engine, hosts, memory=memory)
-    return TransplantDetector(config, context.engine, context.circuit, hosts, reference)
+    masks = torch.stack([context.circuit.mask, *(mask.float() for mask in more)])
+    return TransplantDetector(config, context.engine, context.circuit, masks, hosts, reference)

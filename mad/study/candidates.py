@@ -20,7 +20,7 @@ M is the model, C its circuit under the lens' means; what is normalised is norma
     donated_variance     variance over the donors of the log-probability of M's first choice
     donated_routing      distance of the mean over donors of the heads' departures from trusted ones
     transplant           KL from M on trusted hosts to the hosts' runs with the input's values off the circuit; 32 hosts
-    transplant_2         the same with 2 hosts
+    transplant_4         the same with 4 hosts
     transplant_routing   distance of the mean over 8 hosts of the hosts' departures from those of trusted inputs
 
 A distance is a squared Mahalanobis distance after each column was standardised, with scikit-learn's shrunk covariance
@@ -300,7 +300,8 @@ def donated_routing(lens: Lens) -> Score:
 def transplant(lens: Lens, *, hosts: int = HOSTS) -> Score:
     """Whether what is off the circuit changes the answer of trusted prompts."""
     into = _hosts(lens, hosts)
-    return lambda prompts: transplanted(lens.engine, lens.mask, into, prompts, memory=MEMORY).mean(1)
+    masks = lens.mask.float()[None]
+    return lambda prompts: transplanted(lens.engine, masks, into, prompts, memory=MEMORY).mean((0, 2))
 
 
 def transplant_routing(lens: Lens) -> Score:
@@ -327,6 +328,6 @@ CANDIDATES: dict[str, Candidate] = {
     "donated_variance": donated_variance,
     "donated_routing": donated_routing,
     "transplant": transplant,
-    "transplant_2": partial(transplant, hosts=FEW_HOSTS),
+    f"transplant_{FEW_HOSTS}": partial(transplant, hosts=FEW_HOSTS),
     "transplant_routing": transplant_routing,
 }

@@ -535,12 +535,13 @@ class Combination:
 
     name: str
     members: tuple[str | Scorer, ...]
-    how: str = "fisher"  # or minimum
+    how: str = "fisher"  # or minimum; or mean, of the scores themselves
 
 
 def combine(parts: Sequence[Mapping[str, Float[Tensor, "_"]]], how: str) -> dict[str, Float[Tensor, "_"]]:
-    """Returns one score from several, through their conformal p-values alone: no anomaly is looked at.
+    """Returns one score from several: no anomaly is looked at.
 
+    mean: of the scores, which must be in one unit.  The others go through conformal p-values alone.
     fisher: - sum of ln p (Fisher 1925); minimum: - ln of the smallest p (Tippett 1931).  High = anomalous.
 
     A calibration prompt's own p-value is its rank among the others, (1 + #{others >= s}) / (n + 1).  The calibration
@@ -550,12 +551,14 @@ def combine(parts: Sequence[Mapping[str, Float[Tensor, "_"]]], how: str) -> dict
     Raises:
         ValueError: no members, members with other parts, or an unknown way.
     """
-    if how not in ("fisher", "minimum"):
-        raise ValueError(f"how={how!r}, but scores are combined by fisher or minimum")
+    if how not in ("fisher", "minimum", "mean"):
+        raise ValueError(f"how={how!r}, but scores are combined by fisher, minimum or mean")
     if not parts:
         raise ValueError("0 scores to combine; give at least one")
     if other := [own for own in parts if set(own) != set(parts[0])]:
         raise ValueError(f"parts {', '.join(other[0])}, but the first score has {', '.join(parts[0])}")
+    if how == "mean":
+        return {name: torch.stack([own[name] for own in parts]).mean(0) for name in parts[0]}
     combined = {}
     for name in parts[0]:
         values = torch.stack([_p_values(own, name) for own in parts]).log()

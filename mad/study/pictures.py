@@ -366,7 +366,7 @@ def _of(results: Results, scorers: Sequence[Scorer]) -> Results:
     return Results(tuple(replace(subject, parts=own) for subject, own in zip(results.subjects, kept, strict=True)))
 
 
-SHOWN = ("transplant", "transplant_2", "routing", "nodes", "output_kl")
+SHOWN = ("transplant", "transplant_4", "routing", "nodes", "output_kl")
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:

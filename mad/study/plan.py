@@ -65,7 +65,7 @@ NATURAL_RECIPES = (MAIN, FORMER, Recipe(tau=0.01), Recipe(tau=0.03))  # its circ
 # what is also computed on random circuits: the rest is dear
 CONTROLLED = (
     "output_kl", "output_logit_diff", "routing", "routing_max", "nodes", "nodes_max", "off_circuit_inputs",
-    "in_circuit_inputs", "transplant", "transplant_2",
+    "in_circuit_inputs", "transplant", "transplant_4",
 )  # fmt: skip
 
 

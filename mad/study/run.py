@@ -233,6 +233,7 @@ def _over(score: str, recipes: Sequence[Recipe]) -> tuple[Scorer, ...]:
 
 # scores together, by conformal p-values: the smallest of an ensemble is that of its most alarmed member
 COMBINATIONS = (
+    Combination("strict", _over("transplant", (MAIN, *ENSEMBLE[3:5])), "mean"),
     Combination("output_kl over taus", _over("output_kl", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
     Combination("output_kl over orders", _over("output_kl", (MAIN, *ENSEMBLE[:3])), "minimum"),
     Combination("output_kl over bootstraps", _over("output_kl", (MAIN, *ENSEMBLE[3:])), "minimum"),
