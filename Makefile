@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow lint bench figures docs models clean help
+.PHONY: demo test test-slow lint bench study figures docs models clean help
 
 demo: .venv/installed ## find, draw and use the circuit of the shipped model -> runs/demo
 	$(BIN)/madcap demo out=runs/demo overwrite=true
@@ -26,6 +26,9 @@ lint: .venv/installed ## ruff and pyright
 
 bench: .venv/installed ## time the engine
 	$(BIN)/madcap bench suite=engine
+
+study: .venv/installed ## which scores tell anomalies from normals -> runs/detectors (half an hour; STORIES=folder of stories260K)
+	$(BIN)/madcap bench suite=detectors out=runs/detectors $(if $(STORIES),study.natural=$(STORIES))
 
 figures: .venv/installed ## redraw every published figure
 	@set -e; for figure in figures/*.py; do \

@@ -77,6 +77,7 @@ class Footprint:
     writers: int  # W
     readers: int  # r
     query_heads: int  # of one layer
+    sides: int  # numbers at a token that a layer's queries, keys and values are
     layers: int  # L
     heads: int  # numbers that attention holds at a token for a moment
     hidden: int  # that an MLP does
@@ -145,8 +146,11 @@ class Footprint:
     @property
     def observed(self) -> int:
         """A clean run that keeps queries and keys, and a run under a mask that is compared with it."""
-        compared = self.layers * self.heads * self.tokens + 4 * self.query_heads * self.scored * self.tokens
-        return self.clean + self.masked() + self.element * compared
+        taken = self.clean + self._bytes(self.layers * (self.sides + 3 * self.width))
+        scores = 4 * self.query_heads * self.scored * self.tokens + 2 * self.heads * self.tokens
+        rows = 3 * self.query_heads * self.scored * self.width
+        compared = self.masked() + self.element * (scores + rows) + self._bytes(self.layers * self.sides)
+        return max(taken, self.prepared(False) + compared)
 
     @property
     def mask(self) -> int:
@@ -207,6 +211,7 @@ def footprint(engine: Factored, prompts: Prompts) -> Footprint:
         writers=len(graph.writers),
         readers=graph.n_heads + 2 * graph.kv_heads,
         query_heads=graph.n_heads,
+        sides=read,
         layers=graph.n_layers,
         heads=2 * (read + moved + turned) + repeated + scores,
         hidden=hidden * (2 + gated),

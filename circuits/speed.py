@@ -169,6 +169,16 @@ def _work(engine: Factored, prompts: Prompts, circuit_share: float) -> dict[str,
         logits = engine.masked(prompts.clean, circuit, mean.values(engine, prompts), positions=prompts.positions)
         return kl(logits, prompts, reference)
 
+    def transplant(hosts: int) -> list[torch.Tensor]:
+        writers = engine.clean(prompts.clean, positions=prompts.positions[:, :1] * 0).writers
+        ablated = engine.ablated(writers)
+        runs = []
+        for row in range(hosts):
+            host, at = (values[row].expand_as(values) for values in (prompts.clean, prompts.positions))
+            logits = engine.masked(host, circuit, ablated, positions=at)
+            runs.append(kl(logits, prompts, batch.clean.logits[row].expand_as(logits)))
+        return runs
+
     return {
         "masked run, half of the edges": lambda: engine.masked(prompts.clean, half, batch.ablated),
         "masked run, scored positions only": lambda: engine.masked(
@@ -176,5 +186,6 @@ def _work(engine: Factored, prompts: Prompts, circuit_share: float) -> dict[str,
         ),
         "EAP, all edges": lambda: eap(EAP(), prepare(engine, prompts, metric, counterfactual)),
         "EAP-IG, 5 steps": lambda: eap_ig(EAPIG(), prepare(engine, prompts, metric, counterfactual)),
-        f"scoring, circuit of {circuit_share:.0%}": score,
+        f"output deviation, circuit of {circuit_share:.0%}": score,
+        f"transplant into 4 prompts, circuit of {circuit_share:.0%}": lambda: transplant(4),
     }

@@ -20,6 +20,8 @@ from circuits.memory import MOST_PROMPTS, TooLittleMemory, footprint, most_promp
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.speed import peak_of_eap
+from mad.departure import departure
+from mad.detectors.transplant import model_logits, transplanted
 from tests import tiny
 from tests.budget import memory_for
 
@@ -85,6 +87,8 @@ def test_the_default_is_the_same_everywhere():
     functions += ["mad.saved.fit", "mad.scoring.score", "mad.benchmark.compare", "mad.benchmark.score_groups"]
     functions += ["mad.run.RunConfig", "mad.commands.fit.Fit", "mad.commands.score.Score"]
     functions += ["mad.detectors.circuit.fit_deviation", "mad.detectors.baselines.fit_mahalanobis"]
+    functions += ["mad.detectors.transplant.fit_transplant", "mad.detectors.transplant.transplanted"]
+    functions += ["mad.detectors.transplant.model_logits", "mad.departure.departure", "circuits.extraction.rediscover"]
     for path in functions:
         module, _, name = path.rpartition(".")
         function = getattr(importlib.import_module(module), name)
@@ -183,6 +187,12 @@ def measured(request) -> dict[str, tuple[int, int]]:
         logits = engine.masked(prompts.clean, mask, means, positions=prompts.positions, per_example=True)
         return torch.autograd.grad(metric(logits, prompts, batch.clean.logits).sum(), mask)
 
+    hosts, given = prompts.select(range(4)), prompts.select(range(4, 7))
+    shorter = long_prompts(length - 9, 3) if graph.n_positions is None else given  # then each pair has its own values
+    complete = graph.exists[None].float()  # every edge counts as kept
+    reference = model_logits(engine, hosts)
+    pair = size.clean + size.masked() + size.prepared(True)
+
     halves = (torch.rand(4, *graph.exists.shape, generator=torch.Generator().manual_seed(0)) < 0.5).float()
     with torch.no_grad():
         runs = {masks: peak(lambda masks=masks: ours.measure(halves[:masks])) for masks in (1, 4)}
@@ -196,6 +206,22 @@ def measured(request) -> dict[str, tuple[int, int]]:
             "4 masks": (runs[4], count * size.masked(4) + 4 * size.mask),
             "attribution": (peak(lambda: eap_ig(EAPIG(steps=1), ours)), count * size.attribution),
             "explanation": (peak(explanation), count * size.explanation),
+            "departure": (
+                peak(lambda: departure(engine, graph.exists, mean, prompts, memory="100GB")),
+                count * size.observed + size.shared(False) + size.mask,
+            ),
+            "departure, counterfactual": (
+                peak(lambda: departure(engine, graph.exists, counterfactual, prompts, memory="100GB")),
+                count * (size.observed + size.prepared(True)) + size.mask,
+            ),
+            **{f"transplant, {name}": (
+                peak(lambda prompts=prompts: transplanted(engine, complete, hosts, prompts, reference, memory="100GB")),
+                n_pairs * pair + size.mask,
+            ) for name, prompts, n_pairs in (("one", shorter.select([0]), 4), ("three", shorter, 12))},
+            "transplant, in parts": (
+                peak(lambda: transplanted(engine, complete, hosts, shorter, reference, memory=str(3 * pair + size.mask))),
+                3 * pair + size.mask,
+            ),
         }
 
 

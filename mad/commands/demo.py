@@ -1,4 +1,4 @@
-"""The whole path on the shipped model, in half a minute: extract, plot, score, compare.
+"""The whole path on the shipped model, in a minute: extract, plot, score, compare.
 
     madcap demo out=runs/demo
     madcap demo out=runs/demo seed=1 method.tau=0.03 overwrite=true

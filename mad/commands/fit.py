@@ -1,7 +1,8 @@
 """Fit another detector to a circuit, or the same one to other trusted inputs.
 
     madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
-    madcap fit circuit=runs/pronoun detector=fast detector.deviation=logit_diff trusted=trusted.jsonl overwrite=true
+    madcap fit circuit=runs/pronoun detector=strict trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=deviation detector.deviation=logit_diff trusted=trusted.jsonl
 
 The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the circuit was found or
 measured on are refused, because false alarms would not be bounded. Score with `madcap score ... detector=NAME`.

@@ -17,14 +17,14 @@ import sys
 from typing import Any
 
 COMMANDS = {
-    "demo": ("mad.commands.demo", "the whole path on a small shipped model, in half a minute"),
+    "demo": ("mad.commands.demo", "the whole path on a small shipped model, in a minute"),
     "extract": ("mad.commands.extract", "find the circuit behind a behaviour, and fit a detector to it"),
     "plot": ("mad.commands.plot", "draw a circuit: SVG, PNG, PDF"),
     "score": ("mad.commands.score", "score new inputs by how far the model departs from the circuit"),
     "fit": ("mad.commands.fit", "fit another detector to a circuit"),
     "train": ("mad.commands.train", "train a small model on a task"),
     "truth": ("mad.commands.truth", "test discovery methods where the circuit is known"),
-    "bench": ("mad.commands.bench", "time the engine, in forwards of the same model"),
+    "bench": ("mad.commands.bench", "time the engine, or measure which detectors work"),
 }
 
 FLAGS = {

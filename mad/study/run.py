@@ -16,7 +16,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def run_study(study: Study, out: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-def _trained(study: Study, out: Path, pool: ProcessPoolExecutor) -> Iterator[tuple[str, int, Path]]:
+def _trained(study: Study, out: Path, pool: Executor) -> Iterator[tuple[str, int, Path]]:
     """Task, seed and folder of every model; trains those that are not there."""
     tasks = [task for task in study.tasks if task in TRAINED]
     passed: dict[str, dict[int, bool]] = {task: {} for task in tasks}

@@ -1,0 +1,16 @@
+"""The pictures of docs/does-it-work.md; half an hour.  Run: python figures/does_it_work.py [FOLDER OF STORIES260K]"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from mad.commands.main import main
+
+OUT = Path("runs/detectors")  # kept: what is there is not computed again
+PICTURES = ("worst", "grid_transplant", "grid_output_kl", "false_alarms", "agree")
+
+natural = [f"study.natural={sys.argv[1]}"] if len(sys.argv) > 1 else []
+if code := main(["bench", "suite=detectors", f"out={OUT}", *natural]):
+    raise SystemExit(code)
+for name in PICTURES:
+    shutil.copyfile(OUT / f"{name}.png", Path(__file__).parent / f"study_{name}.png")
