@@ -42,6 +42,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
     allowed = _allowed(architecture, attention, q, key_mask)
     if attention.soft_cap is None:
+        allowed = allowed if allowed.ndim == 2 else allowed[None]  # with 3 axes the CPU would hold all scores at once
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
     return _scores(attention, q, k).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
 

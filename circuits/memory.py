@@ -7,12 +7,14 @@ an element:
     clean run            e S (W D + block) + logits
     prepared             e S (2 W D + (2 L + 1) D) + logits            when each prompt has its own ablated values
     run under K masks    K (e S (W D + max(3 r D, r D + heads, block)) + logits)    and the masks, for all prompts
+    observed run         prepared + e S L sides + run under a mask + scores; at least clean run + e S L (sides + 3 D)
     attribution          e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
     explanation          1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph, and its mask
 
-`block` is what one block holds for a moment, `graph` what its backward pass needs.  Every edge counts as kept and every
-prompt as long as the longest one, so that these are upper bounds.  The factor 1.5 is for what a CPU's allocator cannot
-use again because it is freed in another order than it was taken.  `tests/test_memory.py` compares with measured peaks.
+`block` is what one block holds for a moment, `sides` its queries, keys and values, `graph` what its backward pass
+needs.  Every edge counts as kept and every prompt as long as the longest one, so that these are upper bounds.  The
+factor 1.5 is for what a CPU's allocator cannot use again because it is freed in another order than it was taken.
+`tests/test_memory.py` compares with measured peaks.
 
 Shapes: pos S, d_model D, writers W, readers r of one block's attention, layers L, candidate masks K, scored positions
 P, vocabulary V.
@@ -197,6 +199,7 @@ def footprint(engine: Factored, prompts: Prompts) -> Footprint:
     repeated = 2 * moved if graph.kv_group > 1 else 0
     capped = any(block.attention.soft_cap is not None for block in blocks)
     scores = 3 * graph.n_heads * n_tokens if capped else 0
+    allowed = 0 if graph.causal else 2 * n_tokens  # which keys each prompt has, as truth values and as numbers
     normed = read if any(block.attention.q_norm is not None for block in blocks) else 0
     mlps = [block.mlp for block in blocks if block.mlp is not None]
     hidden = max((mlp.up.weight.shape[0] for mlp in mlps), default=0)
@@ -213,7 +216,7 @@ def footprint(engine: Factored, prompts: Prompts) -> Footprint:
         query_heads=graph.n_heads,
         sides=read,
         layers=graph.n_layers,
-        heads=2 * (read + moved + turned) + repeated + scores,
+        heads=2 * (read + moved + turned) + repeated + scores + allowed,
         hidden=hidden * (2 + gated),
         graph=max(forward, 4 * width + 2 * read),
         vocabulary=engine.model.outputs,

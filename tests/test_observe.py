@@ -184,7 +184,7 @@ def test_all_readers_are_given_the_writers_of_another_run(name):
 
 
 def test_the_nodes_that_are_shown_are_those_that_the_logits_depend_on(named):
-    _, factored = named
+    name, factored = named
     ids, graph = tokens(2, 5), factored.graph
     ablated = factored.ablated(noise_like(factored.clean(ids).writers))
     draw, sizes = torch.Generator().manual_seed(1), set()
@@ -192,10 +192,13 @@ def test_the_nodes_that_are_shown_are_those_that_the_logits_depend_on(named):
         mask = (torch.rand(graph.exists.shape, generator=draw) < 0.15).double()
         notes = Notes(factored, 1)
         factored.masked(ids, mask, ablated, observe=notes)
-        alive = [name for name, here in zip(graph.writers, read_by(graph, mask, 1)[:, 0].tolist(), strict=True) if here]
-        assert list(notes.written) == [name for name in alive if not name.startswith("input")]
-        assert list(notes.queries) == [name for name in notes.written if name.startswith("a")]
+        alive = [node for node, here in zip(graph.writers, read_by(graph, mask, 1)[:, 0].tolist(), strict=True) if here]
+        assert list(notes.written) == [node for node in alive if not node.startswith("input")]
+        assert list(notes.queries) == [node for node in notes.written if node.startswith("a")]
         sizes.add(len(notes.written))
+        if graph.kv_group > 1:  # with some heads dead, which key-value head is whose
+            through_hooks(factored, ids, mask, ablated.writers, seen=(seen := {}))
+            notes.equal(name, 0, seen)
     assert len(sizes) > 2
 
 

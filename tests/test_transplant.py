@@ -231,8 +231,10 @@ def test_what_all_hosts_share_stays_one_row():
 # ---- memory -----------------------------------------------------------------------------------------
 
 
-def test_few_pairs_at_once_are_as_good_as_many(engine):
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "bidirectional", "gpt2, positions"])
+def test_few_pairs_at_once_are_as_good_as_many(name):
     """With fewer pairs than hosts they are run in parts, some of them shorter and with fewer scored positions."""
+    engine = ENGINES[name]
     hosts, new, mask = hosts_of(engine), prompts_of(engine), circuit(engine)
     expected = transplanted(engine, mask, hosts, new)
     for pairs in (1, 2, 3, 11):

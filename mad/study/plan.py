@@ -49,7 +49,7 @@ class Recipe:
         return "-".join(parts)
 
 
-TAUS = (0.003, 0.01, 0.03, 0.1)
+TAUS = (0.003, 0.03)
 MAIN = Recipe()  # what `fast` and `strict` use
 FORMER = Recipe(by_position=False, ablation="mean", tau=0.01)  # edges as they are usually taken
 GRID = tuple(
@@ -58,14 +58,13 @@ GRID = tuple(
     for ablation in ("resample", "mean")
     for tau in TAUS
 )
-ENSEMBLE = tuple(Recipe(shuffled=seed) for seed in (1, 2, 3)) + tuple(Recipe(bootstrap=seed) for seed in (1, 2, 3))
+REDRAWN = (Recipe(bootstrap=1), Recipe(bootstrap=2))  # the further circuits of `strict`
 FEWER = tuple(Recipe(prompts=count) for count in (10, 30))
-ON_GRID = ("output_kl", "routing", "nodes", "transplant")
-NATURAL_RECIPES = (MAIN, FORMER, Recipe(tau=0.01), Recipe(tau=0.03))  # its circuits take a minute each
+NATURAL_RECIPES = (MAIN, FORMER, *REDRAWN, Recipe(tau=0.01))  # its circuits take a minute each
+ON_GRID = ("output_kl", "routing", "nodes", "transplant_4")
 # what is also computed on random circuits: the rest is dear
 CONTROLLED = (
-    "output_kl", "output_logit_diff", "routing", "routing_max", "nodes", "nodes_max", "off_circuit_inputs",
-    "in_circuit_inputs", "transplant", "transplant_4",
+    "output_kl", "output_logit_diff", "routing", "routing_max", "nodes", "nodes_max", "transplant", "transplant_4",
 )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from mad.study.cells import Combination, Scorer
 from mad.study.lens import controls, engine_of, find, look
 from mad.study.plan import (
     CONTROLLED,
-    ENSEMBLE,
     FEWER,
     FORMER,
     GRID,
@@ -37,6 +36,7 @@ from mad.study.plan import (
     NATURAL,
     NATURAL_RECIPES,
     ON_GRID,
+    REDRAWN,
     TAUS,
     TRAINED,
     Recipe,
@@ -200,7 +200,7 @@ def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
     from mad.study.candidates import CANDIDATES
 
     seen: set[tuple] = set()
-    recipes = (MAIN, FORMER, *GRID, *ENSEMBLE, *FEWER) if subject.one_length else NATURAL_RECIPES
+    recipes = (MAIN, FORMER, *REDRAWN, *GRID, *FEWER) if subject.one_length else NATURAL_RECIPES
     for recipe in dict.fromkeys(recipes):
         by_position = engine_of(subject, recipe).graph.n_positions is not None
         key = (by_position, recipe.ablation, recipe.tau, recipe.shuffled, recipe.bootstrap, recipe.prompts)
@@ -208,7 +208,8 @@ def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
             continue
         seen.add(key)
         full = recipe in (MAIN, FORMER)
-        yield recipe, tuple(CANDIDATES) if full else ON_GRID, full
+        names = tuple(CANDIDATES) if full else (*ON_GRID, "transplant") if recipe in REDRAWN else ON_GRID
+        yield recipe, names, full
 
 
 def _files(out: Path, task: str, seed: int) -> tuple[Path, Path]:
@@ -233,12 +234,9 @@ def _over(score: str, recipes: Sequence[Recipe]) -> tuple[Scorer, ...]:
 
 # scores together, by conformal p-values: the smallest of an ensemble is that of its most alarmed member
 COMBINATIONS = (
-    Combination("strict", _over("transplant", (MAIN, *ENSEMBLE[3:5])), "mean"),
+    Combination("strict", _over("transplant", (MAIN, *REDRAWN)), "mean"),
+    Combination("output_kl over redrawn prompts", _over("output_kl", (MAIN, *REDRAWN)), "minimum"),
     Combination("output_kl over taus", _over("output_kl", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
-    Combination("output_kl over orders", _over("output_kl", (MAIN, *ENSEMBLE[:3])), "minimum"),
-    Combination("output_kl over bootstraps", _over("output_kl", (MAIN, *ENSEMBLE[3:])), "minimum"),
-    Combination("transplant over taus", _over("transplant", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
-    Combination("transplant over orders", _over("transplant", (MAIN, *ENSEMBLE[:3])), "minimum"),
     Combination("transplant + output_kl, Fisher", ("transplant", "output_kl"), "fisher"),
     Combination("transplant + output_kl, minimum", ("transplant", "output_kl"), "minimum"),
     Combination("transplant + nodes, Fisher", ("transplant", "nodes"), "fisher"),
