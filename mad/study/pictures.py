@@ -375,7 +375,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     paths = []
     if any("anomaly" in subject.strata for subject in results.subjects):
         paths.append(draw_worst(results, folder / "worst.png", title="Which scores tell anomalies from normals"))
-        for score in ("transplant", "output_kl"):
+        for score in ("transplant_4", "output_kl"):
             title = f"{score}: which circuit"
             paths.append(draw_grid(results, score, folder / f"grid_{score}.png", title=title))
     if "recall_redirect" in tasks:
