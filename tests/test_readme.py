@@ -57,6 +57,13 @@ def test_the_pictures_are_there(link):
     assert (ROOT / link).is_file()
 
 
+def test_the_demo_runs(tmp_path):
+    assert main(["demo", f"out={tmp_path / 'demo'}", "mode=smoke", "inputs=20", "controls=1", "alpha=0.1"]) == 0
+    rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]
+    assert [row["detector"] for row in rows[:3]] == ["fast", "strict", "deviation"] and len(rows) == 6
+
+
+@pytest.mark.slow
 def test_the_table_is_that_of_a_run(tmp_path):
     assert main(["demo", f"out={tmp_path / 'demo'}"]) == 0
     rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]

@@ -30,7 +30,7 @@ class Demo(RunConfig):
     ablation: Any = "???"  # what a removed edge carries during discovery
     detector: Any = "???"  # the detector that is fitted and calibrated
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
-    inputs: int = 500  # prompts of each group that are scored
+    inputs: int = 300  # prompts of each group that are scored
     controls: int = 5  # random circuits of the same size that are scored too
     out: str = "runs/demo"  # folder to write
 

@@ -38,6 +38,7 @@ from mad.study.cells import (
     MAIN,
     NONE,
     ORACLE,
+    SEVERAL,
     Cell,
     Results,
     Scorer,
@@ -81,7 +82,7 @@ def draw_worst(results: Results, path: Path, *, main: str = MAIN, title: str = "
     everywhere, randoms = len(places(found)), worst_controls(found)
     found = (*found, *oracle(found))
     worst, own = worst_cases(found), by_scorer(found)
-    apart = {s for s in worst if s.circuit != main and not s.baseline and s.circuit != ORACLE}
+    apart = {s for s in worst if s.circuit not in (main, SEVERAL, ORACLE) and not s.baseline}
     rows = sorted(set(worst) - apart, key=lambda s: (worst[s].auroc, s))  # the best on top
     from matplotlib.figure import Figure
 
@@ -104,7 +105,7 @@ def draw_worst(results: Results, path: Path, *, main: str = MAIN, title: str = "
         axes.tick_params(axis="y", length=0)
         for tick, scorer in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_color(FAINT_INK if scorer.circuit == ORACLE else INK)
-            tick.set_fontweight("bold" if scorer.circuit == main else "normal")
+            tick.set_fontweight("bold" if scorer.circuit in (main, SEVERAL) else "normal")
         axes.annotate(
             "worst", (1, 1), xycoords="axes fraction", xytext=(6, 2), textcoords="offset points", va="bottom", size=8.5,
             color=FAINT_INK, annotation_clip=False,
@@ -352,9 +353,9 @@ def _chosen(results: Results, scores: Sequence[str], main: str) -> list[Scorer]:
         raise ValueError("0 scores to draw; name at least one")
     chosen = []
     for score in scores:
-        there = [s for s in (Scorer(score, NONE), Scorer(score, main)) if s in results.scorers]
+        there = [s for s in (Scorer(score, NONE), Scorer(score, SEVERAL), Scorer(score, main)) if s in results.scorers]
         if not there:
-            names = ", ".join(sorted({s.score for s in results.scorers if s.circuit in (NONE, main)}))
+            names = ", ".join(sorted({s.score for s in results.scorers if s.circuit in (NONE, SEVERAL, main)}))
             raise ValueError(f"score={score!r}, but through no circuit or {main} there are {names}")
         chosen.append(there[0])
     return chosen
@@ -366,7 +367,7 @@ def _of(results: Results, scorers: Sequence[Scorer]) -> Results:
     return Results(tuple(replace(subject, parts=own) for subject, own in zip(results.subjects, kept, strict=True)))
 
 
-SHOWN = ("transplant", "transplant_4", "routing", "nodes", "output_kl")
+SHOWN = ("strict", "transplant_4", "routing", "nodes", "output_kl")
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
