@@ -67,7 +67,7 @@ def _detectors(config: Bench) -> None:
     alarms = worst_false_alarms(summary.flags, 0.01)
     table = Table(title="worst case over tasks, regimes, strata and seeds", title_justify="left")
     for header in ("score", "AUROC", "in", "random circuits", "false alarms at 1 %"):
-        table.add_column(header, justify="left" if header in ("score", "in") else "right")
+        table.add_column(header, justify="left" if header in ("score", "in") else "right", no_wrap=header == "score")
     rows = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
     for scorer in sorted(rows, key=lambda one: -worst[one].auroc):
         cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
