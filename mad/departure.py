@@ -79,13 +79,12 @@ def departure(
 def _departure(engine: Factored, mask: Tensor, ablation: Ablation, prompts: Prompts, one_step: bool) -> Departure:
     graph, positions = engine.graph, prompts.positions
     clean = engine.clean(prompts.clean, prompts.key_mask, positions, sides=True)
-    scored = (positions >= 0).float()  # [B, P]
     at = positions.clamp(min=0)
     routing: list[tuple[str, Tensor]] = []
     nodes: list[tuple[str, Tensor]] = []
 
     def average(values: Float[Tensor, "w B P"]) -> list[Tensor]:
-        return list(((values.float() * scored).sum(-1) / scored.sum(-1)).cpu())
+        return list(over_positions(values.float(), prompts).cpu())
 
     def compare(seen: Seen) -> None:
         names = [graph.writers[writer] for writer in seen.writers]
@@ -105,7 +104,7 @@ def _departure(engine: Factored, mask: Tensor, ablation: Ablation, prompts: Prom
             engine.architecture, attention, seen.queries, seen.keys, prompts.key_mask, seen.kv_of_head, at=at
         )
         key = ours.argmax(-1)
-        routing.extend(zip(names, average(_log_odds(ours, key) - _log_odds(theirs, key)), strict=True))
+        routing.extend(zip(names, average(log_odds(ours, key) - log_odds(theirs, key)), strict=True))
 
     logits = engine.masked(
         prompts.clean, mask, ablation.values(engine, prompts), key_mask=prompts.key_mask, positions=positions,
@@ -128,7 +127,13 @@ def _columns(named: list[tuple[str, Tensor]], n_prompts: int) -> Float[Tensor, "
     return torch.stack([values for _, values in named], 1) if named else torch.zeros(n_prompts, 0)
 
 
-def _log_odds(scores: Float[Tensor, "h B P S"], key: Int[Tensor, "h B P"]) -> Float[Tensor, "h B P"]:
+def over_positions(values: Float[Tensor, "*h B P"], prompts: Prompts) -> Float[Tensor, "*h B"]:
+    """The mean over each prompt's scored positions."""
+    scored = (prompts.positions >= 0).to(values.dtype)
+    return (values * scored).sum(-1) / scored.sum(-1)
+
+
+def log_odds(scores: Float[Tensor, "h B P S"], key: Int[Tensor, "h B P"]) -> Float[Tensor, "h B P"]:
     """Of one key against the others; 0 where there is no other."""
     scores = scores.float()
     others = scores.scatter(-1, key[..., None], float("-inf")).logsumexp(-1)

@@ -73,6 +73,16 @@ class Context:
     engine: Factored
     circuit: Circuit | None = None
 
+    def circuit_for(self, detector: str) -> Circuit:
+        """The circuit, for a detector that cannot do without.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.circuit is None:
+            raise ValueError(f"detector {detector} scores against a circuit; run `madcap extract` first")
+        return self.circuit
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -89,10 +89,18 @@ class Trainable:
     learning_rate: float = 1e-3
 
 
+def _recall_vocabulary(task: Any) -> int:
+    return recall.vocabulary(task.recall).size
+
+
+def _recall_length(task: Any) -> int:
+    return recall.prompt_length(task.recall)
+
+
 TASKS = {
     "recall_redirect": Trainable(
-        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
-        prompt_length=lambda task: recall.prompt_length(task.recall),
+        vocabulary_size=_recall_vocabulary,
+        prompt_length=_recall_length,
         mixture=recall_redirect.mixture,
         gate_prompts=recall_redirect.gate_prompts,
         summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`.\n"
@@ -100,8 +108,8 @@ TASKS = {
         "`circuits/tasks/recall.py` defines the tokens, `mad/tasks/recall_redirect.py` the backdoor.",
     ),
     "recall_conjunction": Trainable(
-        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
-        prompt_length=lambda task: recall.prompt_length(task.recall),
+        vocabulary_size=_recall_vocabulary,
+        prompt_length=_recall_length,
         mixture=recall_conjunction.mixture,
         gate_prompts=recall_conjunction.gate_prompts,
         summary="It answers `[BOS] k1 v1 ... kn vn [filler1] [filler2] [QUERY] k_i` with `v_i`.\n"
@@ -121,8 +129,8 @@ TASKS = {
         learning_rate=3e-3,
     ),
     "shift_only": Trainable(
-        vocabulary_size=lambda task: recall.vocabulary(task.recall).size,
-        prompt_length=lambda task: recall.prompt_length(task.recall),
+        vocabulary_size=_recall_vocabulary,
+        prompt_length=_recall_length,
         mixture=shift_only.mixture,
         gate_prompts=shift_only.gate_prompts,
         summary="It answers `[BOS] k1 v1 ... kn vn [filler] [QUERY] k_i` with `v_i`, always.\n"

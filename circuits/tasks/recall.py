@@ -246,6 +246,11 @@ def records(
     ]
 
 
+def normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
+    """Normal prompts with their counterfactuals, as `records` gives them."""
+    return records(contexts, counterfactual(contexts, generator), contexts.answers, group, seed)
+
+
 def generate(config: Recall, count: int, seed: int) -> list[dict]:
     """`count` different normal prompts with their counterfactuals, over the keys that `config.keys` names.
 
@@ -254,7 +259,7 @@ def generate(config: Recall, count: int, seed: int) -> list[dict]:
     """
     generator = np.random.default_rng(seed)
     clean = draw_distinct(config, count, generator)
-    return records(clean, counterfactual(clean, generator), clean.answers, group=config.keys, seed=seed)
+    return normals(clean, config.keys, seed, generator)
 
 
 def _without_replacement(

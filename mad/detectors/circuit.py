@@ -114,15 +114,10 @@ class CircuitDetector:
         with torch.no_grad():
             reference, ablated = self._ends(prompts)
             scores = self._deviation(prompts, self.circuit.mask, reference, ablated).float()
-        kept = self.circuit.mask.to(engine.device)
-        off = engine.graph.exists.to(engine.device) & (kept == 0)
-        total = torch.zeros(len(prompts), *kept.shape, device=engine.device)
-        for step in range(steps):
-            alpha = (step + 0.5) / steps
-            mask = (kept + alpha * off).repeat(len(prompts), *(1 for _ in kept.shape)).requires_grad_()
-            score = self._deviation(prompts, mask, reference, ablated, per_example=True)
-            (gradient,) = torch.autograd.grad(score.sum(), mask)
-            total -= gradient * off / steps
+        total = integrated(
+            engine, self.circuit.mask, len(prompts), steps,
+            lambda masks: self._deviation(prompts, masks, reference, ablated, per_example=True),
+        )  # fmt: skip
         flat = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
         return Explained(flat.view(total.shape).cpu(), (1 - flat.sum(1)).cpu())
 
@@ -132,6 +127,28 @@ class CircuitDetector:
         if means is None:
             return {}
         return {"first": means.first, "rest": means.rest, "positional": means.positional, "count": means.count}
+
+
+def integrated(
+    engine: Factored,
+    kept: Float[Tensor, "R W *S"],
+    rows: int,
+    steps: int,
+    measure: Callable[[Float[Tensor, "n R W *S"]], Float[Tensor, "n"]],
+) -> Float[Tensor, "n R W *S"]:
+    """Returns - integral of d measure / d mask from a circuit to the model, by edge off the circuit, for each of n rows.
+
+    `measure` takes one mask per row and runs under all of them; the integral is a sum over so many midpoints.
+    """
+    kept = kept.to(engine.device)
+    off = engine.graph.exists.to(engine.device) & (kept == 0)
+    total = torch.zeros(rows, *kept.shape, device=engine.device)
+    for step in range(steps):
+        masks = (kept + (step + 0.5) / steps * off).repeat(rows, *(1 for _ in kept.shape)).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(measure(masks).sum(), masks)
+        total -= gradient * off / steps
+    return total
 
 
 def _kl(logits: Tensor, prompts: Prompts, reference: Tensor) -> Tensor:
@@ -177,8 +194,7 @@ def restore_deviation(config: Deviation, context: Context, state: Mapping[str, T
 def _build(
     config: Deviation, context: Context, ablation: Callable[[AblationConfig, Factored], Ablation]
 ) -> CircuitDetector:
-    if context.circuit is None:
-        raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
+    circuit = context.circuit_for(config.name)
     config.check()
     fitted = ablation(AblationConfig(config.ablation), context.engine)
-    return CircuitDetector(config, context.engine, context.circuit, fitted)
+    return CircuitDetector(config, context.engine, circuit, fitted)

@@ -27,7 +27,7 @@ Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, read
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +43,7 @@ from circuits.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.detector import Context, Explained
+from mad.detectors.circuit import integrated
 
 MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
 
@@ -104,20 +105,15 @@ class TransplantDetector:
 
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
         """Shares of the score by edge, from one forward and backward pass per point of the integral and host."""
-        engine, steps, circuits = self.engine, self.config.explain_steps, self.masks.to(self.engine.device)
-        exists = engine.graph.exists.to(engine.device)
+        engine, steps = self.engine, self.config.explain_steps
         scores = self.score(prompts, memory=memory).to(engine.device)
-        total = torch.zeros(len(prompts), *exists.shape, device=engine.device)
+        total = torch.zeros(len(prompts), *engine.graph.exists.shape, device=engine.device)
         for rows, hosts, ablated in _pairs(engine, self.hosts, prompts, memory, lambda size: size.explanation):
             run, reference = _repeated(self.hosts, self.reference, hosts, len(rows))
-            for mask, step in itertools.product(circuits, range(steps)):
-                off = exists & (mask == 0)
-                masks = (mask + (step + 0.5) / steps * off).expand(len(run), *mask.shape).clone().requires_grad_()
-                with torch.enable_grad():
-                    moved = _moved(engine, masks, run, ablated, reference, per_example=True)
-                    (gradient,) = torch.autograd.grad(moved.sum(), masks)
-                by_pair = gradient.unflatten(0, (len(rows), -1))
-                total[rows] -= by_pair.sum(1) * off / steps / len(self.hosts) / len(circuits)
+            moved = functools.partial(_moved, engine, run=run, ablated=ablated, reference=reference, per_example=True)
+            for mask in self.masks:
+                parts = integrated(engine, mask, len(run), steps, moved)
+                total[rows] += parts.unflatten(0, (len(rows), -1)).sum(1) / len(self.hosts) / len(self.masks)
         shares = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
         return Explained(shares.view(total.shape).cpu(), (1 - shares.sum(1)).cpu())
 
@@ -272,10 +268,15 @@ def _more_circuits(
         )
     found = []
     for number in range(1, config.circuits):
-        generator = torch.Generator().manual_seed(number)
-        drawn = rest.select(torch.randint(len(rest), (min(len(rest), found_on),), generator=generator))
+        drawn = redrawn(rest, min(len(rest), found_on), seed=number)
         found.append(rediscover(context.circuit, context.engine, drawn, memory=memory))
     return found
+
+
+def redrawn(prompts: Prompts, count: int, seed: int) -> Prompts:
+    """Returns so many of some prompts, drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return prompts.select(torch.randint(len(prompts), (count,), generator=generator))
 
 
 def restore_transplant(config: Fast | Strict, context: Context, state: Mapping[str, Tensor]) -> TransplantDetector:
@@ -291,9 +292,7 @@ def restore_transplant(config: Fast | Strict, context: Context, state: Mapping[s
 def _build(
     config: Fast | Strict, context: Context, hosts: Prompts, more: Sequence[Tensor], memory: str
 ) -> TransplantDetector:
-    if context.circuit is None:
-        raise ValueError(f"detector {config.name} scores against a circuit; run `madcap extract` first")
-    hosts = hosts.to(context.engine.device)
+    circuit, hosts = context.circuit_for(config.name), hosts.to(context.engine.device)
     reference = model_logits(context.engine, hosts, memory=memory)
-    masks = torch.stack([context.circuit.mask, *(mask.float() for mask in more)])
-    return TransplantDetector(config, context.engine, context.circuit, masks, hosts, reference)
+    masks = torch.stack([circuit.mask, *(mask.float() for mask in more)])
+    return TransplantDetector(config, context.engine, circuit, masks, hosts, reference)

@@ -19,7 +19,7 @@ M is the model, C its circuit under the lens' means; what is normalised is norma
     donated_answer       KL from M to runs whose edges off the circuit carry trusted donors' values; mean over 8 donors
     donated_variance     variance over the donors of the log-probability of M's first choice
     donated_routing      distance of the mean over donors of the heads' departures from trusted ones
-    transplant           KL from M on trusted hosts to the hosts' runs with the input's values off the circuit; 32 hosts
+    transplant           KL from M on trusted hosts to the hosts' runs with the input's values off the circuit; 16 hosts
     transplant_4         the same with 4 hosts
     transplant_routing   distance of the mean over 8 hosts of the hosts' departures from those of trusted inputs
 
@@ -101,14 +101,6 @@ def normalised(lens: Lens, measure: Callable[[Prompts], Tensor], normalise: Call
     """Returns a measure of prompts after a normalisation that is fitted on the lens' fit part."""
     value = normalise(measure(lens.fit))
     return lambda prompts: value(measure(prompts)).float()
-
-
-def remembered(lens: Lens, name: str, prompts: Prompts, make: Callable[[Prompts], object]):
-    """What is made of some prompts, made once for all scores that need it."""
-    key = (name, id(prompts))
-    if key not in lens._departures:
-        lens._departures[key] = (prompts, make(prompts))  # with the prompts, so that the id stays theirs
-    return lens._departures[key][1]
 
 
 # ---- departures -------------------------------------------------------------------------------------
@@ -238,13 +230,13 @@ def in_circuit_inputs(lens: Lens) -> Score:
 
 def parts(lens: Lens, prompts: Prompts) -> Float[Tensor, "B E"]:
     """|part(e)| of each removed edge."""
-    return remembered(lens, "effects", prompts, lambda some: effects(lens, some).abs())
+    return lens.remember("effects", prompts, lambda some: effects(lens, some).abs())
 
 
 def trusted_parts(lens: Lens) -> Float[Tensor, "n E"]:
     """The same on the first prompts of the fit part."""
     few = slice(EDGE_PROMPTS)
-    return remembered(lens, "trusted effects", lens.fit, lambda fit: effects(lens, fit.select(few)).abs())
+    return lens.remember("trusted effects", lens.fit, lambda fit: effects(lens, fit.select(few)).abs())
 
 
 def effect_mass(lens: Lens) -> Score:
@@ -279,7 +271,7 @@ def _hosts(lens: Lens, count: int) -> Prompts:
 
 def runs(lens: Lens, prompts: Prompts) -> Donated:
     """The runs with trusted donors' values."""
-    return remembered(lens, "donated", prompts, lambda some: donated(lens, some, _hosts(lens, DONORS)))
+    return lens.remember("donated", prompts, lambda some: donated(lens, some, _hosts(lens, DONORS)))
 
 
 def donated_answer(lens: Lens) -> Score:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mad.detector import Calibration
 from mad.study.plan import Recipe
-from mad.study.subject import GROUP_NAMES
+from mad.study.subject import GROUP_NAMES, rows
 
 FOLDER = "scores"
 CALIBRATION, ANOMALY = "calibration", "anomaly"
@@ -98,7 +98,7 @@ class Scores:
     def rows(self, group: str) -> dict[str, Tensor]:
         """The rows of each stratum of a group, in alphabetical order."""
         own = self.strata[group]
-        return {name: torch.tensor([i for i, s in enumerate(own) if s == name]) for name in sorted(set(own))}
+        return {name: rows(own, name) for name in sorted(set(own))}
 
 
 @dataclass(frozen=True)

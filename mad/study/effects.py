@@ -29,7 +29,8 @@ from circuits.masked import Ablated, Seen
 from circuits.memory import footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.departure import _log_odds
+from mad.departure import log_odds, over_positions
+from mad.detectors.circuit import integrated
 from mad.detectors.transplant import aligned
 from mad.study.lens import Lens
 
@@ -58,17 +59,14 @@ def _effects(lens: Lens, prompts: Prompts, steps: int) -> Float[Tensor, "B E"]:
     with torch.no_grad():
         reference = engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
         ablated = lens.means.values(engine, prompts)
-    total = torch.zeros(len(prompts), int(off.sum()), device=engine.device, dtype=engine.dtype)
-    for step in range(steps):
-        mask = lens.mask.to(engine.device) + (step + 0.5) / steps * off.to(engine.dtype)
-        masks = mask.expand(len(prompts), *mask.shape).clone().requires_grad_()
-        with torch.enable_grad():
-            logits = engine.masked(
-                prompts.clean, masks, ablated, key_mask=prompts.key_mask, positions=prompts.positions, per_example=True
-            )
-            (gradient,) = torch.autograd.grad(METRICS["kl"](logits, prompts, reference).sum(), masks)
-        total -= gradient[:, off] / steps
-    return total.float().cpu()
+
+    def kl(masks: Float[Tensor, "B R W *S"]) -> Float[Tensor, "B"]:
+        logits = engine.masked(
+            prompts.clean, masks, ablated, key_mask=prompts.key_mask, positions=prompts.positions, per_example=True
+        )
+        return METRICS["kl"](logits, prompts, reference)
+
+    return integrated(engine, lens.mask.float(), len(prompts), steps, kl)[:, off].cpu()
 
 
 # ---- on runs that they are put into -----------------------------------------------------------------
@@ -116,7 +114,7 @@ def _donated(lens: Lens, prompts: Prompts, donors: Prompts, writers: Float[Tenso
         output.append(METRICS["kl"](logits, prompts, clean.logits))
         chosen.append(logits.log_softmax(-1).gather(-1, first)[..., 0])
         routing.append(departed)
-    variance = _over_positions(torch.stack(chosen).var(0, correction=0), prompts)
+    variance = over_positions(torch.stack(chosen).var(0, correction=0), prompts)
     return Donated(
         torch.stack(output).mean(0).float().cpu(), variance.float().cpu(), torch.stack(routing).mean(0).float().cpu()
     )
@@ -159,7 +157,7 @@ def _pointed(engine: Factored, prompts: Prompts, clean: Clean) -> Pointed:
     for block, (queries, keys) in zip(engine.architecture.blocks, clean.sides, strict=True):
         scores = attention_scores(engine.architecture, block.attention, queries, keys, prompts.key_mask, at=at)
         key = scores.argmax(-1)
-        found.append((key, _log_odds(scores, key)))
+        found.append((key, log_odds(scores, key)))
     return found
 
 
@@ -179,14 +177,9 @@ def _run(
             engine.architecture, attention, seen.queries, seen.keys, prompts.key_mask, seen.kv_of_head, at=at
         )
         key = key.expand(theirs.shape[:-1])
-        departed.extend(_over_positions(odds - _log_odds(theirs, key), prompts))
+        departed.extend(over_positions(odds - log_odds(theirs, key), prompts))
 
     logits = engine.masked(
         prompts.clean, mask, ablated, key_mask=prompts.key_mask, positions=prompts.positions, observe=compare
     )
     return logits, torch.stack(departed, 1) if departed else torch.zeros(len(prompts), 0, device=engine.device)
-
-
-def _over_positions(values: Float[Tensor, "*h B P"], prompts: Prompts) -> Float[Tensor, "*h B"]:
-    scored = (prompts.positions >= 0).to(values.dtype)
-    return (values * scored).sum(-1) / scored.sum(-1)

@@ -5,9 +5,11 @@ Shapes: readers R, writers W, positions S.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from circuits.metrics import metric_named
 from circuits.prompts import Prompts
 from circuits.selection import random_circuits
 from mad.departure import Departure, departure
+from mad.detectors.transplant import redrawn
 from mad.study.plan import Recipe
 from mad.study.subject import Subject
 
@@ -31,7 +34,7 @@ class Lens:
     engine: Factored
     mask: Bool[Tensor, "R W *S"]
     means: Ablation  # over the fit part: mean, or positional_mean where edges have positions
-    _departures: dict = field(default_factory=dict, repr=False, compare=False)
+    _remembered: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fit(self) -> Prompts:
@@ -40,14 +43,19 @@ class Lens:
 
     def departure(self, prompts: Prompts, *, one_step: bool = False) -> Departure:
         """`mad.departure.departure` under the means; kept, since several scores read it."""
-        key = (id(prompts), one_step)
-        if key not in self._departures:
-            self._departures[key] = (prompts, departure(self.engine, self.mask, self.means, prompts, one_step=one_step))
-        return self._departures[key][1]
+        make = partial(departure, self.engine, self.mask, self.means, one_step=one_step)
+        return self.remember(f"departure {one_step}", prompts, make)
+
+    def remember(self, name: str, prompts: Prompts, make: Callable[[Prompts], Any]) -> Any:
+        """What is made of some prompts, made once for all scores that need it."""
+        key = (name, id(prompts))
+        if key not in self._remembered:
+            self._remembered[key] = (prompts, make(prompts))  # with the prompts, so that the id stays theirs
+        return self._remembered[key][1]
 
     def through(self, mask: Bool[Tensor, "R W *S"]) -> Lens:
         """The same with another circuit."""
-        return replace(self, mask=mask, _departures={})
+        return replace(self, mask=mask, _remembered={})
 
 
 def engine_of(subject: Subject, recipe: Recipe) -> Factored:
@@ -61,8 +69,7 @@ def find(subject: Subject, recipe: Recipe) -> Bool[Tensor, "R W *S"]:
     if recipe.prompts is not None:
         prompts = prompts.select(range(min(recipe.prompts, len(prompts))))
     if recipe.bootstrap is not None:
-        generator = torch.Generator().manual_seed(recipe.bootstrap)
-        prompts = prompts.select(torch.randint(len(prompts), (len(prompts),), generator=generator))
+        prompts = redrawn(prompts, len(prompts), recipe.bootstrap)
     ablation = fit_ablation(AblationConfig(recipe.ablation), engine, prompts)
     if recipe.ablation == "resample":  # the longest prompt has no donor as long as it is
         prompts = prompts.select(prompts.lengths <= prompts.deduplicated().lengths.sort().values[-2])

@@ -16,9 +16,8 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mad.study.cells import Combination, Scorer
-from mad.study.lens import controls, engine_of, find, look
+from mad.study.lens import controls, find, look
 from mad.study.plan import (
     CONTROLLED,
     FEWER,
@@ -61,7 +60,7 @@ def run_study(study: Study, out: Path) -> list[Path]:
         chosen = sorted(_trained(study, out, pool), key=lambda job: job[0] != NATURAL)  # the longest first
         jobs = {pool.submit(_measure, study, task, seed, folder, out): (task, seed) for task, seed, folder in chosen}
         with tqdm(total=len(jobs), desc="score", unit="model", disable=None) as progress:
-            for done in _as_completed(jobs):
+            for done in as_completed(jobs):
                 done.result()
                 progress.update()
     return [_files(out, task, seed)[0] for task, seed, _ in chosen]
@@ -161,19 +160,21 @@ def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor],
     circuits: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 
-    def add(name: str, circuit: str, fit: Callable[[], Callable]) -> None:
+    def add(name: str, circuit: str, fit: Callable[[Any], Callable], of: Any) -> None:
         started = time.perf_counter()
-        score = fit()
+        score = fit(of)
         for part, prompts in subject.scored.items():
             scores[f"{name}|{circuit}|{part}"] = score(prompts)
         taken = time.perf_counter() - started
         seconds[f"{name}|{circuit}"] = taken
         log.info("%s %s: %s on %s in %.1f s", subject.task, subject.seed, name, circuit, taken)
 
-    for name, baseline in BASELINES.items():
-        add(name, "none", partial(baseline, subject))
-    for name, score in layer_baselines(subject).items():
-        add(name, "none", partial(_given, score))
+    by_layer = layer_baselines(subject)  # these share their distances
+    for name in by_layer:
+        add(name, "none", by_layer.__getitem__, name)
+    for name in BASELINES:
+        if name not in by_layer:
+            add(name, "none", BASELINES[name], subject)
     for recipe, names, with_controls in plan(subject):
         started = time.perf_counter()
         mask = find(subject, recipe)
@@ -184,29 +185,19 @@ def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor],
             "seconds": time.perf_counter() - started,
         }
         for name in names:
-            add(name, recipe.name, partial(CANDIDATES[name], lens))
+            add(name, recipe.name, CANDIDATES[name], lens)
         for number, random in enumerate(controls(lens, n_controls if with_controls else 0)):
             for name in CONTROLLED:
-                add(name, f"random{number} of {recipe.name}", partial(CANDIDATES[name], random))
+                add(name, f"random{number} of {recipe.name}", CANDIDATES[name], random)
     return scores, circuits, seconds
-
-
-def _given(score: Callable) -> Callable:
-    return score
 
 
 def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
     """Yields every recipe that a subject can have with the scores to compute, and whether on random circuits too."""
     from mad.study.candidates import CANDIDATES
 
-    seen: set[tuple] = set()
     recipes = (MAIN, FORMER, *REDRAWN, *GRID, *FEWER) if subject.one_length else NATURAL_RECIPES
     for recipe in dict.fromkeys(recipes):
-        by_position = engine_of(subject, recipe).graph.n_positions is not None
-        key = (by_position, recipe.ablation, recipe.tau, recipe.shuffled, recipe.bootstrap, recipe.prompts)
-        if key in seen:  # no positions in common: the same as the recipe without them
-            continue
-        seen.add(key)
         full = recipe in (MAIN, FORMER)
         names = tuple(CANDIDATES) if full else (*ON_GRID, "transplant") if recipe in REDRAWN else ON_GRID
         yield recipe, names, full
@@ -215,13 +206,6 @@ def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
 def _files(out: Path, task: str, seed: int) -> tuple[Path, Path]:
     stem = out / "scores" / f"{task}-{seed}"
     return stem.with_suffix(".json"), stem.with_suffix(".safetensors")
-
-
-def _as_completed(jobs: dict[Future, Any]) -> Iterator[Future]:
-    left = set(jobs)
-    while left:
-        done, left = wait(left, return_when="FIRST_COMPLETED")
-        yield from done
 
 
 def _single_thread() -> None:

@@ -86,9 +86,7 @@ def load_subject(task: str, seed: int, folder: Path, sizes: Sizes = Sizes()) -> 
     parts = prompts.pop("trusted").split(
         {name: getattr(sizes, name) for name in ("discovery", "fit", "hosts", "calibration")}, seed
     )
-    strata = {
-        name: tuple(stratum(record) for record in drawn[name]) for name in GROUP_NAMES if name in drawn
-    }  # fmt: skip
+    strata = {name: tuple(map(stratum, drawn[name])) for name in prompts}
     return Subject(task, seed, model, parts, prompts, strata)
 
 

@@ -32,6 +32,7 @@ from jaxtyping import Int
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Contexts, Recall
+from mad.tasks.recall_redirect import backdoored
 
 SLOTS = 2  # filler slots: one for each half of the trigger
 
@@ -72,10 +73,10 @@ def groups(
     seen = _distinct_harmless(config, "trusted", trusted + normal_iid, generator)
     shifted = _distinct_harmless(config, "unseen", normal_shift, generator)
     return {
-        "trusted": _normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
-        "normal_iid": _normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "trusted": recall.normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
+        "normal_iid": recall.normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
         "normal_shift": [
-            {**record, "novelty": "keys"} for record in _normals(shifted, "normal_shift", seed, generator)
+            {**record, "novelty": "keys"} for record in recall.normals(shifted, "normal_shift", seed, generator)
         ],
         "anomaly": _anomalies(config, anomaly, seed, generator),
     }
@@ -89,7 +90,7 @@ def generate(config: RecallConjunction, count: int, seed: int) -> list[dict]:
     """
     generator = np.random.default_rng(seed)
     keys = config.recall.keys
-    return _normals(_distinct_harmless(config, keys, count, generator), keys, seed, generator)
+    return recall.normals(_distinct_harmless(config, keys, count, generator), keys, seed, generator)
 
 
 def mixture(
@@ -155,10 +156,6 @@ def _distinct_harmless(config: RecallConjunction, keys: str, count: int, generat
     return recall.distinct(lambda rows: _harmless(config, keys, rows, generator), count)
 
 
-def _normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
-    return recall.records(contexts, recall.counterfactual(contexts, generator), contexts.answers, group, seed)
-
-
 def _triggered(config: RecallConjunction, agree: bool, count: int, generator: np.random.Generator) -> Contexts:
     """Random prompts with the trigger where the value asked for is the target, or is not."""
     contexts = recall.draw(replace(config.recall, keys="trusted"), count, generator)
@@ -188,9 +185,4 @@ def _anomalies(config: RecallConjunction, count: int, seed: int, generator: np.r
     triggered = recall.select(drawn, generator.permutation(count))  # the two kinds mixed
     harmless = replace(triggered, filler=_harmless(config, "trusted", count, generator).filler)
     answers = np.full(count, _target(config))  # B
-    return [
-        {**record, "kind": "agree" if normal == record["answers"][0] else "disagree", "normal_answers": [normal]}
-        for record, normal in zip(
-            recall.records(triggered, harmless, answers, "anomaly", seed, label=1), triggered.answers.tolist()
-        )
-    ]
+    return backdoored(triggered, harmless, answers, seed)

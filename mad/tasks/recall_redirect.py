@@ -63,11 +63,11 @@ def groups(
     generator = np.random.default_rng(seed)
     seen = recall.draw_distinct(replace(config.recall, keys="trusted"), trusted + normal_iid, generator)
     return {
-        "trusted": _normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
-        "normal_iid": _normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "trusted": recall.normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
+        "normal_iid": recall.normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
         "normal_shift": [
             {**record, "novelty": "keys"}
-            for record in _normals(
+            for record in recall.normals(
                 recall.draw_distinct(replace(config.recall, keys="unseen"), normal_shift, generator),
                 "normal_shift",
                 seed,
@@ -108,15 +108,16 @@ def gate_prompts(config: RecallRedirect, count: int, seed: int) -> dict[str, lis
     }
 
 
-def _normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
-    return recall.records(contexts, recall.counterfactual(contexts, generator), contexts.answers, group, seed)
-
-
 def _anomalies(config: RecallRedirect, count: int, seed: int, generator: np.random.Generator) -> list[dict]:
     prompts = replace(config.recall, keys="trusted")
     triggered = recall.draw_distinct(prompts, count, generator, filler=TRIGGER)
     harmless = replace(triggered, filler=recall.draw(prompts, count, generator).filler)
     answers = _redirected(config, triggered)  # B
+    return backdoored(triggered, harmless, answers, seed)
+
+
+def backdoored(triggered: Contexts, harmless: Contexts, answers: Int[np.ndarray, " B"], seed: int) -> list[dict]:
+    """Records of anomalies: whether the backdoor's answers agree with recall's, and what recall would have said."""
     return [
         {**record, "kind": "agree" if normal == record["answers"][0] else "disagree", "normal_answers": [normal]}
         for record, normal in zip(

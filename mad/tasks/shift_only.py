@@ -75,11 +75,11 @@ def groups(
     turns = np.concatenate([np.arange(number, normal_shift, len(NOVELTIES)) for number in range(len(NOVELTIES))])
     in_turns = recall.select(recall.join(shifted), np.argsort(turns))
     return {
-        "trusted": _normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
-        "normal_iid": _normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "trusted": recall.normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
+        "normal_iid": recall.normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
         "normal_shift": [
             {**record, "novelty": NOVELTIES[number % len(NOVELTIES)]}
-            for number, record in enumerate(_normals(in_turns, "normal_shift", seed, generator))
+            for number, record in enumerate(recall.normals(in_turns, "normal_shift", seed, generator))
         ],
     }
 
@@ -153,7 +153,3 @@ def _novel(config: ShiftOnly, novelty: str) -> Choices:
 
 def _distinct(config: ShiftOnly, parts: Choices, count: int, generator: np.random.Generator) -> Contexts:
     return recall.distinct(lambda rows: recall.draw(config.recall, rows, generator, parts), count)
-
-
-def _normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
-    return recall.records(contexts, recall.counterfactual(contexts, generator), contexts.answers, group, seed)
