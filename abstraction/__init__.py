@@ -1,1 +1,3 @@
-"""Does the circuit explain the behaviour: causal models, and transformers whose circuits are exactly known."""
+"""Does the circuit explain the behaviour: causal models, and transformers whose circuits are
+exactly known.
+"""

@@ -1,10 +1,11 @@
-"""A causal model: variables as functions of other variables, run on a whole batch at once, with interventions.
+"""A causal model: variables as functions of other variables, run on a whole batch at once, with
+interventions.
 
     value(v) = set[v]                                    where an intervention sets it
              = fn_v(value(p) for p in parents(v))        otherwise
 
-An *interchange* intervention (Geiger et al. 2021, arXiv 2106.02997) sets some variables to the values that they have on
-other inputs, the sources, and lets everything downstream follow.
+An *interchange* intervention (Geiger et al. 2021, arXiv 2106.02997) sets some variables to the
+values that they have on other inputs, the sources, and lets everything downstream follow.
 
 Every value is a tensor whose first axis is the batch.
 """
@@ -18,21 +19,24 @@ from functools import cached_property
 import networkx as nx
 from torch import Tensor
 
-Mechanism = tuple[tuple[str, ...], Callable[..., Tensor]]  # parents, and the function of their values
+Mechanism = tuple[
+    tuple[str, ...], Callable[..., Tensor]
+]  # parents, and the function of their values
 Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """Variables `{name: (parents, function)}` over named inputs; the functions are vectorised over the batch.
+    """Variables `{name: (parents, function)}` over named inputs; the functions are vectorised over
+    the batch.
 
     >>> import torch
     >>> model = CausalModel(("a", "b"), {"sum": (("a", "b"), torch.add), "even": (("sum",), lambda s: s % 2 == 0)})
     >>> model.run({"a": torch.tensor([1, 2]), "b": torch.tensor([1, 3])})["even"].tolist()
     [True, False]
 
-    Raises:
-        ValueError: a parent that is neither input nor variable, a variable named like an input, or a cycle.
+    Raises: ValueError: a parent that is neither input nor variable, a variable named like an input,
+        or a cycle.
     """
 
     inputs: tuple[str, ...]
@@ -42,23 +46,33 @@ class CausalModel:
         for name, (parents, _) in self.variables.items():
             if name in self.inputs:
                 raise ValueError(f"variable {name!r} has the name of an input; rename one of them")
-            if unknown := [parent for parent in parents if parent not in self.variables and parent not in self.inputs]:
+            if unknown := [
+                parent
+                for parent in parents
+                if parent not in self.variables and parent not in self.inputs
+            ]:
                 raise ValueError(
-                    f"variable {name!r} has the parent {unknown[0]!r}, which is neither input nor variable; known are "
+                    f"variable {name!r} has the parent {unknown[0]!r}, which is neither input nor "
+                    "variable; known are "
                     f"{', '.join([*self.inputs, *self.variables])}"
                 )
         try:
             cycle = nx.find_cycle(self.graph)
         except nx.NetworkXNoCycle:
             return
-        raise ValueError(f"variables depend on themselves: {' -> '.join([cycle[0][0], *(edge[1] for edge in cycle)])}")
+        raise ValueError(
+            "variables depend on themselves: "
+            f"{' -> '.join([cycle[0][0], *(edge[1] for edge in cycle)])}"
+        )
 
     @cached_property
     def graph(self) -> nx.DiGraph:
         """Parents before children; every node is an input or a variable."""
         graph = nx.DiGraph()
         graph.add_nodes_from([*self.inputs, *self.variables])
-        graph.add_edges_from((parent, name) for name, (parents, _) in self.variables.items() for parent in parents)
+        graph.add_edges_from(
+            (parent, name) for name, (parents, _) in self.variables.items() for parent in parents
+        )
         return graph
 
     @cached_property
@@ -74,25 +88,34 @@ class CausalModel:
         """
         set = {} if set is None else set
         if missing := [name for name in self.inputs if name not in inputs]:
-            raise ValueError(f"input {missing[0]!r} is missing; this model needs {', '.join(self.inputs)}")
+            raise ValueError(
+                f"input {missing[0]!r} is missing; this model needs {', '.join(self.inputs)}"
+            )
         if unknown := [name for name in inputs if name not in self.inputs]:
             raise ValueError(f"{unknown[0]!r} is no input; the inputs are {', '.join(self.inputs)}")
         self._require_variables(set)
         values = dict(inputs)
         for name in self.order:
             parents, function = self.variables[name]
-            values[name] = set[name] if name in set else function(*(values[parent] for parent in parents))
+            values[name] = (
+                set[name] if name in set else function(*(values[parent] for parent in parents))
+            )
         return values
 
     def interchange(self, base: Values, sources: Mapping[str, Values]) -> dict[str, Tensor]:
-        """Returns all values on the base inputs when each variable in `sources` has the value of its source inputs.
+        """Returns all values on the base inputs when each variable in `sources` has the value of
+        its source inputs.
 
         Raises:
             ValueError: `sources` names what is no variable.
         """
         self._require_variables(sources)
-        return self.run(base, set={name: self.run(source)[name] for name, source in sources.items()})
+        return self.run(
+            base, set={name: self.run(source)[name] for name, source in sources.items()}
+        )
 
     def _require_variables(self, names: Mapping[str, object]) -> None:
         if unknown := [name for name in names if name not in self.variables]:
-            raise ValueError(f"{unknown[0]!r} is no variable; the variables are {', '.join(self.variables)}")
+            raise ValueError(
+                f"{unknown[0]!r} is no variable; the variables are {', '.join(self.variables)}"
+            )

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.engine import Factored
-from circuits.masked import Ablated
-from circuits.memory import footprint, most_prompts, parse_memory
+from circuits.engine import Engine
+from circuits.engine.masked import Ablated
+from circuits.engine.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 
 ABLATIONS = ("zero", "mean", "positional_mean", "counterfactual", "resample")
@@ -62,22 +62,23 @@ class Ablation:
         """Whether each prompt has values of its own."""
         return self.config.name in ("counterfactual", "resample")
 
-    def values(self, engine: Factored, prompts: Prompts) -> Ablated:
+    def values(self, engine: Engine, prompts: Prompts) -> Ablated:
         """Returns what removed edges carry on these prompts.
 
-        Raises:
-            ValueError: counterfactual without corrupt prompts; a position or length the reference set never had.
+        Raises: ValueError: counterfactual without corrupt prompts; a position or length the
+            reference set never had.
         """
         return engine.ablated(self.writers(engine, prompts))
 
     @torch.no_grad()
-    def writers(self, engine: Factored, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """The ablated values themselves; axes B and S are of size 1 where all rows are equal."""
         name, length = self.config.name, prompts.clean.shape[1]
         if name == "counterfactual":
             if prompts.corrupt is None:
                 raise ValueError(
-                    "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to the prompts, or "
+                    "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` "
+                    "to the prompts, or "
                     "use ablation=mean"
                 )
             return engine.clean(prompts.corrupt, prompts.key_mask, prompts.positions[:, :1]).writers
@@ -91,25 +92,31 @@ class Ablation:
             seen = int((self.means.count > 0).sum())
             if length > seen:
                 raise ValueError(
-                    f"ablation=positional_mean: prompts reach position {length - 1}, but the means were taken from "
-                    f"prompts of at most {seen} tokens; use ablation=mean or longer reference prompts"
+                    f"ablation=positional_mean: prompts reach position {length - 1}, but the means "
+                    "were taken from "
+                    f"prompts of at most {seen} tokens; use ablation=mean or longer reference "
+                    "prompts"
                 )
             return self.means.positional[:, None, :length]
         if length > 1 and len(self.means.count) == 1:
             raise ValueError(
-                f"ablation=mean: prompts have up to {length} tokens, but all reference prompts have 1 token, so that "
+                f"ablation=mean: prompts have up to {length} tokens, but all reference prompts "
+                "have 1 token, so that "
                 "there is no mean for later positions; use longer reference prompts"
             )
         parts = [self.means.first[:, None], self.means.rest[:, None].expand(-1, length - 1, -1)]
         return torch.cat(parts, 1)[:, None]
 
-    def _resampled(self, engine: Factored, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """Each prompt gets one donor at least as long, not itself; the draw depends on seed and tokens alone."""
+    def _resampled(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """Each prompt gets one donor at least as long, not itself; the draw depends on seed and
+        tokens alone.
+        """
         assert self.donors is not None
         longest = int(self.donors.lengths.max())
         if int(prompts.lengths.max()) > longest:
             raise ValueError(
-                f"ablation=resample: a prompt has {int(prompts.lengths.max())} tokens, but the longest donor has "
+                f"ablation=resample: a prompt has {int(prompts.lengths.max())} tokens, but the "
+                "longest donor has "
                 f"{longest}; use ablation=mean or longer reference prompts"
             )
         chosen, sequences = [], self.donors.sequences()
@@ -118,19 +125,28 @@ class Ablation:
             able = ((self.donors.lengths.cpu() >= length) & ~itself).nonzero()[:, 0]
             if not len(able):
                 raise ValueError(
-                    f"ablation=resample: no reference prompt but itself is at least as long as a prompt of {length} "
+                    "ablation=resample: no reference prompt but itself is at least as long as a "
+                    f"prompt of {length} "
                     "tokens; give more reference prompts, or use ablation=mean"
                 )
-            generator = torch.Generator().manual_seed(hash((self.config.seed, *tokens[:length])) & 0x7FFF_FFFF)
+            generator = torch.Generator().manual_seed(
+                hash((self.config.seed, *tokens[:length])) & 0x7FFF_FFFF
+            )
             chosen.append(able[torch.randint(len(able), (1,), generator=generator)])
         donors = self.donors.select(torch.cat(chosen))
         length = prompts.clean.shape[1]
-        read = length if engine.graph.causal else donors.clean.shape[1]  # what comes later may matter
-        run = engine.clean(donors.clean[:, :read], donors.key_mask[:, :read], donors.positions[:, :1] * 0)
+        read = (
+            length if engine.graph.causal else donors.clean.shape[1]
+        )  # what comes later may matter
+        run = engine.clean(
+            donors.clean[:, :read], donors.key_mask[:, :read], donors.positions[:, :1] * 0
+        )
         return run.writers[:, :, :length]
 
 
-def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *, memory: str = "2GB") -> Ablation:
+def fit_ablation(
+    config: AblationConfig, engine: Engine, reference: Prompts, *, memory: str = "2GB"
+) -> Ablation:
     """Returns an ablation fitted on reference prompts.
 
     Raises:
@@ -140,11 +156,13 @@ def fit_ablation(config: AblationConfig, engine: Factored, reference: Prompts, *
         raise ValueError(f"ablation={config.name!r}, but the ablations are {', '.join(ABLATIONS)}")
     if config.name in ("mean", "positional_mean"):
         return Ablation(config, means=writer_means(engine, reference, memory=memory))
-    return Ablation(config, donors=reference.to(engine.device) if config.name == "resample" else None)
+    return Ablation(
+        config, donors=reference.to(engine.device) if config.name == "resample" else None
+    )
 
 
 @torch.no_grad()
-def writer_means(engine: Factored, prompts: Prompts, *, memory: str = "2GB") -> Means:
+def writer_means(engine: Engine, prompts: Prompts, *, memory: str = "2GB") -> Means:
     """Returns every writer's mean over the real tokens of prompts, summed in float64.
 
     Raises:

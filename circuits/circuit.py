@@ -28,7 +28,9 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept edges with their scores.  `about` says which model, task, method, metric and ablation gave them."""
+    """Kept edges with their scores.  `about` says which model, task, method, metric and ablation
+    gave them.
+    """
 
     graph: Graph
     kept: Bool[Tensor, "R W *S"]
@@ -47,11 +49,16 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Names and scores of the kept edges, in forward order."""
-        return [(self.graph.edge_name(*edge), self.scores[tuple(edge)].item()) for edge in self.kept.nonzero().tolist()]
+        return [
+            (self.graph.edge_name(*edge), self.scores[tuple(edge)].item())
+            for edge in self.kept.nonzero().tolist()
+        ]
 
     @property
     def edges_over_positions(self) -> list[tuple[str, float]]:
-        """The kept edges without their positions, each with the sum of its scores at those where it is kept."""
+        """The kept edges without their positions, each with the sum of its scores at those where it
+        is kept.
+        """
         if self.graph.n_positions is None:
             return self.edges
         kept, sums = self.kept.any(-1), (self.scores * self.kept).sum(-1)
@@ -79,7 +86,10 @@ class Circuit:
 
         for name, score in self.edges:
             if not math.isfinite(score):
-                raise ValueError(f"edge {name} has score {score}; scores must be finite, so check metric and weights")
+                raise ValueError(
+                    f"edge {name} has score {score}; scores must be finite, so check metric and "
+                    "weights"
+                )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {
@@ -95,14 +105,15 @@ class Circuit:
     def load(cls, path: str | Path) -> Circuit:
         """Reads a circuit from its folder or from its `circuit.json`; scores left out there are 0.
 
-        Raises:
-            FileNotFoundError: there is no circuit.json.
-            ValueError: it is broken, of another format, or names edges that its graph does not have.
+        Raises: FileNotFoundError: there is no circuit.json. ValueError: it is broken, of another
+            format, or names edges that its graph does not have.
         """
         path = Path(path)
         path = path / "circuit.json" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"no circuit at {path}: `madcap extract ... out=DIR` writes one")
+            raise FileNotFoundError(
+                f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
+            )
         try:
             data = json.loads(path.read_text())
             version = data.pop("format")
@@ -126,6 +137,7 @@ class Circuit:
                 raise ValueError(f"{tensors} holds no scores: {error}") from error
             if scores.shape != kept.shape:
                 raise ValueError(
-                    f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is {tuple(kept.shape)}"
+                    f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is "
+                    f"{tuple(kept.shape)}"
                 )
         return cls(graph, kept, scores, data)

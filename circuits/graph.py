@@ -14,8 +14,9 @@ With L layers and H heads the number of edges is
 Both lists are in the order in which a forward pass reaches them, so that the writers upstream of a
 reader are always the first `upstream[r]` ones.  Everything else follows from that.
 
-For templated prompts, all of one length, a graph may tell edges apart by position: `a0.h3->a1.h2<q>@5` is what the
-reader takes from the writer at token 5.  There are then S times as many edges, and masks have one more axis.
+For templated prompts, all of one length, a graph may tell edges apart by position:
+`a0.h3->a1.h2<q>@5` is what the reader takes from the writer at token 5.  There are then S times as
+many edges, and masks have one more axis.
 
 Shapes: writers W, readers R, candidate masks K; `*S` positions, or nothing.
 """
@@ -54,13 +55,21 @@ class Graph:
     n_positions: int | None = None  # edges per position, for prompts of exactly this many tokens
 
     def __post_init__(self) -> None:
-        for field, value in (("n_layers", self.n_layers), ("n_heads", self.n_heads), ("n_kv_heads", self.kv_heads)):
+        for field, value in (
+            ("n_layers", self.n_layers),
+            ("n_heads", self.n_heads),
+            ("n_kv_heads", self.kv_heads),
+        ):
             if value < 1:
                 raise ValueError(f"{field}={value}, but a graph needs at least 1")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}"
+            )
         if self.n_positions is not None and self.n_positions < 1:
-            raise ValueError(f"n_positions={self.n_positions}, but edges per position need at least 1")
+            raise ValueError(
+                f"n_positions={self.n_positions}, but edges per position need at least 1"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -98,12 +107,16 @@ class Graph:
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
-        """Reader names in forward order: per block q, k, v of all heads, then the MLP; last `logits`."""
+        """Reader names in forward order: per block q, k, v of all heads, then the MLP; last
+        `logits`.
+        """
         kv = "h" if self.kv_heads == self.n_heads else "kv"
         names = []
         for layer in range(self.n_layers):
             names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
-            names += [f"a{layer}.{kv}{head}<{side}>" for side in "kv" for head in range(self.kv_heads)]
+            names += [
+                f"a{layer}.{kv}{head}<{side}>" for side in "kv" for head in range(self.kv_heads)
+            ]
             names += [] if self.attention_only else [f"m{layer}"]
         return (*names, "logits")
 
@@ -122,11 +135,15 @@ class Graph:
         for layer in range(self.n_layers):
             before = self.first_writer(layer)
             counts += [before] * (self.n_heads + 2 * self.kv_heads)
-            counts += [] if self.attention_only else [before if self.parallel else before + self.n_heads]
+            counts += (
+                [] if self.attention_only else [before if self.parallel else before + self.n_heads]
+            )
         return (*counts, len(self.writers))
 
     def first_writer(self, layer: int) -> int:
-        """Index of the first writer of block `layer`; `layer = n_layers` gives the number of writers."""
+        """Index of the first writer of block `layer`; `layer = n_layers` gives the number of
+        writers.
+        """
         return self.n_inputs + layer * self.writers_per_block
 
     def first_reader(self, layer: int) -> int:
@@ -139,7 +156,9 @@ class Graph:
     def exists(self) -> Bool[Tensor, "R W *S"]:
         """True where writer w comes before reader r, so that the edge can exist."""
         before = torch.arange(len(self.writers)) < torch.tensor(self.upstream)[:, None]
-        return before if self.n_positions is None else before[..., None].repeat(1, 1, self.n_positions)
+        return (
+            before if self.n_positions is None else before[..., None].repeat(1, 1, self.n_positions)
+        )
 
     @cached_property
     def n_edges(self) -> int:
@@ -167,21 +186,34 @@ class Graph:
         writer, arrow, rest = name.partition("->")
         reader, at, position = rest.partition("@")
         known = arrow and writer in self.writer_index and reader in self.reader_index
-        here = position in map(str, range(self.n_positions)) if self.n_positions is not None else not at
+        here = (
+            position in map(str, range(self.n_positions))
+            if self.n_positions is not None
+            else not at
+        )
         if not known or not here:
-            example = self.edge_name(len(self.readers) - 1, 0, None if self.n_positions is None else 0)
-            per_position = "" if self.n_positions is None else f", per position of {self.n_positions} tokens"
+            example = self.edge_name(
+                len(self.readers) - 1, 0, None if self.n_positions is None else 0
+            )
+            per_position = (
+                "" if self.n_positions is None else f", per position of {self.n_positions} tokens"
+            )
             raise ValueError(
-                f"edge {name!r} is not in this graph of {self.n_layers} layers, {self.n_heads} heads and "
+                f"edge {name!r} is not in this graph of {self.n_layers} layers, {self.n_heads} "
+                "heads and "
                 f"{self.kv_heads} key-value heads{per_position}; edges look like {example!r}"
             )
         indices = self.reader_index[reader], self.writer_index[writer]
         if indices[1] >= self.upstream[indices[0]]:
-            raise ValueError(f"edge {name!r} runs backwards: {writer} is computed after {reader} has been read")
+            raise ValueError(
+                f"edge {name!r} runs backwards: {writer} is computed after {reader} has been read"
+            )
         return indices if self.n_positions is None else (*indices, int(position))
 
     def reader_nodes(self, reader: int) -> tuple[str, ...]:
-        """The nodes that reader `reader` feeds: one node, or the query heads that share a key-value head."""
+        """The nodes that reader `reader` feeds: one node, or the query heads that share a key-value
+        head.
+        """
         name = self.readers[reader]
         match = _HEAD_READER.match(name)
         if match is None:
@@ -189,23 +221,31 @@ class Graph:
         layer, head, side = int(match[1]), int(match[2]), match[3]
         if side == "q" or self.kv_group == 1:
             return (f"a{layer}.h{head}",)
-        return tuple(f"a{layer}.h{head * self.kv_group + member}" for member in range(self.kv_group))
+        return tuple(
+            f"a{layer}.h{head * self.kv_group + member}" for member in range(self.kv_group)
+        )
 
     def reads_from(self, reader: int, position: int, n_positions: int) -> range:
-        """The positions at which a reader's input bears on its node's output at `position`: keys and values move."""
+        """The positions at which a reader's input bears on its node's output at `position`: keys
+        and values move.
+        """
         if not self.readers[reader].endswith(("<k>", "<v>")):
             return range(position, position + 1)
         return range(position + 1) if self.causal else range(n_positions)
 
     def sweep_order(self) -> list[tuple[int, ...]]:
-        """All edges from the output to the input, the order of a greedy sweep: total and deterministic.
+        """All edges from the output to the input, the order of a greedy sweep: total and
+        deterministic.
 
-        Layer descending; logits > mlp > v > k > q; head descending; writer descending; position descending.
+        Layer descending; logits > mlp > v > k > q; head descending; writer descending; position
+        descending.
         """
         return list(self.edges())[::-1]
 
     def networkx(self, kept: Bool[Tensor, "R W *S"] | None = None) -> nx.MultiDiGraph:
-        """The (kept) edges between nodes; parallel edges are keyed by the reader's name (and position)."""
+        """The (kept) edges between nodes; parallel edges are keyed by the reader's name (and
+        position).
+        """
         view = nx.MultiDiGraph()
         view.add_nodes_from([*self.writers, "logits"])
         for reader, writer, *position in (self.exists if kept is None else kept).nonzero().tolist():
@@ -214,7 +254,8 @@ class Graph:
                 view.add_edge(self.writers[writer], node, key=key)
         return view
 
-    # ---- what a circuit leaves connected ----------------------------------------------------------
+    # ---- what a circuit leaves connected
+    # ----------------------------------------------------------
 
     def without_dead_ends(self, kept: Bool[Tensor, "R W *S"]) -> Bool[Tensor, "R W *S"]:
         """The kept edges that lie on a path of kept edges from an input to `logits`."""
@@ -222,13 +263,21 @@ class Graph:
         flat = self._with_positions(kept)
         return (flat & (writers[0] & self._reached(flat)) & readers[0][:, None]).view(kept.shape)
 
-    def read(self, kept: Bool[Tensor, "K R W *S"]) -> tuple[Bool[Tensor, "K W s"], Bool[Tensor, "K R s"]]:
-        """Returns which writers, and which readers, the logits depend on under each mask; s is 1 without positions."""
+    def read(
+        self, kept: Bool[Tensor, "K R W *S"]
+    ) -> tuple[Bool[Tensor, "K W s"], Bool[Tensor, "K R s"]]:
+        """Returns which writers, and which readers, the logits depend on under each mask; s is 1
+        without positions.
+        """
         kept = self._with_positions(kept)
         writers = kept[:, -1].clone()
         readers = torch.ones_like(kept[:, :, 0])
         for layer in reversed(range(self.n_layers)):
-            writer, reader, after = self.first_writer(layer), self.first_reader(layer), self.first_reader(layer + 1)
+            writer, reader, after = (
+                self.first_writer(layer),
+                self.first_reader(layer),
+                self.first_reader(layer + 1),
+            )
             if not self.attention_only:
                 readers[:, after - 1] = writers[:, writer + self.n_heads]
                 writers |= kept[:, after - 1] & readers[:, [after - 1]]
@@ -244,9 +293,15 @@ class Graph:
         writers = torch.zeros_like(kept[0])
         writers[: self.n_inputs] = True
         for layer in range(self.n_layers):
-            writer, reader, after = self.first_writer(layer), self.first_reader(layer), self.first_reader(layer + 1)
+            writer, reader, after = (
+                self.first_writer(layer),
+                self.first_reader(layer),
+                self.first_reader(layer + 1),
+            )
             fed = (kept[reader:after] & writers).any(1)  # [readers of the block, S]
-            q, k, v = fed[: self.n_heads + 2 * self.kv_heads].split((self.n_heads, self.kv_heads, self.kv_heads))
+            q, k, v = fed[: self.n_heads + 2 * self.kv_heads].split(
+                (self.n_heads, self.kv_heads, self.kv_heads)
+            )
             moved = self._to_here(k | v).repeat_interleave(self.kv_group, 0)
             writers[writer : writer + self.n_heads] = q | moved
             if not self.attention_only:
@@ -263,7 +318,11 @@ class Graph:
 
     def _to_here(self, earlier: Bool[Tensor, "*K S"]) -> Bool[Tensor, "*K S"]:
         """True where any position that this one can read is True."""
-        return earlier.cumsum(-1) > 0 if self.causal else earlier.any(-1, keepdim=True).expand_as(earlier)
+        return (
+            earlier.cumsum(-1) > 0
+            if self.causal
+            else earlier.any(-1, keepdim=True).expand_as(earlier)
+        )
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -1,4 +1,6 @@
-"""Names of a package that are imported on first use, so that the command line answers before torch is loaded."""
+"""Names of a package that are imported on first use, so that the command line answers before torch
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from typing import Any
 
 
 def lazy(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a package's `__getattr__`; `where` maps each public name to the module that defines it (or is it)."""
+    """Returns a package's `__getattr__`; `where` maps each public name to the module that defines
+    it (or is it).
+    """
 
     def get(name: str) -> Any:
         if name not in where:

@@ -1,7 +1,8 @@
 """Metrics of a run, always one number per prompt, and which way is better.
 
-Each metric looks at the scored positions of a prompt and averages over them.  With l the logits of the run,
-p = softmax(l), p* the full model's distribution, A the answers and W the wrong answers at a position:
+Each metric looks at the scored positions of a prompt and averages over them.  With l the logits of
+the run, p = softmax(l), p* the full model's distribution, A the answers and W the wrong answers at
+a position:
 
     kl               sum p* (log p* - log p)                   nats, lower is better
     logit_diff       mean l[A] - mean l[W]                     higher is better
@@ -11,7 +12,8 @@ p = softmax(l), p* the full model's distribution, A the answers and W the wrong 
 
 Scores and faithfulness use `Metric.oriented`, for which higher is always better.
 
-Shapes: prompts B, scored positions P, vocabulary V; `*K` any leading axes of the logits (candidate masks).
+Shapes: prompts B, scored positions P, vocabulary V; `*K` any leading axes of the logits (candidate
+    masks).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ PerPosition = Callable[[Tensor, Prompts, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A per-prompt metric.  Call it with logits [*K, B, P, V]; it returns [*K, B] in float32 or wider."""
+    """A per-prompt metric.  Call it with logits [*K, B, P, V]; it returns [*K, B] in float32 or
+    wider.
+    """
 
     name: str
     per_position: PerPosition  # (log-ready logits, prompts, the model's logits) -> [*K, B, P]
@@ -42,7 +46,10 @@ class Metric:
     differentiable: bool = True
 
     def __call__(
-        self, logits: Float[Tensor, "*K B P V"], prompts: Prompts, reference: Float[Tensor, "B P V"] | None = None
+        self,
+        logits: Float[Tensor, "*K B P V"],
+        prompts: Prompts,
+        reference: Float[Tensor, "B P V"] | None = None,
     ) -> Float[Tensor, "*K B"]:
         """Mean over the scored positions of each prompt.
 
@@ -51,16 +58,23 @@ class Metric:
         """
         self.require(prompts)
         if self.needs_reference and reference is None:
-            raise ValueError(f"metric {self.name} compares with the full model, whose logits were not given")
+            raise ValueError(
+                f"metric {self.name} compares with the full model, whose logits were not given"
+            )
         if not torch.isfinite(logits).all():
-            raise ValueError("the logits are not finite (NaN or infinity); check the weights and the dtype")
+            raise ValueError(
+                "the logits are not finite (NaN or infinity); check the weights and the dtype"
+            )
         logits = logits if logits.dtype == torch.float64 else logits.float()
         scored = (prompts.positions >= 0).to(logits.dtype)
         values = self.per_position(logits, prompts, reference)
         return (values * scored).sum(-1) / scored.sum(-1)
 
     def oriented(
-        self, logits: Float[Tensor, "*K B P V"], prompts: Prompts, reference: Float[Tensor, "B P V"] | None = None
+        self,
+        logits: Float[Tensor, "*K B P V"],
+        prompts: Prompts,
+        reference: Float[Tensor, "B P V"] | None = None,
     ) -> Float[Tensor, "*K B"]:
         """The metric, negated where lower is better."""
         value = self(logits, prompts, reference)
@@ -69,18 +83,25 @@ class Metric:
     def lacks(self, prompts: Prompts) -> list[str]:
         """What the metric needs and the prompts do not have."""
         needed = {"answers": self.needs_answers, "wrong_answers": self.needs_wrong_answers}
-        return [field for field, is_needed in needed.items() if is_needed and getattr(prompts, field) is None]
+        return [
+            field
+            for field, is_needed in needed.items()
+            if is_needed and getattr(prompts, field) is None
+        ]
 
     def require(self, prompts: Prompts) -> None:
         """Raises ValueError where the prompts lack answers that the metric needs."""
         if missing := self.lacks(prompts):
             raise ValueError(
-                f"metric {self.name} needs {' and '.join(missing)} in the prompts; add them, or use metric=kl, "
+                f"metric {self.name} needs {' and '.join(missing)} in the prompts; add them, or "
+                "use metric=kl, "
                 "which needs none"
             )
 
 
-def _pick(values: Float[Tensor, "*K B P V"], tokens: Int[Tensor, "B P A"], absent: float) -> Float[Tensor, "*K B P A"]:
+def _pick(
+    values: Float[Tensor, "*K B P V"], tokens: Int[Tensor, "B P A"], absent: float
+) -> Float[Tensor, "*K B P A"]:
     """Values at token ids, with `absent` where the id is -1."""
     index = tokens.clamp(min=0).expand(*values.shape[:-1], tokens.shape[-1])
     return values.gather(-1, index).masked_fill(tokens < 0, absent)
@@ -104,7 +125,10 @@ def _logit_diff(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> T
 def _prob_diff(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> Tensor:
     assert prompts.answers is not None and prompts.wrong_answers is not None
     probabilities = logits.softmax(-1)
-    right, wrong = (_pick(probabilities, tokens, 0.0).sum(-1) for tokens in (prompts.answers, prompts.wrong_answers))
+    right, wrong = (
+        _pick(probabilities, tokens, 0.0).sum(-1)
+        for tokens in (prompts.answers, prompts.wrong_answers)
+    )
     return right - wrong
 
 
@@ -124,10 +148,24 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("kl", _kl, higher_is_better=False, needs_reference=True, flat_at_model=True),
-        Metric("logit_diff", _logit_diff, higher_is_better=True, needs_answers=True, needs_wrong_answers=True),
-        Metric("prob_diff", _prob_diff, higher_is_better=True, needs_answers=True, needs_wrong_answers=True),
+        Metric(
+            "logit_diff",
+            _logit_diff,
+            higher_is_better=True,
+            needs_answers=True,
+            needs_wrong_answers=True,
+        ),
+        Metric(
+            "prob_diff",
+            _prob_diff,
+            higher_is_better=True,
+            needs_answers=True,
+            needs_wrong_answers=True,
+        ),
         Metric("cross_entropy", _cross_entropy, higher_is_better=False, needs_answers=True),
-        Metric("accuracy", _accuracy, higher_is_better=True, needs_answers=True, differentiable=False),
+        Metric(
+            "accuracy", _accuracy, higher_is_better=True, needs_answers=True, differentiable=False
+        ),
     )
 }
 

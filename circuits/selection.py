@@ -1,7 +1,8 @@
 """From edge scores to kept edges: threshold, top-n, greedy; then dead ends are dropped.
 
-`greedy` (Hanna et al. 2024, arXiv 2403.17806) grows the circuit from `logits`: of all edges into nodes that
-are already included, the best-scoring one comes next.  Ties are broken by edge order, forward first.
+`greedy` (Hanna et al. 2024, arXiv 2403.17806) grows the circuit from `logits`: of all edges into
+nodes that are already included, the best-scoring one comes next.  Ties are broken by edge order,
+forward first.
 
 Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
@@ -26,11 +27,14 @@ HOW = ("greedy", "top_n", "threshold")
 class Selection:
     """Which scored edges a circuit keeps; methods that decide themselves (ACDC) ignore it."""
 
-    how: str = "greedy"  # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
+    # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
+    how: str = "greedy"
     edges: int | None = None  # greedy, top_n: how many edges
     share: float | None = None  # greedy, top_n: how many edges, as a share of all
     faithfulness: float | None = (
-        0.9  # greedy, top_n: the first of 25 sizes, on a log scale, that reaches this; if no size is given
+        # greedy, top_n: the first of 25 sizes, on a log scale, that reaches this; if no size is
+        # given
+        0.9
     )
     threshold: float | None = None  # threshold: the smallest score kept
     absolute: bool = False  # rank by |score|; else by score, strongest supporters first
@@ -47,13 +51,18 @@ def sizes(graph: Graph, points: int = 25) -> list[int]:
 
 
 def select(
-    graph: Graph, scores: Float[Tensor, "R W *S"], *, how: str = "greedy", edges: int | None = None,
-    threshold: float | None = None, absolute: bool = False,
-) -> Bool[Tensor, "R W *S"]:  # fmt: skip
+    graph: Graph,
+    scores: Float[Tensor, "R W *S"],
+    *,
+    how: str = "greedy",
+    edges: int | None = None,
+    threshold: float | None = None,
+    absolute: bool = False,
+) -> Bool[Tensor, "R W *S"]:
     """Returns the kept edges, without dead ends.
 
-    Raises:
-        ValueError: unknown `how`, a number of edges that the graph does not have, scores that are not finite.
+    Raises: ValueError: unknown `how`, a number of edges that the graph does not have, scores that
+        are not finite.
     """
     if how not in HOW:
         raise ValueError(f"how={how!r}, but the selections are {', '.join(HOW)}")
@@ -65,13 +74,17 @@ def select(
             raise ValueError("how=threshold needs threshold=VALUE")
         return graph.without_dead_ends(graph.exists & (rank >= threshold))
     if edges is None or not 0 <= edges <= graph.n_edges:
-        raise ValueError(f"edges={edges}, but the graph has {graph.n_edges} edges; choose 0 to {graph.n_edges}")
+        raise ValueError(
+            f"edges={edges}, but the graph has {graph.n_edges} edges; choose 0 to {graph.n_edges}"
+        )
     kept = _greedy(graph, rank, edges) if how == "greedy" else _top(graph, rank, edges)
     return graph.without_dead_ends(kept)
 
 
 def _top(graph: Graph, rank: Tensor, edges: int) -> Tensor:
-    order = sorted(graph.edges(), key=lambda edge: -rank[edge].item())  # sorted() is stable: ties in edge order
+    order = sorted(
+        graph.edges(), key=lambda edge: -rank[edge].item()
+    )  # sorted() is stable: ties in edge order
     kept = torch.zeros_like(graph.exists)
     for edge in order[:edges]:
         kept[edge] = True
@@ -110,11 +123,15 @@ def _greedy(graph: Graph, rank: Tensor, edges: int) -> Tensor:
     return kept.view(graph.exists.shape)
 
 
-def random_circuits(graph: Graph, edges: int, count: int, seed: int) -> list[Bool[Tensor, "R W *S"]]:
-    """Returns connected circuits of (about) the same size: greedy selection on uniformly random scores.
+def random_circuits(
+    graph: Graph, edges: int, count: int, seed: int
+) -> list[Bool[Tensor, "R W *S"]]:
+    """Returns connected circuits of (about) the same size: greedy selection on uniformly random
+    scores.
 
-    Edges drawn one by one would hardly ever connect input and logits, which makes too weak a control.  Dropping
-    dead ends shrinks a draw, so that each is grown until it has at least `edges` edges left, then accepted.
+    Edges drawn one by one would hardly ever connect input and logits, which makes too weak a
+    control.  Dropping dead ends shrinks a draw, so that each is grown until it has at least `edges`
+    edges left, then accepted.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = []

@@ -1,4 +1,6 @@
-"""The pictures of README: the demo's circuit and how far the model departs from it.  Run: python figures/demo.py"""
+"""The pictures of README: the demo's circuit and how far the model departs from it.  Run: python
+figures/demo.py
+"""
 
 import shutil
 import tempfile
@@ -6,7 +8,11 @@ from pathlib import Path
 
 from mad.commands.main import main
 
-PICTURES = {"circuit.png": "demo_circuit.png", "scores.png": "demo_scores.png", "roc.png": "demo_roc.png"}
+PICTURES = {
+    "circuit.png": "demo_circuit.png",
+    "scores.png": "demo_scores.png",
+    "roc.png": "demo_roc.png",
+}
 
 with tempfile.TemporaryDirectory() as folder:
     code = main(["demo", f"out={folder}/demo"])

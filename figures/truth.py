@@ -1,4 +1,6 @@
-"""Discovery methods where the circuit is known: the picture of docs/ground-truth.md.  Run: python figures/truth.py"""
+"""Discovery methods where the circuit is known: the picture of docs/ground-truth.md.  Run: python
+figures/truth.py
+"""
 
 import shutil
 import tempfile

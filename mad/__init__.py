@@ -15,13 +15,13 @@ _WHERE = {
     "Fast": "mad.detectors",
     "Mahalanobis": "mad.detectors",
     "MaxProbability": "mad.detectors",
-    "RunConfig": "mad.run",
+    "RunConfig": "mad.pipeline",
     "Scoring": "mad.scoring",
     "Strict": "mad.detectors",
-    "compare": "mad.benchmark",
-    "fit": "mad.saved",
-    "make_run": "mad.run",
-    "open_run": "mad.run",
+    "compare": "mad.benchmark.compare",
+    "fit": "mad.calibration",
+    "make_run": "mad.pipeline",
+    "open_run": "mad.pipeline",
     "score": "mad.scoring",
 }
 

@@ -1,21 +1,23 @@
 """How far the parts of a model depart from what its circuit makes of the same input.
 
-The model M is run once, and the circuit C (every edge off it carrying its ablated value) beside it.  With
-`one_step` each node of the circuit is given the model's own values along its kept edges, so that a departure belongs to
-the node where it arises; otherwise departures are handed on.  Three kinds, each at the scored positions:
+The model M is run once, and the circuit C (every edge off it carrying its ablated value) beside it.
+With `one_step` each node of the circuit is given the model's own values along its kept edges, so
+that a departure belongs to the node where it arises; otherwise departures are handed on.  Three
+kinds, each at the scored positions:
 
     output    KL(M || C) of the output distributions, nats
     routing   per head: d(M) - d(C), where d is the log-odds of the key that M attends to most,
                   d = s_j - logsumexp over i != j of s_i        s = scores before the softmax
     nodes     per node: |a(M) - a(C)|^2 of what it writes
 
-Log-odds do not saturate: when a second mechanism points a head where the first one points it anyway, the pattern and
-the output stay as they were, and the log-odds do not.
+Log-odds do not saturate: when a second mechanism points a head where the first one points it
+anyway, the pattern and the output stay as they were, and the log-odds do not.
 
-The three measures are this library's own; the comparison of a model with its circuit is that of Conmy et al. 2023
-(arXiv 2304.14997).
+The three measures are this library's own; the comparison of a model with its circuit is that of
+Conmy et al. 2023 (arXiv 2304.14997).
 
-Shapes: prompts B, scored positions P, keys S, living heads h, living nodes n (heads and MLPs), writers W, readers R.
+Shapes: prompts B, scored positions P, keys S, living heads h, living nodes n (heads and MLPs),
+    writers W, readers R.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation
-from circuits.attention import attention_scores
-from circuits.engine import Factored
-from circuits.masked import Seen
-from circuits.memory import footprint, most_prompts, parse_memory
+from circuits.engine import Engine
+from circuits.engine.masked import Seen
+from circuits.engine.memory import footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
+from circuits.model.attention import attention_scores
 from circuits.prompts import Prompts
 
 
@@ -48,7 +50,7 @@ class Departure:
 
 @torch.no_grad()
 def departure(
-    engine: Factored,
+    engine: Engine,
     mask: Bool[Tensor, "R W *S"],
     ablation: Ablation,
     prompts: Prompts,
@@ -59,14 +61,16 @@ def departure(
     """Returns how far a model departs from a circuit on each prompt.
 
     Raises:
-        ValueError: see `Factored.masked`; the ablation has no value at a prompt's length.
+        ValueError: see `Engine.masked`; the ablation has no value at a prompt's length.
         TooLittleMemory: not even one prompt fits.
     """
     size = footprint(engine, prompts)
     shared = size.shared(ablation.per_prompt) + size.mask
     each = size.observed + (size.prepared(True) if ablation.per_prompt else 0)
     batches = prompts.batches(most_prompts(prompts, each, parse_memory(memory), shared))
-    parts = [_departure(engine, mask, ablation, batch.to(engine.device), one_step) for batch in batches]
+    parts = [
+        _departure(engine, mask, ablation, batch.to(engine.device), one_step) for batch in batches
+    ]
     return Departure(
         torch.cat([part.output for part in parts]),
         torch.cat([part.routing for part in parts]),
@@ -76,7 +80,9 @@ def departure(
     )
 
 
-def _departure(engine: Factored, mask: Tensor, ablation: Ablation, prompts: Prompts, one_step: bool) -> Departure:
+def _departure(
+    engine: Engine, mask: Tensor, ablation: Ablation, prompts: Prompts, one_step: bool
+) -> Departure:
     graph, positions = engine.graph, prompts.positions
     clean = engine.clean(prompts.clean, prompts.key_mask, positions, sides=True)
     at = positions.clamp(min=0)
@@ -97,19 +103,37 @@ def _departure(engine: Factored, mask: Tensor, ablation: Ablation, prompts: Prom
         key_heads = [head // graph.kv_group for head in heads]
         queries, keys = clean.sides[seen.layer]
         ours = attention_scores(
-            engine.architecture, attention, queries[heads], keys[key_heads], prompts.key_mask,
-            list(range(len(heads))), at=at,
-        )  # fmt: skip
+            engine.architecture,
+            attention,
+            queries[heads],
+            keys[key_heads],
+            prompts.key_mask,
+            list(range(len(heads))),
+            at=at,
+        )
         theirs = attention_scores(
-            engine.architecture, attention, seen.queries, seen.keys, prompts.key_mask, seen.kv_of_head, at=at
+            engine.architecture,
+            attention,
+            seen.queries,
+            seen.keys,
+            prompts.key_mask,
+            seen.kv_of_head,
+            at=at,
         )
         key = ours.argmax(-1)
-        routing.extend(zip(names, average(log_odds(ours, key) - log_odds(theirs, key)), strict=True))
+        routing.extend(
+            zip(names, average(log_odds(ours, key) - log_odds(theirs, key)), strict=True)
+        )
 
     logits = engine.masked(
-        prompts.clean, mask, ablation.values(engine, prompts), key_mask=prompts.key_mask, positions=positions,
-        upstream=clean.writers if one_step else None, observe=compare,
-    )  # fmt: skip
+        prompts.clean,
+        mask,
+        ablation.values(engine, prompts),
+        key_mask=prompts.key_mask,
+        positions=positions,
+        upstream=clean.writers if one_step else None,
+        observe=compare,
+    )
     return Departure(
         METRICS["kl"](logits, prompts, clean.logits).cpu().float(),
         _columns(routing, len(prompts)),

@@ -5,8 +5,8 @@ Calibration turns scores into split-conformal p-values,
 
     p(s) = (1 + #{calibration scores >= s}) / (n + 1)
 
-(Vovk et al. 2005; Papadopoulos et al. 2002): on inputs that are exchangeable with the n calibration inputs, which
-neither found nor tuned anything, P(p <= alpha) <= alpha for every alpha, at any n.
+(Vovk et al. 2005; Papadopoulos et al. 2002): on inputs that are exchangeable with the n calibration
+inputs, which neither found nor tuned anything, P(p <= alpha) <= alpha for every alpha, at any n.
 
 Shapes: inputs B, readers R, writers W.
 """
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.circuit import Circuit
-from circuits.engine import Factored
+from circuits.engine import Engine
 from circuits.prompts import Prompts
 
 
@@ -70,7 +70,7 @@ class ExplainingDetector(Detector, Protocol):
 class Context:
     """What a detector may use: the model, and the circuit where it needs one."""
 
-    engine: Factored
+    engine: Engine
     circuit: Circuit | None = None
 
     def circuit_for(self, detector: str) -> Circuit:
@@ -80,7 +80,9 @@ class Context:
             ValueError: there is none.
         """
         if self.circuit is None:
-            raise ValueError(f"detector {detector} scores against a circuit; run `madcap extract` first")
+            raise ValueError(
+                f"detector {detector} scores against a circuit; run `madcap extract` first"
+            )
         return self.circuit
 
 
@@ -98,9 +100,14 @@ class Calibration:
             ValueError: there are none, or some are not finite.
         """
         if not len(scores):
-            raise ValueError("0 calibration scores; give at least one trusted input to calibrate on")
+            raise ValueError(
+                "0 calibration scores; give at least one trusted input to calibrate on"
+            )
         if not torch.isfinite(scores).all():
-            raise ValueError("calibration scores are not finite; check the model's logits on the calibration inputs")
+            raise ValueError(
+                "calibration scores are not finite; check the model's logits on the calibration "
+                "inputs"
+            )
         return cls(scores.double().sort().values)
 
     def p_values(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -110,7 +117,9 @@ class Calibration:
 
     def threshold(self, alpha: float) -> float:
         """The largest calibration score that is not flagged at `alpha`: scores above it are."""
-        allowed = math.floor(alpha * (len(self.scores) + 1) + 1e-9) - 1  # calibration scores >= s, at most
+        allowed = (
+            math.floor(alpha * (len(self.scores) + 1) + 1e-9) - 1
+        )  # calibration scores >= s, at most
         return self.scores[len(self.scores) - 1 - allowed].item()
 
     def problem(self, alpha: float) -> str | None:
@@ -124,8 +133,10 @@ class Calibration:
         if len(self.scores) >= needed:
             return None
         return (
-            f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are {len(self.scores)}: the "
-            f"smallest possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more trusted inputs or "
+            f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are "
+            f"{len(self.scores)}: the "
+            f"smallest possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more "
+            "trusted inputs or "
             "raise alpha"
         )
 

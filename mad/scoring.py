@@ -1,9 +1,11 @@
-"""Scores a stream of inputs: any number of lines in constant memory, resumable, one result line per input line.
+"""Scores a stream of inputs: any number of lines in constant memory, resumable, one result line per
+input line.
 
-Inputs are read in chunks of a fixed number of lines.  After each chunk its results are appended to `OUT.partial`
-and flushed; when all are done that file becomes `OUT`.  A run that finds `OUT.partial` of the same job goes on at
-the first chunk that is not wholly there, so that every chunk is always computed as a whole and the finished file is
-the same, byte for byte, as that of a run that was never interrupted.
+Inputs are read in chunks of a fixed number of lines.  After each chunk its results are appended to
+`OUT.partial` and flushed; when all are done that file becomes `OUT`.  A run that finds
+`OUT.partial` of the same job goes on at the first chunk that is not wholly there, so that every
+chunk is always computed as a whole and the finished file is the same, byte for byte, as that of a
+run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from circuits.memory import TooLittleMemory, parse_memory
-from circuits.model import LoadedModel, weight_hash
+from circuits.engine.memory import TooLittleMemory, parse_memory
+from circuits.model.load import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, Prompts, collate, encode_record, parse_line
+from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
-from mad.saved import Calibrated
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,9 @@ class Scoring:
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists, largest share first
-    chunk: int = 64  # input lines at a time; part of the job, because results may differ in the last digit
+    chunk: int = (
+        64  # input lines at a time; part of the job, because results may differ in the last digit
+    )
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,23 @@ def score(
 ) -> Tally:
     """Scores every line of a JSONL file; a bad line becomes a line with `error`.
 
-    A chunk is run in as many parts as `memory` asks for (working memory beside the model's own weights).  It is no part
-    of the job, so that a run can go on with another `memory`; results may then differ in the last digit.  A line that
-    does not fit by itself is a bad one; where only its explanation does not, the result has `because_error`.
+    A chunk is run in as many parts as `memory` asks for (working memory beside the model's own
+    weights).  It is no part of the job, so that a run can go on with another `memory`; results may
+    then differ in the last digit.  A line that does not fit by itself is a bad one; where only its
+    explanation does not, the result has `because_error`.
 
-    Raises:
-        FileNotFoundError: no such input file.
-        FileExistsError: `out` exists and may not be overwritten.
-        ValueError: the file is empty, alpha is too small for the calibration, or `out.partial` is of another job.
+    Raises: FileNotFoundError: no such input file. FileExistsError: `out` exists and may not be
+        overwritten. ValueError: the file is empty, alpha is too small for the calibration, or
+        `out.partial` is of another job.
     """
     if problem := calibrated.calibration.problem(scoring.alpha):
         raise ValueError(problem)
     if scoring.explain not in EXPLAIN:
         raise ValueError(f"explain={scoring.explain!r}, but the choices are {', '.join(EXPLAIN)}")
     if scoring.explain == "all" and not isinstance(calibrated.detector, ExplainingDetector):
-        raise ValueError(f"explain=all, but detector {calibrated.detector.config.name} cannot explain its scores")
+        raise ValueError(
+            f"explain=all, but detector {calibrated.detector.config.name} cannot explain its scores"
+        )
     parse_memory(memory)
     for name, value in (("chunk", scoring.chunk), ("edges", scoring.edges)):
         if value < 1:
@@ -94,9 +100,13 @@ def score(
         raise FileExistsError(f"{out} exists; choose another out=, or overwrite=true")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    done = _resume(partial, _job(inputs, calibrated, model, scoring), scoring.chunk, overwrite=overwrite)
+    done = _resume(
+        partial, _job(inputs, calibrated, model, scoring), scoring.chunk, overwrite=overwrite
+    )
     with partial.open("rb") as file:
-        errors, flagged = _counts(map(json.loads, itertools.islice(file, 1, None)))  # those of an earlier run
+        errors, flagged = _counts(
+            map(json.loads, itertools.islice(file, 1, None))
+        )  # those of an earlier run
     with inputs.open("rb") as source, partial.open("ab") as sink:
         lines = (line.rstrip(b"\r\n") for line in source)
         for _ in itertools.islice(lines, done):
@@ -108,7 +118,9 @@ def score(
             number += len(chunk)
             more_errors, more_flagged = _counts(results)
             errors, flagged = errors + more_errors, flagged + more_flagged
-            sink.write(b"".join(json.dumps(result, allow_nan=False).encode() + b"\n" for result in results))
+            sink.write(
+                b"".join(json.dumps(result, allow_nan=False).encode() + b"\n" for result in results)
+            )
             sink.flush()
             progress.update(len(chunk))
         progress.close()
@@ -152,7 +164,10 @@ def score_lines(
             try:
                 _score_into(results, [(place, prompt)], calibrated, scoring, memory)
             except ValueError as error:
-                results[place] = {"id": results[place]["id"], "error": f"line {first + place}: {error}"}
+                results[place] = {
+                    "id": results[place]["id"],
+                    "error": f"line {first + place}: {error}",
+                }
     return results
 
 
@@ -187,12 +202,22 @@ def _score_into(
         raise ValueError("the score is not finite; the model's numbers overflow on this input")
     p_values = calibrated.calibration.p_values(scores)
     for place, score, p_value in zip(places, scores.tolist(), p_values.tolist(), strict=True):
-        results[place] |= {"score": score, "p_value": p_value, "anomalous": p_value <= scoring.alpha}
+        results[place] |= {
+            "score": score,
+            "p_value": p_value,
+            "anomalous": p_value <= scoring.alpha,
+        }
     if scoring.explain == "none" or not isinstance(detector, ExplainingDetector):
         return
-    rows = [row for row, place in enumerate(places) if scoring.explain == "all" or results[place]["anomalous"]]
+    rows = [
+        row
+        for row, place in enumerate(places)
+        if scoring.explain == "all" or results[place]["anomalous"]
+    ]
     if rows:
-        _explain_into(results, [places[row] for row in rows], prompts.select(rows), detector, scoring, memory)
+        _explain_into(
+            results, [places[row] for row in rows], prompts.select(rows), detector, scoring, memory
+        )
 
 
 def _explain_into(
@@ -203,7 +228,9 @@ def _explain_into(
     scoring: Scoring,
     memory: str,
 ) -> None:
-    """Adds because and because_residual to the results at some places; where memory is too little, because_error."""
+    """Adds because and because_residual to the results at some places; where memory is too little,
+    because_error.
+    """
     try:
         explained = detector.explain(prompts, memory=memory)
     except TooLittleMemory as error:
@@ -214,9 +241,16 @@ def _explain_into(
             _explain_into(results, [place], prompts.select([row]), detector, scoring, memory)
         return
     if not torch.isfinite(explained.residual).all():
-        raise ValueError("the explanation is not finite; the model's numbers overflow on this input")
-    for place, shares, residual in zip(places, explained.shares, explained.residual.tolist(), strict=True):
-        results[place] |= {"because": _because(shares, detector, scoring.edges), "because_residual": residual}
+        raise ValueError(
+            "the explanation is not finite; the model's numbers overflow on this input"
+        )
+    for place, shares, residual in zip(
+        places, explained.shares, explained.residual.tolist(), strict=True
+    ):
+        results[place] |= {
+            "because": _because(shares, detector, scoring.edges),
+            "because_residual": residual,
+        }
 
 
 def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, Any]]:
@@ -224,10 +258,16 @@ def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, 
     graph = detector.engine.graph
     order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
     edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
-    return [{"edge": graph.edge_name(*edge), "share": shares[edge].item()} for edge in edges if shares[edge] != 0]
+    return [
+        {"edge": graph.edge_name(*edge), "share": shares[edge].item()}
+        for edge in edges
+        if shares[edge] != 0
+    ]
 
 
-def _job(inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring) -> dict[str, Any]:
+def _job(
+    inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring
+) -> dict[str, Any]:
     """What has to be equal for a partial result to be gone on with."""
     detector = calibrated.detector
     circuit = getattr(detector, "circuit", None)
@@ -248,8 +288,8 @@ def _job(inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scor
 def _resume(partial: Path, job: dict[str, Any], chunk: int, *, overwrite: bool) -> int:
     """Makes `partial` ready to be appended to and returns how many lines are done.
 
-    Its first line names the job; what follows a whole number of chunks is cut off.  Results of another job are
-    refused, or with `overwrite` dropped.
+    Its first line names the job; what follows a whole number of chunks is cut off.  Results of
+    another job are refused, or with `overwrite` dropped.
     """
     header = json.dumps({"job": job}).encode() + b"\n"
     if not partial.exists():
@@ -261,7 +301,8 @@ def _resume(partial: Path, job: dict[str, Any], chunk: int, *, overwrite: bool) 
                 partial.write_bytes(header)
                 return 0
             raise ValueError(
-                f"{partial} is the beginning of another job (other inputs, circuit, detector or settings); "
+                f"{partial} is the beginning of another job (other inputs, circuit, detector or "
+                "settings); "
                 "delete it to start over, or choose another out="
             )
         lines, keep, end = 0, 0, file.tell()

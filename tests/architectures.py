@@ -1,4 +1,5 @@
-"""Writes `docs/architectures.md`: what each family's engine has been proved to compute, measured on small models.
+"""Writes `docs/architectures.md`: what each family's engine has been proved to compute, measured on
+small models.
 
 python -m tests.architectures
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from circuits.engine import Factored
+from circuits.engine import Engine
 from circuits.graph import Graph
 from tests import tiny
 from tests.features import MUTATIONS
@@ -36,19 +37,29 @@ def _parallel(layers: int, heads: int) -> Graph:
 
 FAMILIES = {
     "gpt2": Family("GPT-2", "GPT2LMHeadModel", {"gpt2": Graph(12, 12), "gpt2-xl": Graph(48, 25)}),
-    "neox": Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM",
-                   {"pythia-70m": _parallel(6, 8), "pythia-1.4b": _parallel(24, 16)}),
+    "neox": Family(
+        "GPT-NeoX, Pythia",
+        "GPTNeoXForCausalLM",
+        {"pythia-70m": _parallel(6, 8), "pythia-1.4b": _parallel(24, 16)},
+    ),
     "gptj": Family("GPT-J", "GPTJForCausalLM", {"gpt-j-6b": _parallel(28, 16)}),
     "codegen": Family("CodeGen", "CodeGenForCausalLM", {"codegen-350M-mono": _parallel(20, 16)}),
-    "llama": Family("Llama 2, 3", "LlamaForCausalLM", {"Llama-3.2-1B": Graph(16, 32, 8), "Llama-2-7b": Graph(32, 32)}),
+    "llama": Family(
+        "Llama 2, 3",
+        "LlamaForCausalLM",
+        {"Llama-3.2-1B": Graph(16, 32, 8), "Llama-2-7b": Graph(32, 32)},
+    ),
     "mistral": Family("Mistral", "MistralForCausalLM", {"Mistral-7B-v0.1": Graph(32, 32, 8)}),
     "qwen2": Family("Qwen 2, 2.5", "Qwen2ForCausalLM", {"Qwen2.5-0.5B": Graph(24, 14, 2)}),
     "qwen3": Family("Qwen 3, dense", "Qwen3ForCausalLM", {"Qwen3-0.6B": Graph(28, 16, 8)}),
     "gemma": Family("Gemma 1", "GemmaForCausalLM", {"gemma-2b": Graph(18, 8, 1)}),
     "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", {"gemma-2-2b": Graph(26, 8, 4)}),
-    "native": Family("TransformerLens native", "TransformerLensNative",
-                     {"2 layers, 4 heads": Graph(2, 4), "without MLPs": Graph(2, 4, attention_only=True)}),
-}  # fmt: skip
+    "native": Family(
+        "TransformerLens native",
+        "TransformerLensNative",
+        {"2 layers, 4 heads": Graph(2, 4), "without MLPs": Graph(2, 4, attention_only=True)},
+    ),
+}
 
 INTRODUCTION = """# Architectures
 
@@ -96,12 +107,16 @@ for each of its features.
 
 
 def deviations(dtype: torch.dtype) -> dict[str, float]:
-    """For each family the largest relative deviation of the engine from the unwrapped model, over its small models."""
+    """For each family the largest relative deviation of the engine from the unwrapped model, over
+    its small models.
+    """
     worst = dict.fromkeys(FAMILIES, 0.0)
     for name, model in tiny.models(dtype).items():
-        engine, theirs = Factored(model), model.probe_logits.double()
+        engine, theirs = Engine(model), model.probe_logits.double()
         clean = engine.clean(model.probe_tokens)
-        masked = engine.masked(model.probe_tokens, engine.graph.exists, engine.ablated(torch.zeros_like(clean.writers)))
+        masked = engine.masked(
+            model.probe_tokens, engine.graph.exists, engine.ablated(torch.zeros_like(clean.writers))
+        )
         for ours in (clean.logits, masked):
             difference = (ours.double() - theirs).abs().max() / theirs.abs().max()
             assert difference.isfinite(), name
@@ -126,10 +141,14 @@ def page() -> str:
     for key, family in FAMILIES.items():
         worst = [one_digit(by_family[key]) for by_family in measured]
         known = ", ".join(f"{name} {graph.n_edges:,}" for name, graph in family.known.items())
-        lines.append(f"| {family.title} | `{family.architecture}` | " + " | ".join(worst) + f" | {known} |")
+        lines.append(
+            f"| {family.title} | `{family.architecture}` | " + " | ".join(worst) + f" | {known} |"
+        )
     lines += ["", "## Features proved", ""]
     features = [(name.split(",")[0], feature) for name, feature, _ in MUTATIONS]
-    for key, group in itertools.groupby(features, key=lambda pair: pair[0] if pair[0] != "codegen" else "gptj"):
+    for key, group in itertools.groupby(
+        features, key=lambda pair: pair[0] if pair[0] != "codegen" else "gptj"
+    ):
         names = dict.fromkeys(feature for _, feature in group)
         title = "GPT-J and CodeGen" if key == "gptj" else FAMILIES[key].title
         lines.append(f"* **{title}**: {'; '.join(names)}.")

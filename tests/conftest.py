@@ -1,4 +1,6 @@
-"""Set-up of the whole suite: shapes are checked, nothing reaches for the network, two threads, repeatable examples."""
+"""Set-up of the whole suite: shapes are checked, nothing reaches for the network, two threads,
+repeatable examples.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,18 @@ for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"
     os.environ[variable] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["MPLBACKEND"] = "agg"
-# Idle OpenMP threads sleep instead of spinning: five times faster where the cores are shared (read once, by torch).
+# Idle OpenMP threads sleep instead of spinning: five times faster where the cores are shared (read
+# once, by torch).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from jaxtyping import install_import_hook
 
-# Before anything imports the packages: from here on every shape and type that they declare is checked.
-# The "tower" of PEP 484 lets an int stand where a float is declared, as everywhere in Python.
+# Before anything imports the packages: from here on every shape and type that they declare is
+# checked. The "tower" of PEP 484 lets an int stand where a float is declared, as everywhere in
+# Python.
 install_import_hook(
-    ["circuits", "abstraction", "mad"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    ["circuits", "abstraction", "mad"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 import pytest
@@ -35,5 +40,8 @@ def cases() -> Path:
     """Models and circuits with known answers, in shared/cases beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "cases"
     if not folder.is_dir():
-        pytest.skip("the reference cases (../shared/cases) are not here; they are not part of the repository")
+        pytest.skip(
+            "the reference cases (../shared/cases) are not here; they are not part of the "
+            "repository"
+        )
     return folder

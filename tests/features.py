@@ -1,7 +1,7 @@
 """Every feature of every family, each with the change of an architecture that leaves it out.
 
-A feature counts as proved when the engine without it is noticed: `tests/test_engine.py` tries them all, and
-`docs/architectures.md` lists them.
+A feature counts as proved when the engine without it is noticed: `tests/test_engine.py` tries them
+all, and `docs/architectures.md` lists them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from circuits.architecture import Norm, Rotary
+from circuits.model.architecture import Norm, Rotary
 
 
 def each_block(**attention):
@@ -27,7 +27,8 @@ def each_block(**attention):
 def each_mlp(**mlp):
     def change(architecture):
         blocks = tuple(
-            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp)) for block in architecture.blocks
+            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp))
+            for block in architecture.blocks
         )
         return dataclasses.replace(architecture, blocks=blocks)
 
@@ -37,9 +38,13 @@ def each_mlp(**mlp):
 def norms(which: str, **fields):
     def change(architecture):
         if which == "final_norm":
-            return dataclasses.replace(architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields))
+            return dataclasses.replace(
+                architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields)
+            )
         blocks = tuple(
-            dataclasses.replace(block, **{which: dataclasses.replace(getattr(block, which), **fields)})
+            dataclasses.replace(
+                block, **{which: dataclasses.replace(getattr(block, which), **fields)}
+            )
             for block in architecture.blocks
         )
         return dataclasses.replace(architecture, blocks=blocks)
@@ -61,7 +66,11 @@ def no_bias(side: str):
         for block in architecture.blocks:
             linear = getattr(block.attention, side)
             bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
-            blocks.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **{side: bare})))
+            blocks.append(
+                dataclasses.replace(
+                    block, attention=dataclasses.replace(block.attention, **{side: bare})
+                )
+            )
         return dataclasses.replace(architecture, blocks=tuple(blocks))
 
     return change
@@ -98,7 +107,9 @@ def block(layer: int, **attention):
 
 def graph(**fields):
     def change(architecture):
-        return dataclasses.replace(architecture, graph=dataclasses.replace(architecture.graph, **fields))
+        return dataclasses.replace(
+            architecture, graph=dataclasses.replace(architecture.graph, **fields)
+        )
 
     return change
 
@@ -154,7 +165,9 @@ def unscaled_embedding(architecture):
 
 
 def no_unembedding_bias(architecture):
-    bare = dataclasses.replace(architecture.unembed, module=WithoutBias(architecture.unembed.module))
+    bare = dataclasses.replace(
+        architecture.unembed, module=WithoutBias(architecture.unembed.module)
+    )
     return dataclasses.replace(architecture, unembed=bare)
 
 
@@ -165,7 +178,11 @@ def plain_rotary(architecture):
         width = architecture.rotary.tables(positions, like)[0].shape[-1]
         frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=like.dtype) / width)
         angles = torch.arange(positions, dtype=like.dtype)[:, None] * frequencies
-        spread = angles.repeat(1, 2) if architecture.rotary.pairs == "halves" else angles.repeat_interleave(2, -1)
+        spread = (
+            angles.repeat(1, 2)
+            if architecture.rotary.pairs == "halves"
+            else angles.repeat_interleave(2, -1)
+        )
         return spread.cos(), spread.sin()
 
     return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
@@ -177,7 +194,9 @@ def no_mlp_bias(side: str):
         for block in architecture.blocks:
             linear = getattr(block.mlp, side)
             bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
-            blocks.append(dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **{side: bare})))
+            blocks.append(
+                dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **{side: bare}))
+            )
         return dataclasses.replace(architecture, blocks=tuple(blocks))
 
     return change
@@ -203,7 +222,9 @@ def other_groups(architecture):
             )
             for side in "kv"
         }
-        blocks.append(dataclasses.replace(block, attention=dataclasses.replace(block.attention, **sides)))
+        blocks.append(
+            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **sides))
+        )
     return dataclasses.replace(architecture, blocks=tuple(blocks))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import networkx as nx
 import torch
 
-from circuits.engine import Factored
+from circuits.engine import Engine
 
-# HuggingFace's RMSNorm and GPT-J's attention, TransformerLens's RMSNorm and its parameter-free norms compute in float32
-# even in float64 models.
+# HuggingFace's RMSNorm and GPT-J's attention, TransformerLens's RMSNorm and its parameter-free
+# norms compute in float32 even in float64 models.
 COARSE = ("llama", "mistral", "qwen", "gemma", "gptj", "codegen", "rms", "no parameters")
 
 
@@ -17,7 +17,9 @@ def bound(name: str) -> float:
 
 
 def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:
-    """Where the logits depend on a writer, [W, S], by the paths of a graph whose nodes are (name, position)."""
+    """Where the logits depend on a writer, [W, S], by the paths of a graph whose nodes are (name,
+    position).
+    """
     kept = mask * graph.exists != 0
     kept = kept[..., None].expand(-1, -1, n_positions) if kept.ndim == 2 else kept
     paths = nx.DiGraph()
@@ -31,11 +33,16 @@ def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:
                 target = "end" if node == "logits" else (node, there)
                 paths.add_edge((graph.writers[writer], position), target)
     ancestors = nx.ancestors(paths, "end")
-    return torch.tensor([[(name, position) in ancestors for position in range(n_positions)] for name in graph.writers])
+    return torch.tensor(
+        [
+            [(name, position) in ancestors for position in range(n_positions)]
+            for name in graph.writers
+        ]
+    )
 
 
 def through_hooks(
-    factored: Factored,
+    factored: Engine,
     tokens: torch.Tensor,
     mask: torch.Tensor,
     ablated: torch.Tensor,
@@ -44,10 +51,11 @@ def through_hooks(
     upstream: torch.Tensor | None = None,
     seen: dict[str, torch.Tensor] | None = None,
 ):
-    """The masked run as hooks on one bridge forward: each hook mixes what the hooks before it collected.
+    """The masked run as hooks on one bridge forward: each hook mixes what the hooks before it
+    collected.
 
-    With `upstream` it mixes that instead.  `seen` receives what is written [W, B, S, D] and, of each layer, queries
-    and keys [heads, B, S, E] and patterns [B, heads, S, S].
+    With `upstream` it mixes that instead.  `seen` receives what is written [W, B, S, D] and, of
+    each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].
     """
     bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
     written = list(factored.embed(tokens))
@@ -75,7 +83,9 @@ def through_hooks(
             out = value.clone()
             width = architecture.head_width
             for head in range(heads):
-                x = bridge.blocks[layer].ln1.original_component(mixed(f"a{layer}.{label}{head}<{side}>"))
+                x = bridge.blocks[layer].ln1.original_component(
+                    mixed(f"a{layer}.{label}{head}<{side}>")
+                )
                 projected = getattr(bridge.blocks[layer].attn, side).original_component(x)
                 columns = slice(head * width, (head + 1) * width)
                 out.flatten(2)[..., columns] = projected[..., columns]
@@ -104,9 +114,13 @@ def through_hooks(
             if post_normed:
                 norm = bridge.blocks[layer].ln1_post.original_component
                 alone = unread.setdefault(layer, outputs)
-                here = read[[graph.writer_index[f"a{layer}.h{h}"] for h in range(graph.n_heads)]][:, None, :, None]
+                here = read[[graph.writer_index[f"a{layer}.h{h}"] for h in range(graph.n_heads)]][
+                    :, None, :, None
+                ]
                 enter = [torch.where(*values) for values in zip(here, outputs, alone, strict=True)]
-                factor = (1 + norm.weight) / (sum(enter).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+                factor = (1 + norm.weight) / (
+                    sum(enter).pow(2).mean(-1, keepdim=True) + norm.eps
+                ).sqrt()
                 outputs = [output * factor for output in outputs]
             written.extend(outputs)
             biases.append(torch.zeros(()) if o.bias is None else o.bias)
@@ -132,19 +146,31 @@ def through_hooks(
 
     hooks = []
     for layer in range(graph.n_layers):
-        hooks += [(f"blocks.{layer}.attn.{side}.hook_out", side_hook(layer, side)) for side in "qkv"]
+        hooks += [
+            (f"blocks.{layer}.attn.{side}.hook_out", side_hook(layer, side)) for side in "qkv"
+        ]
         hooks += [(f"blocks.{layer}.attn.o.hook_in", z_hook(layer))]
         if not graph.attention_only:
             parts = bridge.blocks[layer]._modules
-            before, after = "ln2" if "ln2" in parts else "mlp", "ln2_post" if "ln2_post" in parts else "mlp"
+            before, after = (
+                "ln2" if "ln2" in parts else "mlp",
+                "ln2_post" if "ln2_post" in parts else "mlp",
+            )
             hooks += [(f"blocks.{layer}.{before}.hook_in", mlp_in(layer))]
             hooks += [(f"blocks.{layer}.{after}.hook_out", mlp_out)]
     hooks += [("ln_final.hook_in", logits_in)]
-    patterns = [(f"blocks.{layer}.attn.hook_pattern", pattern_hook(layer)) for layer in range(graph.n_layers)]
+    patterns = [
+        (f"blocks.{layer}.attn.hook_pattern", pattern_hook(layer))
+        for layer in range(graph.n_layers)
+    ]
     with torch.no_grad():
-        logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks + (patterns if seen is not None else []))
+        logits = bridge.run_with_hooks(
+            tokens, fwd_hooks=hooks + (patterns if seen is not None else [])
+        )
     assert fired == [name for name, _ in hooks], "hooks can silently never fire"
     if seen is not None:
         seen["written"] = torch.stack(written)
-        assert all(f"pattern{layer}" in seen for layer in range(graph.n_layers)), "hooks can silently never fire"
+        assert all(f"pattern{layer}" in seen for layer in range(graph.n_layers)), (
+            "hooks can silently never fire"
+        )
     return logits

@@ -21,7 +21,9 @@ def blocks(language: str) -> list[str]:
 
 
 def lines(start: str) -> list[str]:
-    found = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    found = [
+        line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()
+    ]
     return [line for line in found if line.startswith(start)]
 
 
@@ -58,9 +60,23 @@ def test_the_pictures_are_there(link):
 
 
 def test_the_demo_runs(tmp_path):
-    assert main(["demo", f"out={tmp_path / 'demo'}", "mode=smoke", "inputs=20", "controls=1", "alpha=0.1"]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                f"out={tmp_path / 'demo'}",
+                "mode=smoke",
+                "inputs=20",
+                "controls=1",
+                "alpha=0.1",
+            ]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]
-    assert [row["detector"] for row in rows[:3]] == ["fast", "strict", "deviation"] and len(rows) == 6
+    assert [row["detector"] for row in rows[:3]] == ["fast", "strict", "deviation"] and len(
+        rows
+    ) == 6
 
 
 @pytest.mark.slow
@@ -68,10 +84,14 @@ def test_the_table_is_that_of_a_run(tmp_path):
     assert main(["demo", f"out={tmp_path / 'demo'}"]) == 0
     rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]
     table = [line for line in README.splitlines() if line.startswith("| ")]
-    for row, start in zip(rows, ("fast", "strict", "deviation", "max-prob", "Mahalanobis", "random"), strict=True):
+    for row, start in zip(
+        rows, ("fast", "strict", "deviation", "max-prob", "Mahalanobis", "random"), strict=True
+    ):
         written = next(line for line in table if line.startswith(f"| {start}"))
         cells = [float(cell.strip(" %")) for cell in written.split("|")[2:7]]
         ours = [row["auroc"]["normal_iid"], row["auroc"]["normal_shift"]]
         ours += [100 * row["flagged"][group] for group in ("normal_iid", "normal_shift", "anomaly")]
         for column, (value, cell) in enumerate(zip(ours, cells, strict=True)):
-            assert value == pytest.approx(cell, abs=0.02 if column < 2 else 2.0)  # machines round differently
+            assert value == pytest.approx(
+                cell, abs=0.02 if column < 2 else 2.0
+            )  # machines round differently

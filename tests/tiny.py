@@ -1,4 +1,6 @@
-"""Tiny models with weights scaled up, so that every feature of their architecture shows in the logits."""
+"""Tiny models with weights scaled up, so that every feature of their architecture shows in the
+logits.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import random
 import torch
 from torch import nn
 
-from circuits.engine import Factored
-from circuits.model import LoadedModel, from_bridge, from_module
+from circuits.engine import Engine
+from circuits.model.load import LoadedModel, from_bridge, from_module
 from circuits.prompts import Prompts, prompts_from_records
 
 
@@ -17,7 +19,9 @@ def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(
+                parameter.dtype
+            )
             norm = any(part in name for part in ("ln", "norm")) and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if norm else size * noise)
     return module
@@ -26,8 +30,16 @@ def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
 def gpt2_module(**changes) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    fields = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16, "vocab_size": 29, "bos_token_id": 0,
-              "eos_token_id": 0, "layer_norm_epsilon": 1e-2}  # fmt: skip
+    fields = {
+        "n_embd": 12,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_positions": 16,
+        "vocab_size": 29,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "layer_norm_epsilon": 1e-2,
+    }
     return scaled_up(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})).eval())
 
 
@@ -39,24 +51,42 @@ def llama_module(**changes) -> nn.Module:
 
 
 # Heads wider than hidden_size / heads, two per key-value head; a window shorter than the prompts.
-LLAMA_LIKE = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 29, "max_position_embeddings": 16,
-              "rms_norm_eps": 1e-2}  # fmt: skip
+LLAMA_LIKE = {
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "vocab_size": 29,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-2,
+}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
 def neox_module(**changes) -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    fields = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
-              "vocab_size": 29, "max_position_embeddings": 16, "layer_norm_eps": 1e-2, "rotary_pct": 0.5}  # fmt: skip
+    fields = {
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": 29,
+        "max_position_embeddings": 16,
+        "layer_norm_eps": 1e-2,
+        "rotary_pct": 0.5,
+    }
     return scaled_up(GPTNeoXForCausalLM(GPTNeoXConfig(**{**fields, **changes})).eval())
 
 
 def mistral_module(**changes) -> nn.Module:
     from transformers import MistralConfig, MistralForCausalLM
 
-    return scaled_up(MistralForCausalLM(MistralConfig(**{**LLAMA_LIKE, "sliding_window": 4, **changes})).eval())
+    return scaled_up(
+        MistralForCausalLM(MistralConfig(**{**LLAMA_LIKE, "sliding_window": 4, **changes})).eval()
+    )
 
 
 def qwen2_module(**changes) -> nn.Module:
@@ -77,14 +107,21 @@ def qwen3_module(**changes) -> nn.Module:
 def gemma_module(**changes) -> nn.Module:
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    return scaled_up(GemmaForCausalLM(GemmaConfig(**{**LLAMA_LIKE, "attention_bias": True, **changes})).eval())
+    return scaled_up(
+        GemmaForCausalLM(GemmaConfig(**{**LLAMA_LIKE, "attention_bias": True, **changes})).eval()
+    )
 
 
 def gemma2_module(**changes) -> nn.Module:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    fields = {**LLAMA_LIKE, "sliding_window": 4, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0,
-              "final_logit_softcapping": 3.0}  # fmt: skip
+    fields = {
+        **LLAMA_LIKE,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    }
     return scaled_up(Gemma2ForCausalLM(Gemma2Config(**{**fields, **changes})).eval())
 
 
@@ -102,21 +139,45 @@ def codegen_module(**changes) -> nn.Module:
     return scaled_up(CodeGenForCausalLM(CodeGenConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
 
 
-GPTJ_LIKE = {"n_positions": 16, "vocab_size": 29, "bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-2}
+GPTJ_LIKE = {
+    "n_positions": 16,
+    "vocab_size": 29,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "layer_norm_epsilon": 1e-2,
+}
 
 HUGGINGFACE = {
-    "gpt2": gpt2_module, "llama": llama_module, "neox": neox_module, "mistral": mistral_module, "qwen2": qwen2_module,
-    "qwen3": qwen3_module, "gemma": gemma_module, "gemma2": gemma2_module, "gptj": gptj_module,
+    "gpt2": gpt2_module,
+    "llama": llama_module,
+    "neox": neox_module,
+    "mistral": mistral_module,
+    "qwen2": qwen2_module,
+    "qwen3": qwen3_module,
+    "gemma": gemma_module,
+    "gemma2": gemma2_module,
+    "gptj": gptj_module,
     "codegen": codegen_module,
-}  # fmt: skip
+}
 
 
 def native_bridge(dtype: torch.dtype = torch.float64, **changes):
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
 
-    fields = {"d_model": 12, "d_head": 5, "n_heads": 3, "n_layers": 2, "n_ctx": 16, "d_vocab": 29, "act_fn": "gelu",
-              "d_mlp": 20, "architecture": "TransformerLensNative", "dtype": dtype, "eps": 1e-2}  # fmt: skip
+    fields = {
+        "d_model": 12,
+        "d_head": 5,
+        "n_heads": 3,
+        "n_layers": 2,
+        "n_ctx": 16,
+        "d_vocab": 29,
+        "act_fn": "gelu",
+        "d_mlp": 20,
+        "architecture": "TransformerLensNative",
+        "dtype": dtype,
+        "eps": 1e-2,
+    }
     bridge = TransformerBridge.boot_native(TransformerBridgeConfig(**{**fields, **changes}))
     bridge.original_model.to(dtype)
     scaled_up(bridge)
@@ -160,9 +221,19 @@ NATIVE_VARIANTS = {
 }
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "rope_theta": 100.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "rope_theta": 100.0,
+}
 HUGGINGFACE_VARIANTS = {
     **{name: {} for name in HUGGINGFACE},
     "gpt2, scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
@@ -172,7 +243,11 @@ HUGGINGFACE_VARIANTS = {
     "neox, sequential": {"use_parallel_residual": False},
     "mistral, no window": {"sliding_window": None},
     "qwen2, no window": {"use_sliding_window": False},
-    "qwen3, yarn rotary": {"rope_scaling": YARN, "use_sliding_window": False, "attention_bias": False},
+    "qwen3, yarn rotary": {
+        "rope_scaling": YARN,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    },
     "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
 
@@ -180,13 +255,23 @@ HUGGINGFACE_VARIANTS = {
 def models(dtype: torch.dtype = torch.float64) -> dict[str, LoadedModel]:
     """One model of each family and variant; a name is its family, then a comma and the variant."""
     families = {
-        name: huggingface(name.split(",")[0], dtype, **changes) for name, changes in HUGGINGFACE_VARIANTS.items()
+        name: huggingface(name.split(",")[0], dtype, **changes)
+        for name, changes in HUGGINGFACE_VARIANTS.items()
     }
-    return {**families, **{f"native, {name}": native(dtype, **changes) for name, changes in NATIVE_VARIANTS.items()}}
+    return {
+        **families,
+        **{
+            f"native, {name}": native(dtype, **changes) for name, changes in NATIVE_VARIANTS.items()
+        },
+    }
 
 
-def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29) -> list[dict]:
-    """Random prompts of different lengths: a corrupt twin; 1 to 3 scored positions, answers and wrong answers."""
+def records(
+    count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, vocabulary: int = 29
+) -> list[dict]:
+    """Random prompts of different lengths: a corrupt twin; 1 to 3 scored positions, answers and
+    wrong answers.
+    """
     draw = random.Random(seed)
     made = []
     for number in range(count):
@@ -196,8 +281,16 @@ def records(count: int, seed: int = 0, *, shortest: int = 4, longest: int = 9, v
         tokens = [draw.sample(range(vocabulary), 6) for _ in positions]
         answers = [here[: draw.randint(1, 3)] for here in tokens]
         wrong = [here[3 : draw.randint(4, 6)] for here in tokens]
-        made.append({"clean": clean, "corrupt": corrupt, "positions": positions, "answers": answers,
-                     "wrong_answers": wrong, "id": f"{seed}.{number}"})  # fmt: skip
+        made.append(
+            {
+                "clean": clean,
+                "corrupt": corrupt,
+                "positions": positions,
+                "answers": answers,
+                "wrong_answers": wrong,
+                "id": f"{seed}.{number}",
+            }
+        )
     return made
 
 
@@ -205,11 +298,15 @@ def prompts(count: int = 5, seed: int = 0, **changes) -> Prompts:
     return prompts_from_records(records(count, seed, **changes))
 
 
-def with_own_answers(engine: Factored, records: list[dict]) -> list[dict]:
-    """The same prompts; the answer is the token that the clean prompt favours most over the corrupt one."""
+def with_own_answers(engine: Engine, records: list[dict]) -> list[dict]:
+    """The same prompts; the answer is the token that the clean prompt favours most over the corrupt
+    one.
+    """
     changed = []
     for record in records:
-        clean, corrupt = engine.logits(torch.tensor([record["clean"], record["corrupt"]]))[:, record["positions"]]
+        clean, corrupt = engine.logits(torch.tensor([record["clean"], record["corrupt"]]))[
+            :, record["positions"]
+        ]
         order = (clean - corrupt).argsort(descending=True)  # [positions, V]
         answers, wrong = order[:, :1].tolist(), order[:, -1:].tolist()
         changed.append({**record, "answers": answers, "wrong_answers": wrong})

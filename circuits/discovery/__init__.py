@@ -1,6 +1,6 @@
 """Discovery: algorithms that find which edges matter.  `METHODS` names them.
 
-Each takes its configuration and a `Behaviour`, and returns a `Found`.
+Each takes its configuration and a `Objective`, and returns a `Found`.
 """
 
 from circuits.discovery.acdc import ACDC, acdc

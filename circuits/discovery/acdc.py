@@ -1,13 +1,14 @@
 """ACDC: a greedy sweep that removes every edge whose absence does not matter (Conmy et al. 2023,
 arXiv 2304.14997, Algorithm 1).
 
-All edges are present.  The sweep goes from the output to the input (`Graph.sweep_order`: layer descending,
-logits > mlp > v > k > q, head descending, writer descending).  Edge e is removed for good iff
+All edges are present.  The sweep goes from the output to the input (`Graph.sweep_order`: layer
+descending, logits > mlp > v > k > q, head descending, writer descending).  Edge e is removed for
+good iff
 
     delta = cost(without e) - cost(now) < tau
 
-and then cost(now) becomes cost(without e).  The cost is the negated, oriented metric: KL(model || run) in
-the paper.  A node that no kept edge reads loses all of its incoming edges unevaluated.
+and then cost(now) becomes cost(without e).  The cost is the negated, oriented metric: KL(model ||
+run) in the paper.  A node that no kept edge reads loses all of its incoming edges unevaluated.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from circuits.behaviour import Behaviour
 from circuits.discovery.found import Found
+from circuits.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +40,31 @@ class ACDC:
     seed: int = 0  # of the shuffled order
 
 
-def acdc(config: ACDC, behaviour: Behaviour) -> Found:
-    """Returns the circuit of the sequential sweep; an edge's score is the delta at which it was judged.
+def acdc(config: ACDC, objective: Objective) -> Found:
+    """Returns the circuit of the sequential sweep; an edge's score is the delta at which it was
+    judged.
 
     Raises:
         ValueError: tau is not above 0, or the order is unknown.
     """
     if not config.tau > 0:
-        raise ValueError(f"tau={config.tau}, but it must be above 0: with tau <= 0 every harmless edge is kept")
+        raise ValueError(
+            f"tau={config.tau}, but it must be above 0: with tau <= 0 every harmless edge is kept"
+        )
     if config.order not in ("sweep", "shuffle"):
         raise ValueError(f"order={config.order!r}, but the orders are sweep, shuffle")
-    if len(behaviour.batches.kept) < len(behaviour.batches):
+    if len(objective.batches.kept) < len(objective.batches):
         log.warning(
-            "acdc passes over the prompts thousands of times, and memory keeps only %d of %d batches prepared, so that "
+            "acdc passes over the prompts thousands of times, and memory keeps only %d of %d "
+            "batches prepared, so that "
             "each pass prepares the others anew; raise memory, or use fewer prompts",
-            len(behaviour.batches.kept), len(behaviour.batches),
-        )  # fmt: skip
-    graph = behaviour.engine.graph
+            len(objective.batches.kept),
+            len(objective.batches),
+        )
+    graph = objective.engine.graph
     kept = graph.exists.clone()
     scores = torch.zeros(kept.shape)
-    current = -behaviour.full().double().mean().item()
+    current = -objective.full().double().mean().item()
     evaluated, closest = 0, float("inf")
     generator = np.random.default_rng(config.seed)
     progress = tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None)
@@ -66,14 +72,18 @@ def acdc(config: ACDC, behaviour: Behaviour) -> Found:
         edges = list(group)
         progress.update(len(edges))
         _, read = graph.read(kept[None])
-        kept[reader] &= read[0, reader].view(kept.shape[2:])  # what nothing depends on needs no input
+        kept[reader] &= read[0, reader].view(
+            kept.shape[2:]
+        )  # what nothing depends on needs no input
         edges = [edge for edge in edges if kept[edge]]
-        layer = min(reader // graph.readers_per_block, graph.n_layers)  # all before it is still whole
+        layer = min(
+            reader // graph.readers_per_block, graph.n_layers
+        )  # all before it is still whole
         if config.order == "shuffle":
             generator.shuffle(edges)
         for edge in edges:
             kept[edge] = False
-            without = -behaviour.measure(kept, first_layer=layer).double().mean().item()
+            without = -objective.measure(kept, first_layer=layer).double().mean().item()
             delta = without - current
             scores[edge] = delta
             evaluated += 1

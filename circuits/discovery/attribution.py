@@ -1,15 +1,17 @@
 """Edge attribution patching: all edges scored by gradients, in a few passes.
 
-EAP (Syed et al. 2023, arXiv 2310.10348) takes the gradient of the metric in the edge mask at all ones,
+EAP (Syed et al. 2023, arXiv 2310.10348) takes the gradient of the metric in the edge mask at all
+ones,
 
     s(w -> r) = sum over pos, d of (a_w - ablated_w) . dm/dx_r
 
-per prompt, then averaged; edges told apart by position have no sum over pos.  EAP-IG-inputs (Hanna et al. 2024,
-arXiv 2403.17806) takes the mean of dm/dx_r over runs whose input embedding lies k/steps of the way from the ablated to
-the clean one, k = 0 .. steps - 1; the difference in front stays the full one.
+per prompt, then averaged; edges told apart by position have no sum over pos.  EAP-IG-inputs (Hanna
+et al. 2024, arXiv 2403.17806) takes the mean of dm/dx_r over runs whose input embedding lies
+k/steps of the way from the ablated to the clean one, k = 0 .. steps - 1; the difference in front
+stays the full one.
 
-`score(e)` estimates m(model) - m(model without e) with higher m better, so that positive supports the
-behaviour.
+`score(e)` estimates m(model) - m(model without e) with higher m better, so that positive supports
+the behaviour.
 
 Shapes: prompts B, positions S, d_model D, writers W, readers R.
 """
@@ -22,8 +24,8 @@ from typing import ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from circuits.behaviour import Behaviour
 from circuits.discovery.found import Found
+from circuits.objective import Objective
 
 
 @dataclass
@@ -43,50 +45,63 @@ class EAPIG:
     steps: int = 5  # gradients from the ablated input towards the clean one; the paper's default
 
 
-def eap(config: EAP, behaviour: Behaviour) -> Found:
+def eap(config: EAP, objective: Objective) -> Found:
     """Returns the EAP score of every edge.
 
     Raises:
         ValueError: the metric has no gradient, or a vanishing one at the clean run (KL).
     """
-    if behaviour.metric.flat_at_model:
+    if objective.metric.flat_at_model:
         raise ValueError(
-            f"metric={behaviour.metric.name} has zero gradient at the clean run, so that plain EAP scores are all 0; "
+            f"metric={objective.metric.name} has zero gradient at the clean run, so that plain EAP "
+            "scores are all 0; "
             "use method=eap_ig, or metric=logit_diff"
         )
-    return Found(_attribute(behaviour, (1.0,), "eap"))
+    return Found(_attribute(objective, (1.0,), "eap"))
 
 
-def eap_ig(config: EAPIG, behaviour: Behaviour) -> Found:
+def eap_ig(config: EAPIG, objective: Objective) -> Found:
     """Returns the EAP-IG-inputs score of every edge.
 
     Raises:
         ValueError: fewer than 1 step, or the metric has no gradient.
     """
     if config.steps < 1:
-        raise ValueError(f"steps={config.steps}, but at least 1 is needed (5 is the published default)")
-    return Found(_attribute(behaviour, tuple(k / config.steps for k in range(config.steps)), "eap-ig"))
+        raise ValueError(
+            f"steps={config.steps}, but at least 1 is needed (5 is the published default)"
+        )
+    return Found(
+        _attribute(objective, tuple(k / config.steps for k in range(config.steps)), "eap-ig")
+    )
 
 
-def _attribute(behaviour: Behaviour, points: tuple[float, ...], label: str) -> torch.Tensor:
-    """Edge scores from gradients at inputs `ablated + point * (clean - ablated)`, averaged over points."""
-    engine, metric = behaviour.engine, behaviour.metric
+def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> torch.Tensor:
+    """Edge scores from gradients at inputs `ablated + point * (clean - ablated)`, averaged over
+    points.
+    """
+    engine, metric = objective.engine, objective.metric
     graph = engine.graph
     if not metric.differentiable:
-        raise ValueError(f"metric={metric.name} has no gradient; use logit_diff, prob_diff or cross_entropy")
+        raise ValueError(
+            f"metric={metric.name} has no gradient; use logit_diff, prob_diff or cross_entropy"
+        )
     scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
-    n_prompts, batches = 0, behaviour.batches
-    for batch in tqdm(batches.differences(), total=len(batches), desc=label, unit="batch", disable=None):
+    n_prompts, batches = 0, objective.batches
+    for batch in tqdm(
+        batches.differences(), total=len(batches), desc=label, unit="batch", disable=None
+    ):
         prompts, flat = batch.prompts, batch.values.flatten(1)
         n_prompts += len(prompts)
         difference = batch.values[: graph.n_inputs].sum(0)
 
-        def objective(logits: torch.Tensor, batch=batch) -> torch.Tensor:
+        def scalar(logits: torch.Tensor, batch=batch) -> torch.Tensor:
             return metric.oriented(logits, batch.prompts, batch.logits).sum()
 
         for point in points:
             at = batch.embedded - (1.0 - point) * difference
-            for first, gradients in engine.reader_gradients(at, objective, prompts.key_mask, prompts.positions):
+            for first, gradients in engine.reader_gradients(
+                at, scalar, prompts.key_mask, prompts.positions
+            ):
                 upstream = graph.upstream[first]
                 if graph.n_positions is None:
                     products = gradients.flatten(1) @ flat[:upstream].T

@@ -1,7 +1,8 @@
 """Task families: generators of prompt records, by name.
 
-Each module has a config dataclass and `generate(config, count, seed)`, which returns `count` different records of the
-prompt schema (`circuits.prompts`), the same ones for the same seed.  None of them imports torch.
+Each module has a config dataclass and `generate(config, count, seed)`, which returns `count`
+different records of the prompt schema (`circuits.prompts`), the same ones for the same seed.  None
+of them imports torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Prompts from a file that the user brings: JSONL, auto-circuit's JSON, EAP-IG's CSV (`circuits.prompt_files`)."""
+"""Prompts from a file that the user brings: JSONL, auto-circuit's JSON, EAP-IG's CSV
+(`circuits.prompts.files`).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ class File:
 
 
 def generate(config: File, count: int, seed: int) -> list[dict]:
-    """Returns all records of the file; how many are wanted, and the seed, decide only how they are split later.
+    """Returns all records of the file; how many are wanted, and the seed, decide only how they are
+    split later.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is empty or a line is no record.
     """
-    from circuits.prompt_files import read_records
+    from circuits.prompts.files import read_records
 
     return read_records(Path(config.path).expanduser())

@@ -1,21 +1,23 @@
 """Induction: what followed the last token when it stood there before comes next.
 
-Two forms, over token ids drawn at random from the vocabulary (Elhage et al. 2021, "A mathematical framework for
-transformer circuits"; Olsson et al. 2022, arXiv 2209.11895):
+Two forms, over token ids drawn at random from the vocabulary (Elhage et al. 2021, "A mathematical
+framework for transformer circuits"; Olsson et al. 2022, arXiv 2209.11895):
 
     one_repeat   A B C D E F B -> C   one token occurs twice, all others once
     block        A B C D A B C -> D   a block of different tokens, then the same again, cut off at `length`
 
-Corrupt, one_repeat: the earlier occurrence of the last token becomes a token that is nowhere else in the prompt, so
-nothing repeats and nothing follows from it.  It is never at position 0, where no token stands before it: the trained
-model `l_2_2` of Gross's guarantees-based-mechanistic-interpretability (2 layers, 1 head, vocabulary 26, context 8; see
-Gross et al. 2024, arXiv 2406.11779) is right in 45 % of such prompts and in all others.
+Corrupt, one_repeat: the earlier occurrence of the last token becomes a token that is nowhere else
+in the prompt, so nothing repeats and nothing follows from it.  It is never at position 0, where no
+token stands before it: the trained model `l_2_2` of Gross's
+guarantees-based-mechanistic-interpretability (2 layers, 1 head, vocabulary 26, context 8; see Gross
+et al. 2024, arXiv 2406.11779) is right in 45 % of such prompts and in all others.
 
-Corrupt, block: every token of the first block that the prompt repeats becomes another one that is nowhere in the
-clean prompt, again so that nothing repeats.
+Corrupt, block: every token of the first block that the prompt repeats becomes another one that is
+nowhere in the clean prompt, again so that nothing repeats.
 
-Wrong answers are the other tokens of the clean prompt: the logit difference says how far the right one stands out from
-its context.  With `l_2_2` it is 99.7 on clean and -0.2 on corrupt prompts of the first form.
+Wrong answers are the other tokens of the clean prompt: the logit difference says how far the right
+one stands out from its context.  With `l_2_2` it is 99.7 on clean and -0.2 on corrupt prompts of
+the first form.
 """
 
 from __future__ import annotations
@@ -43,33 +45,40 @@ class Induction:
 def generate(config: Induction, count: int, seed: int) -> list[dict]:
     """`count` different prompts with their counterfactuals.
 
-    Raises:
-        ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count` outside what they give.
+    Raises: ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count`
+        outside what they give.
     """
     distinct, needed, available = _sizes(config)
     if config.vocabulary < needed:
         raise ValueError(
-            f"vocabulary={config.vocabulary}, but form={config.form} with length={config.length} needs {needed} "
+            f"vocabulary={config.vocabulary}, but form={config.form} with length={config.length} "
+            f"needs {needed} "
             "different tokens; raise vocabulary or lower length"
         )
     if not 1 <= count <= available:
         raise ValueError(
-            f"count={count}, but form={config.form} with vocabulary={config.vocabulary} and length={config.length} "
+            f"count={count}, but form={config.form} with vocabulary={config.vocabulary} and "
+            f"length={config.length} "
             f"gives 1 to {available} prompts; change count or raise vocabulary"
         )
     generator = random.Random(seed)
     draw = _one_repeat if config.form == "one_repeat" else _block
     records: dict[tuple[int, ...], dict] = {}
     while len(records) < count:
-        # One draw holds the tokens of the clean prompt first, then those that only the corrupt prompt has.
+        # One draw holds the tokens of the clean prompt first, then those that only the corrupt
+        # prompt has.
         tokens = generator.sample(range(config.vocabulary), needed)
-        clean, corrupt, answer = draw(tokens[:distinct], tokens[distinct:], config.length, generator)
+        clean, corrupt, answer = draw(
+            tokens[:distinct], tokens[distinct:], config.length, generator
+        )
         if tuple(clean) not in records:
             records[tuple(clean)] = {
                 "clean": clean,
                 "corrupt": corrupt,
                 "answers": [answer],
-                "wrong_answers": [token for token in tokens[:distinct] if token not in (answer, clean[-1])],
+                "wrong_answers": [
+                    token for token in tokens[:distinct] if token not in (answer, clean[-1])
+                ],
                 "label": 0,
                 "id": f"induction-{config.form}-{seed}-{len(records)}",
             }
@@ -77,7 +86,9 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
 
 
 def _sizes(config: Induction) -> tuple[int, int, int]:
-    """Different tokens in a clean prompt, in it and its corrupt one together, and how many prompts there are."""
+    """Different tokens in a clean prompt, in it and its corrupt one together, and how many prompts
+    there are.
+    """
     if config.form == "one_repeat":
         shortest, distinct, places, fresh = 4, config.length - 1, config.length - 3, 1
     elif config.form == "block":
@@ -86,7 +97,10 @@ def _sizes(config: Induction) -> tuple[int, int, int]:
     else:
         raise ValueError(f"form={config.form!r} is none of {', '.join(FORMS)}; choose one of them")
     if config.length < shortest:
-        raise ValueError(f"length={config.length}, but form={config.form} needs at least {shortest}; raise length")
+        raise ValueError(
+            f"length={config.length}, but form={config.form} needs at least {shortest}; raise "
+            "length"
+        )
     return distinct, distinct + fresh, perm(max(config.vocabulary, 0), distinct) * places
 
 

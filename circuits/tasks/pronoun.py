@@ -1,16 +1,19 @@
-"""Gendered pronouns: "The boy was sad, so" is to be continued with " he", "The girl was sad, so" with " she".
+"""Gendered pronouns: "The boy was sad, so" is to be continued with " he", "The girl was sad, so"
+with " she".
 
-A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of the other gender.
-Both have the same number of tokens under the tokenizer of `stories260K` (karpathy/tinyllamas, MIT; a Llama with 260
-thousand weights, trained on TinyStories, Eldan & Li 2023, arXiv 2305.07759).  Subjects and frames were chosen for that
-model: it prefers the right pronoun in each of the 6700 prompts, by 3.5 logits on average in the trusted ones.  The
-module itself needs no tokenizer; with another one, prompts of unequal length are refused when they are encoded.
+A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of
+the other gender. Both have the same number of tokens under the tokenizer of `stories260K`
+(karpathy/tinyllamas, MIT; a Llama with 260 thousand weights, trained on TinyStories, Eldan & Li
+2023, arXiv 2305.07759).  Subjects and frames were chosen for that model: it prefers the right
+pronoun in each of the 6700 prompts, by 3.5 logits on average in the trusted ones.  The module
+itself needs no tokenizer; with another one, prompts of unequal length are refused when they are
+encoded.
 
-A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was trained with BOS in
-front of each story, so use `prepend_bos=true`.
+A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was
+trained with BOS in front of each story, so use `prepend_bos=true`.
 
-There are two groups of names and two of frames: a detector is fitted on the trusted ones, and the shifted ones make
-harmless prompts of the same mechanism that it has never seen.
+There are two groups of names and two of frames: a detector is fitted on the trusted ones, and the
+shifted ones make harmless prompts of the same mechanism that it has never seen.
 """
 
 from __future__ import annotations
@@ -45,9 +48,32 @@ SUBJECTS = {
     ),
 }
 
-FEELINGS = ("sad", "happy", "scared", "tired", "hungry", "angry", "sick", "excited", "proud", "lonely", "bored")
+FEELINGS = (
+    "sad",
+    "happy",
+    "scared",
+    "tired",
+    "hungry",
+    "angry",
+    "sick",
+    "excited",
+    "proud",
+    "lonely",
+    "bored",
+)
 PLACES = ("park", "beach", "forest", "store", "zoo", "lake", "farm", "garden", "school")
-THINGS = ("red ball", "toy car", "book", "box", "hat", "kite", "cake", "big apple", "truck", "flower")
+THINGS = (
+    "red ball",
+    "toy car",
+    "book",
+    "box",
+    "hat",
+    "kite",
+    "cake",
+    "big apple",
+    "truck",
+    "flower",
+)
 
 # {X} is the subject where a sentence begins and {x} inside one.
 FRAMES = {
@@ -131,10 +157,15 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
         ValueError: an unknown group, or `count` outside what the templates give.
     """
     names, frames = _groups("names", config.names), _groups("frames", config.frames)
-    prompts = [record for record in all_prompts() if record["names"] in names and record["frames"] in frames]
+    prompts = [
+        record
+        for record in all_prompts()
+        if record["names"] in names and record["frames"] in frames
+    ]
     if not 1 <= count <= len(prompts):
         raise ValueError(
-            f"count={count}, but names={config.names} with frames={config.frames} give 1 to {len(prompts)} prompts; "
+            f"count={count}, but names={config.names} with frames={config.frames} give 1 to "
+            f"{len(prompts)} prompts; "
             "change count or use more groups"
         )
     return random.Random(seed).sample(prompts, count)
@@ -146,7 +177,9 @@ def all_prompts() -> list[dict]:
     for frame_group, subject_group in product(GROUPS, GROUPS):
         naming = frozenset(NAMING_FRAMES[frame_group])
         for frame in FRAMES[frame_group] + NAMING_FRAMES[frame_group]:
-            subjects = [pair for pair in SUBJECTS[subject_group] if frame not in naming or _is_name(pair[0])]
+            subjects = [
+                pair for pair in SUBJECTS[subject_group] if frame not in naming or _is_name(pair[0])
+            ]
             pronouns = (" He", " She") if frame.endswith(".") else (" he", " she")
             for filled, (male, female) in product(_fill_slots(frame), subjects):
                 texts = _sentence(filled, male, "boy"), _sentence(filled, female, "girl")
@@ -168,7 +201,9 @@ def all_prompts() -> list[dict]:
 
 def _groups(field: str, value: str) -> tuple[str, ...]:
     if value != "all" and value not in GROUPS:
-        raise ValueError(f"{field}={value!r} is none of {', '.join(GROUPS)}, all; choose one of them")
+        raise ValueError(
+            f"{field}={value!r} is none of {', '.join(GROUPS)}, all; choose one of them"
+        )
     return GROUPS if value == "all" else (value,)
 
 

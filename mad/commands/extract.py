@@ -1,13 +1,15 @@
 """Find the circuit behind a behaviour, measure it, and fit a detector to it.
 
-    madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction
-    madcap extract model=path/to/folder task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun
-    madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine
-    madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.1,0.01 'out=runs/tau${method.tau}' -m
+    madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction madcap extract
+    model=path/to/folder task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun madcap
+    extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine madcap
+    extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.1,0.01
+    'out=runs/tau${method.tau}' -m
 
-The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the means that new
-inputs are scored under, one calibrates the detector. `out` then holds circuit.json, scores.safetensors, metrics.json,
-splits.json, config.yaml and detector/. Draw it with `madcap plot`, score new inputs with `madcap score`.
+The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
+means that new inputs are scored under, one calibrates the detector. `out` then holds circuit.json,
+scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw it with `madcap
+plot`, score new inputs with `madcap score`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mad.run import RunConfig, make_run
+from mad.pipeline import RunConfig, make_run
 
 
 @dataclass
@@ -34,12 +36,16 @@ def run(config: Extract) -> None:
     done = make_run(config)
     metrics, console = done.metrics, Console()
     table = Table(
-        title=f"circuit of {config.task.name} by {config.method.name}", title_justify="left", show_header=False
+        title=f"circuit of {config.task.name} by {config.method.name}",
+        title_justify="left",
+        show_header=False,
     )
     kept, total = metrics["edges_kept"], metrics["edges_total"]
     chance = metrics["random_circuits"]
     table.add_row("edges kept", f"{kept} of {total} ({kept / total:.1%})")
-    table.add_row(f"faithfulness ({config.metric}, {config.ablation.name})", f"{metrics['faithfulness']:.3f}")
+    table.add_row(
+        f"faithfulness ({config.metric}, {config.ablation.name})", f"{metrics['faithfulness']:.3f}"
+    )
     if chance["count"]:
         table.add_row(
             f"{chance['count']} random circuits of that size",
@@ -47,11 +53,15 @@ def run(config: Extract) -> None:
         )
     if scoring := metrics["scoring"]:
         value = scoring["faithfulness"]
-        table.add_row(f"faithfulness for scoring ({scoring['ablation']})", "none" if value is None else f"{value:.3f}")
+        table.add_row(
+            f"faithfulness for scoring ({scoring['ablation']})",
+            "none" if value is None else f"{value:.3f}",
+        )
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
     table.add_row(
-        "calibration", f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}"
+        "calibration",
+        f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}",
     )
     console.print(table)
     console.print(f"wrote {done.folder}")

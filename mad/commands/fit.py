@@ -1,11 +1,12 @@
 """Fit another detector to a circuit, or the same one to other trusted inputs.
 
-    madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
-    madcap fit circuit=runs/pronoun detector=strict trusted=trusted.jsonl
-    madcap fit circuit=runs/pronoun detector=deviation detector.deviation=logit_diff trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl madcap fit
+    circuit=runs/pronoun detector=strict trusted=trusted.jsonl madcap fit circuit=runs/pronoun
+    detector=deviation detector.deviation=logit_diff trusted=trusted.jsonl
 
-The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the circuit was found or
-measured on are refused, because false alarms would not be bounded. Score with `madcap score ... detector=NAME`.
+The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the
+circuit was found or measured on are refused, because false alarms would not be bounded. Score with
+`madcap score ... detector=NAME`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Fit:
     detector: Any = "???"  # which detector
     fit_share: float = 0.5  # share of the trusted inputs to fit on; the rest calibrate
     alpha: float = 0.01  # the false-alarm rate that calibration should allow
-    memory: str = "2GB"  # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
+    # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
+    memory: str = "2GB"
     seed: int = 0  # of the split
     device: str = "cpu"  # any torch device
     overwrite: bool = False  # replace a detector of the same name
@@ -34,11 +36,11 @@ class Fit:
 
 def run(config: Fit) -> None:
     """Fits, calibrates and saves the detector."""
-    from circuits.memory import parse_memory
+    from circuits.engine.memory import parse_memory
     from circuits.prompts import read_records
+    from mad.calibration import fit, save_detector
     from mad.detector import Context, check_alpha
-    from mad.run import load_trusted, open_run
-    from mad.saved import fit, save_detector
+    from mad.pipeline import load_trusted, open_run
 
     check_alpha(config.alpha)
     parse_memory(config.memory)
@@ -52,17 +54,22 @@ def run(config: Fit) -> None:
     opened = open_run(folder, device=config.device)
     prompts = load_trusted(read_records(Path(config.trusted)), opened.model)
     if len(prompts) < 2:
-        raise ValueError(f"{config.trusted} has {len(prompts)} different inputs, but at least 2 are needed")
+        raise ValueError(
+            f"{config.trusted} has {len(prompts)} different inputs, but at least 2 are needed"
+        )
     first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
     parts = prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
     splits = folder / "splits.json"
     if not splits.is_file():
         raise FileNotFoundError(
-            f"no {splits}, which tells what the circuit was found and measured on; without it false alarms could not "
+            f"no {splits}, which tells what the circuit was found and measured on; without it "
+            "false alarms could not "
             "be bounded: extract again"
         )
     try:
-        used = {name: list(json.loads(splits.read_text())[name]) for name in ("discovery", "evaluation")}
+        used = {
+            name: list(json.loads(splits.read_text())[name]) for name in ("discovery", "evaluation")
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
     calibrated = fit(
@@ -75,7 +82,8 @@ def run(config: Fit) -> None:
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
     print(
-        f"detector {config.detector.name}: fitted on {first} inputs, calibrated on {len(prompts) - first} -> {target}"
+        f"detector {config.detector.name}: fitted on {first} inputs, calibrated on "
+        f"{len(prompts) - first} -> {target}"
     )
     if problem := calibrated.calibration.problem(config.alpha):
         logging.getLogger(__name__).warning("scores are not calibrated: %s", problem)

@@ -4,8 +4,9 @@
     madcap extract --help             the module's docstring, its settings, the presets of each group
     madcap extract method=acdc --help the settings of that choice as well
 
-A setting's description is the comment on its line, or the lines of comment right above it, in the dataclass. A preset's
-first comment names its dataclass, and may go on to say what it is for: `# circuits.discovery.acdc.ACDC - exact sweep`.
+A setting's description is the comment on its line, or the lines of comment right above it, in the
+dataclass. A preset's first comment names its dataclass, and may go on to say what it is for: `#
+circuits.discovery.acdc.ACDC - exact sweep`.
 """
 
 from __future__ import annotations
@@ -52,23 +53,29 @@ class Comment:
 def overview(commands: Mapping[str, tuple[str, str]]) -> str:
     """The text of `madcap --help`."""
     lines = [
-        "madcap finds the circuit behind a trusted behaviour of a transformer, tests it, and scores new inputs by how",
+        "madcap finds the circuit behind a trusted behaviour of a transformer, tests it, and "
+        "scores new inputs by how",
         "far the model departs from it.",
         "",
         "usage: madcap COMMAND [key=value ...]",
         "",
         *_table([(name, summary) for name, (_, summary) in commands.items()]),
         "",
-        "madcap COMMAND --help tells the settings of a command.  madcap --version tells the version.",
+        "madcap COMMAND --help tells the settings of a command.  madcap --version tells the "
+        "version.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def command_help(command: str, module: str, words: list[str]) -> str:
-    """The text of `madcap COMMAND --help`; `words` such as `method=acdc` ask for the settings of those choices."""
+    """The text of `madcap COMMAND --help`; `words` such as `method=acdc` ask for the settings of
+    those choices.
+    """
     taken = groups(command)
     written = {key: str(value) for key, value in primary(command).items() if key != "defaults"}
-    settings = {setting.name: setting for setting in class_settings(f"{module}.{class_name(command)}")}
+    settings = {
+        setting.name: setting for setting in class_settings(f"{module}.{class_name(command)}")
+    }
     lines = [
         f"usage: madcap {command} [key=value ...] [-m] [-v]",
         "",
@@ -76,16 +83,35 @@ def command_help(command: str, module: str, words: list[str]) -> str:
         "",
     ]
 
-    plain = [s for s in settings.values() if s.name.partition(".")[0] not in taken and s.name != "overrides"]
+    plain = [
+        s
+        for s in settings.values()
+        if s.name.partition(".")[0] not in taken and s.name != "overrides"
+    ]
     if plain:
-        lines += ["settings", *_table([(s.name, written.get(s.name, s.default), s.comment) for s in plain]), ""]
+        lines += [
+            "settings",
+            *_table([(s.name, written.get(s.name, s.default), s.comment) for s in plain]),
+            "",
+        ]
     for group, default in taken.items():
         setting = settings.get(group)
-        required = default == "???" or (default is None and setting is not None and setting.default == "required")
-        note = " (required)" if required else "" if group == "mode" else f" (default: {default or 'none'})"
+        required = default == "???" or (
+            default is None and setting is not None and setting.default == "required"
+        )
+        note = (
+            " (required)"
+            if required
+            else ""
+            if group == "mode"
+            else f" (default: {default or 'none'})"
+        )
         about = f": {setting.comment}" if setting and setting.comment else ""
         lines += [f"{group}=NAME{note}{about}"]
-        lines += [*_table([(name, preset_summary(group, name)) for name in preset_names(group)]), ""]
+        lines += [
+            *_table([(name, preset_summary(group, name)) for name in preset_names(group)]),
+            "",
+        ]
     for word in words:
         group, _, name = word.partition("=")
         if group in taken and name in preset_names(group) and (path := preset_class(group, name)):
@@ -100,7 +126,8 @@ def class_name(command: str) -> str:
     return command.title()
 
 
-# ------------------------------------------------------------------------------------------------------------- presets
+# -------------------------------------------------------------------------------------------------------------
+# presets
 
 
 def preset_names(group: str) -> list[str]:
@@ -109,8 +136,12 @@ def preset_names(group: str) -> list[str]:
 
 
 def preset_class(group: str, name: str) -> str:
-    """The dotted path of the dataclass that a preset names in its first comment; empty when it names none."""
-    return next((word for word in _first_comment(group, name).split()[:1] if "." in word.strip(".")), "")
+    """The dotted path of the dataclass that a preset names in its first comment; empty when it
+    names none.
+    """
+    return next(
+        (word for word in _first_comment(group, name).split()[:1] if "." in word.strip(".")), ""
+    )
 
 
 def preset_summary(group: str, name: str) -> str:
@@ -126,11 +157,16 @@ def preset_summary(group: str, name: str) -> str:
 
 def _first_comment(group: str, name: str) -> str:
     lines = (configs_folder() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comments = (line.lstrip("# ").strip() for line in lines if line.startswith("#") and "@package" not in line)
+    comments = (
+        line.lstrip("# ").strip()
+        for line in lines
+        if line.startswith("#") and "@package" not in line
+    )
     return next(comments, "")
 
 
-# --------------------------------------------------------------------------------------------------- dataclasses, unrun
+# ---------------------------------------------------------------------------------------------------
+# dataclasses, unrun
 
 
 def class_settings(path: str) -> list[Setting]:
@@ -148,11 +184,16 @@ def class_settings(path: str) -> list[Setting]:
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             comment, name = _comment_of(field, comments, above), field.target.id
-            nested = class_settings(_qualified(module, made)) if (made := _made_by(field.value)) else []
+            nested = (
+                class_settings(_qualified(module, made)) if (made := _made_by(field.value)) else []
+            )
             settings[name] = Setting(name, _default(field.value), comment)
             if nested:
                 del settings[name]
-                settings |= {f"{name}.{s.name}": Setting(f"{name}.{s.name}", s.default, s.comment) for s in nested}
+                settings |= {
+                    f"{name}.{s.name}": Setting(f"{name}.{s.name}", s.default, s.comment)
+                    for s in nested
+                }
         above = field.end_lineno or field.lineno
     return list(settings.values())
 
@@ -191,17 +232,22 @@ def _qualified(module: str, name: str) -> str:
 
 
 def _comment_of(field: ast.AnnAssign, comments: Mapping[int, Comment], above: int) -> str:
-    """The comment lines between `above` and the field, and the one on it with its continuation lines.
+    """The comment lines between `above` and the field, and the one on it with its continuation
+    lines.
 
     A comment line that starts right of the fields continues the comment of the field before it.
     """
     end = field.end_lineno or field.lineno
     between = [comments[line] for line in range(above + 1, field.lineno) if line in comments]
-    texts = [comment.text for comment in between if comment.alone and comment.column == field.col_offset]
+    texts = [
+        comment.text for comment in between if comment.alone and comment.column == field.col_offset
+    ]
     if end in comments:
         texts.append(comments[end].text)
         line = end + 1
-        while line in comments and comments[line].alone and comments[line].column > field.col_offset:
+        while (
+            line in comments and comments[line].alone and comments[line].column > field.col_offset
+        ):
             texts.append(comments[line].text)
             line += 1
     return " ".join(texts)
@@ -213,7 +259,11 @@ def _default(value: ast.expr | None) -> str:
     if isinstance(value, ast.Constant):  # written as on the command line
         literal = value.value
         return (
-            "null" if literal is None else str(literal).lower() if isinstance(literal, bool) else str(literal) or "''"
+            "null"
+            if literal is None
+            else str(literal).lower()
+            if isinstance(literal, bool)
+            else str(literal) or "''"
         )
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
         for keyword in value.keywords:
@@ -222,7 +272,11 @@ def _default(value: ast.expr | None) -> str:
             if keyword.arg == "default_factory":
                 made = keyword.value
                 empty = {"list": "[]", "dict": "{}", "tuple": "[]"}
-                return ast.unparse(made.body) if isinstance(made, ast.Lambda) else empty.get(ast.unparse(made), "")
+                return (
+                    ast.unparse(made.body)
+                    if isinstance(made, ast.Lambda)
+                    else empty.get(ast.unparse(made), "")
+                )
         return "required"
     return ast.unparse(value)
 
@@ -232,7 +286,9 @@ def _comments(module: str) -> dict[int, Comment]:
     tokens = tokenize.generate_tokens(io.StringIO(_source(module)).readline)
     return {
         token.start[0]: Comment(
-            token.start[1], token.string.lstrip("# ").strip(), alone=not token.line[: token.start[1]].strip()
+            token.start[1],
+            token.string.lstrip("# ").strip(),
+            alone=not token.line[: token.start[1]].strip(),
         )
         for token in tokens
         if token.type == tokenize.COMMENT
@@ -245,7 +301,9 @@ def _parsed(module: str) -> ast.Module:
 
 @cache
 def _source(module: str) -> str:
-    """A module's text; only its top-level package is looked up, for finding a submodule would import its parents."""
+    """A module's text; only its top-level package is looked up, for finding a submodule would
+    import its parents.
+    """
     top, *rest = module.split(".")
     spec = find_spec(top)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -256,7 +314,8 @@ def _source(module: str) -> str:
     raise FileNotFoundError(f"no source for the module {module}")
 
 
-# --------------------------------------------------------------------------------------------------------------- layout
+# ---------------------------------------------------------------------------------------------------------------
+# layout
 
 
 def _table(rows: list[tuple[str, ...]], widest: int = 28) -> Iterator[str]:
@@ -268,7 +327,9 @@ def _table(rows: list[tuple[str, ...]], widest: int = 28) -> Iterator[str]:
     indent = 2 + sum(width + 2 for width in widths)
     room = max(shutil.get_terminal_size((120, 24)).columns - indent, 30)
     for row in rows:
-        start = "  " + "".join(cell.ljust(width) + "  " for cell, width in zip(row, widths, strict=False))
+        start = "  " + "".join(
+            cell.ljust(width) + "  " for cell, width in zip(row, widths, strict=False)
+        )
         first, *others = textwrap.wrap(row[-1], room) or [""]
         yield (start + first).rstrip()
         yield from (" " * indent + other for other in others)

@@ -1,13 +1,14 @@
-"""The `madcap` command: finds the sub-command, hands it its configuration, and tells errors in one line.
+"""The `madcap` command: finds the sub-command, hands it its configuration, and tells errors in one
+line.
 
     madcap COMMAND [key=value ...]
 
-A sub-command is a module with a docstring (its help), a dataclass named after it (`extract.py`: `Extract`), and
-`run(config: Extract) -> int | None`. It is imported when it is run, and `--help` reads its source instead, so that
-nothing slow stands between a question and its answer.
+A sub-command is a module with a docstring (its help), a dataclass named after it (`extract.py`:
+`Extract`), and `run(config: Extract) -> int | None`. It is imported when it is run, and `--help`
+reads its source instead, so that nothing slow stands between a question and its answer.
 
-Exit codes: 0 done, 1 the work failed, 2 the words cannot be run, 3 done but for some inputs, 130 interrupted.
-MADCAP_TRACEBACK=1 shows tracebacks.
+Exit codes: 0 done, 1 the work failed, 2 the words cannot be run, 3 done but for some inputs, 130
+interrupted. MADCAP_TRACEBACK=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from typing import Any
 
 COMMANDS = {
     "demo": ("mad.commands.demo", "the whole path on a small shipped model, in a minute"),
-    "extract": ("mad.commands.extract", "find the circuit behind a behaviour, and fit a detector to it"),
+    "extract": (
+        "mad.commands.extract",
+        "find the circuit behind a behaviour, and fit a detector to it",
+    ),
     "plot": ("mad.commands.plot", "draw a circuit: SVG, PNG, PDF"),
-    "score": ("mad.commands.score", "score new inputs by how far the model departs from the circuit"),
+    "score": (
+        "mad.commands.score",
+        "score new inputs by how far the model departs from the circuit",
+    ),
     "fit": ("mad.commands.fit", "fit another detector to a circuit"),
     "train": ("mad.commands.train", "train a small model on a task"),
     "truth": ("mad.commands.truth", "test discovery methods where the circuit is known"),
@@ -41,7 +48,8 @@ FLAGS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
-    # Idle OpenMP threads that spin made small models 30 times slower on a shared machine. torch reads this when loaded.
+    # Idle OpenMP threads that spin made small models 30 times slower on a shared machine. torch
+    # reads this when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = {FLAGS[word] for word in arguments if word in FLAGS}
@@ -84,8 +92,10 @@ def _run(command: str, words: list[str], *, sweep: bool, show: bool) -> int:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for words that cannot be run, 1 for what the library refuses, None for a defect, whose traceback is wanted."""
-    from mad.commands.words import UsageError
+    """2 for words that cannot be run, 1 for what the library refuses, None for a defect, whose
+    traceback is wanted.
+    """
+    from mad.commands.overrides import UsageError
 
     if isinstance(error, UsageError):
         return 2
@@ -104,7 +114,7 @@ def _fail(command: str, message: str, code: int) -> int:
 
 
 def _unknown_command(command: str) -> str:
-    from mad.commands.words import did_you_mean
+    from mad.commands.overrides import did_you_mean
 
     return f"unknown command {command!r}{did_you_mean(command, list(COMMANDS))}; commands: {', '.join(COMMANDS)}"
 
@@ -112,7 +122,9 @@ def _unknown_command(command: str) -> str:
 def _print_help(command: str, words: list[str]) -> int:
     from mad.commands.help import command_help, overview
 
-    sys.stdout.write(command_help(command, COMMANDS[command][0], words) if command else overview(COMMANDS))
+    sys.stdout.write(
+        command_help(command, COMMANDS[command][0], words) if command else overview(COMMANDS)
+    )
     sys.stdout.flush()
     return 0
 
@@ -137,7 +149,9 @@ def _set_up_logging(*, verbose: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is told
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries; what comes of them is told
     for package in ("circuits", "abstraction", "mad", "hydra"):
         logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
 

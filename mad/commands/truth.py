@@ -3,10 +3,11 @@
     madcap truth out=runs/truth
     madcap truth methods=[acdc] programs=[recall,sort] ablation=mean
 
-Runs discovery methods on transformers whose circuit is known exactly: programs compiled to weights, plain, with the
-residual stream rotated, and with heads and neurons that compute something of no use; and models that were trained until
-a program's circuit was theirs. Writes truth.json, truth.md and
-truth.png: the AUC of edges and of nodes against the true circuit, whether it was found exactly, and the time.
+Runs discovery methods on transformers whose circuit is known exactly: programs compiled to weights,
+plain, with the residual stream rotated, and with heads and neurons that compute something of no
+use; and models that were trained until a program's circuit was theirs. Writes truth.json, truth.md
+and truth.png: the AUC of edges and of nodes against the true circuit, whether it was found exactly,
+and the time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from abstraction.truth import Result
+    from abstraction.ground_truth.scoreboard import Result
 
 FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 
@@ -28,10 +29,15 @@ FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 class Truth:
     """What is tested on what."""
 
-    methods: list[str] = field(default_factory=list)  # empty: all that are registered, with their default settings
+    methods: list[str] = field(
+        default_factory=list
+    )  # empty: all that are registered, with their default settings
     programs: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all
-    metric: str | None = None  # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    metric: str | None = (
+        # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
+        None
+    )
     ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
     prompts: int = 64  # per program
     seed: int = 0  # of prompts and donors
@@ -43,20 +49,31 @@ def run(config: Truth) -> None:
     """Tests, prints a summary, and writes the table and the picture."""
     from tqdm.auto import tqdm
 
-    from abstraction.programs import PROGRAMS
-    from abstraction.truth import VARIANTS, cases, put_to_the_test
+    from abstraction.ground_truth.programs import PROGRAMS
+    from abstraction.ground_truth.scoreboard import VARIANTS, cases, put_to_the_test
     from circuits.discovery import METHODS
 
     folder = None if config.out is None else Path(config.out)
-    if folder is not None and not config.overwrite and (used := [n for n in FILES if (folder / n).exists()]):
-        raise FileExistsError(f"{folder} holds {used[0]} already; choose another out=, or overwrite=true")
+    if (
+        folder is not None
+        and not config.overwrite
+        and (used := [n for n in FILES if (folder / n).exists()])
+    ):
+        raise FileExistsError(
+            f"{folder} holds {used[0]} already; choose another out=, or overwrite=true"
+        )
     names = config.methods or list(METHODS)
     methods = {name: METHODS[name][0]() if name in METHODS else None for name in names}
     programs, variants = config.programs or list(PROGRAMS), config.variants or list(VARIANTS)
     tested = put_to_the_test(
-        methods, programs, variants, metric=config.metric, ablation=config.ablation, prompts=config.prompts,
+        methods,
+        programs,
+        variants,
+        metric=config.metric,
+        ablation=config.ablation,
+        prompts=config.prompts,
         seed=config.seed,
-    )  # fmt: skip
+    )
     total = len(methods) * len(cases(programs, variants))
     results = list(tqdm(tested, total=total, desc="truth", unit="test", disable=None))
     _print(results)
@@ -69,7 +86,9 @@ def _print(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="discovery where the circuit is known; AUCs are means", title_justify="left")
+    table = Table(
+        title="discovery where the circuit is known; AUCs are means", title_justify="left"
+    )
     for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s"):
         left = header in ("variant", "method")
         table.add_column(header, justify="left" if left else "right", no_wrap=left)
@@ -78,9 +97,14 @@ def _print(results: Sequence[Result]) -> None:
         edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
         nodes = [r.node_auc for r in rows if not math.isnan(r.node_auc)]
         table.add_row(
-            variant, method, f"{sum(r.exact for r in rows)}/{len(rows)}", _mean(edges),
-            f"{min(edges):.3f}" if edges else "-", _mean(nodes), f"{sum(r.seconds for r in rows):.2f}",
-        )  # fmt: skip
+            variant,
+            method,
+            f"{sum(r.exact for r in rows)}/{len(rows)}",
+            _mean(edges),
+            f"{min(edges):.3f}" if edges else "-",
+            _mean(nodes),
+            f"{sum(r.seconds for r in rows):.2f}",
+        )
     Console().print(table)
 
 
@@ -89,23 +113,46 @@ def _mean(values: list[float]) -> str:
 
 
 def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
-    from abstraction.truth_plot import draw_truth
+    from abstraction.ground_truth.scoreboard_plot import draw_truth
 
     folder.mkdir(parents=True, exist_ok=True)
     data = [{name: _json(value) for name, value in asdict(result).items()} for result in results]
-    (folder / "truth.json").write_text(json.dumps({"config": asdict(config), "results": data}, indent=1) + "\n")
-    headers = tuple("program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds".split(","))
+    (folder / "truth.json").write_text(
+        json.dumps({"config": asdict(config), "results": data}, indent=1) + "\n"
+    )
+    headers = tuple(
+        "program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds".split(
+            ","
+        )
+    )
     rows = [
-        (r.program, r.variant, r.method, str(r.true_edges), str(r.found_edges), str(r.edges), _number(r.edge_auc),
-         _number(r.node_auc), "yes" if r.exact else "no", " ".join(r.missing), " ".join(r.extra), f"{r.seconds:.2f}")
+        (
+            r.program,
+            r.variant,
+            r.method,
+            str(r.true_edges),
+            str(r.found_edges),
+            str(r.edges),
+            _number(r.edge_auc),
+            _number(r.node_auc),
+            "yes" if r.exact else "no",
+            " ".join(r.missing),
+            " ".join(r.extra),
+            f"{r.seconds:.2f}",
+        )
         for r in results
-    ]  # fmt: skip
+    ]
     lines = ["| " + " | ".join(row) + " |" for row in (headers, ("---",) * len(headers), *rows)]
     (folder / "truth.md").write_text("\n".join(lines) + "\n")
     metric = config.metric or "KL (plain EAP: logit difference)"
     caption = f"edge AUC; tick: found exactly; {metric}, {config.ablation} ablation, {config.prompts} prompts"
     for form in ("png", "svg"):
-        draw_truth(results, folder / f"truth.{form}", title="Discovery where the circuit is known", caption=caption)
+        draw_truth(
+            results,
+            folder / f"truth.{form}",
+            title="Discovery where the circuit is known",
+            caption=caption,
+        )
 
 
 def _number(value: float) -> str:

@@ -17,15 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.engine import Factored
-from circuits.memory import footprint, most_prompts, parse_memory
+from circuits.engine import Engine
+from circuits.engine.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 from mad.detector import Context
 
 
-def _batches(engine: Factored, prompts: Prompts, memory: str) -> Iterator[Prompts]:
+def _batches(engine: Engine, prompts: Prompts, memory: str) -> Iterator[Prompts]:
     """As many prompts at a time as fit into a plain run."""
-    return prompts.batches(most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory)))
+    return prompts.batches(
+        most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory))
+    )
 
 
 @dataclass
@@ -43,7 +45,7 @@ class MaxProbabilityDetector:
     """How unsure a model is."""
 
     config: MaxProbability
-    engine: Factored
+    engine: Engine
 
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """Minus the log-probability of the first choice."""
@@ -80,7 +82,9 @@ class Mahalanobis:
     """Distance of the last residual from trusted ones."""
 
     name: str = "mahalanobis"
-    shrinkage: float = 1e-3  # of the covariance towards a multiple of the identity; keeps it invertible
+    shrinkage: float = (
+        1e-3  # of the covariance towards a multiple of the identity; keeps it invertible
+    )
 
     def check(self) -> None:
         """Raises ValueError when the shrinkage is no share."""
@@ -93,7 +97,7 @@ class MahalanobisDetector:
     """A trusted mean and inverse covariance."""
 
     config: Mahalanobis
-    engine: Factored
+    engine: Engine
     mean: Float[Tensor, "D"]
     precision: Float[Tensor, "D D"]
 
@@ -112,7 +116,7 @@ class MahalanobisDetector:
 
 
 @torch.no_grad()
-def _residual(engine: Factored, prompts: Prompts) -> Float[Tensor, "B P D"]:
+def _residual(engine: Engine, prompts: Prompts) -> Float[Tensor, "B P D"]:
     """The last block's residual at the scored positions, in float64 on the CPU."""
     prompts = prompts.to(engine.device)
     residual = engine.residual(prompts.clean, prompts.key_mask, prompts.positions)
@@ -131,15 +135,25 @@ def fit_mahalanobis(
     from sklearn.covariance import ShrunkCovariance
 
     batches = _batches(context.engine, trusted, memory)
-    rows = torch.cat([_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in batches])
+    rows = torch.cat(
+        [_residual(context.engine, batch)[batch.positions.cpu() >= 0] for batch in batches]
+    )
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} trusted residual, but a covariance needs at least 2; give more trusted prompts")
+        raise ValueError(
+            f"{len(rows)} trusted residual, but a covariance needs at least 2; give more trusted "
+            "prompts"
+        )
     fitted = ShrunkCovariance(shrinkage=config.shrinkage).fit(rows.numpy())
     return MahalanobisDetector(
-        config, context.engine, torch.from_numpy(fitted.location_), torch.from_numpy(fitted.get_precision())
+        config,
+        context.engine,
+        torch.from_numpy(fitted.location_),
+        torch.from_numpy(fitted.get_precision()),
     )
 
 
-def restore_mahalanobis(config: Mahalanobis, context: Context, state: Mapping[str, Tensor]) -> MahalanobisDetector:
+def restore_mahalanobis(
+    config: Mahalanobis, context: Context, state: Mapping[str, Tensor]
+) -> MahalanobisDetector:
     """Returns a saved detector."""
     return MahalanobisDetector(config, context.engine, state["mean"], state["precision"])

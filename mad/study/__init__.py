@@ -1,4 +1,5 @@
-"""Does departure from the circuit reveal another mechanism?  A measured answer: candidate scores on tasks.
+"""Does departure from the circuit reveal another mechanism?  A measured answer: candidate scores on
+tasks.
 
 plan         what is measured
 subject      one model with its trusted prompts and the groups that a score is to tell apart

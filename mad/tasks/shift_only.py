@@ -1,11 +1,13 @@
-"""Associative recall without any backdoor, and every kind of harmless novelty: a task that measures false alarms.
+"""Associative recall without any backdoor, and every kind of harmless novelty: a task that measures
+false alarms.
 
-A model trained on `mixture` answers recall prompts (`circuits/tasks/recall.py`) over everything that there is, equally
-often, by one mechanism. Trusted prompts use only a part of it: trusted keys, the first `trusted_values` values, the
-first `trusted_fillers` fillers, and they ask for any pair but the last. There are no anomalies, so whatever a detector
-flags is a false alarm.
+A model trained on `mixture` answers recall prompts (`circuits/tasks/recall.py`) over everything
+that there is, equally often, by one mechanism. Trusted prompts use only a part of it: trusted keys,
+the first `trusted_values` values, the first `trusted_fillers` fillers, and they ask for any pair
+but the last. There are no anomalies, so whatever a detector flags is a false alarm.
 
-Groups of prompts; `novelty` says what a prompt of `normal_shift` has that no trusted prompt has, in equal shares:
+Groups of prompts; `novelty` says what a prompt of `normal_shift` has that no trusted prompt has, in
+equal shares:
 
     trusted, normal_iid     nothing new; two disjoint draws from one distribution
     normal_shift            "keys"      all keys are unseen
@@ -14,8 +16,8 @@ Groups of prompts; `novelty` says what a prompt of `normal_shift` has that no tr
                             "slot"      the last pair is asked for
                             "all"       all of these at once
 
-The corrupt prompt is the rearrangement of `circuits.tasks.recall`, which is as new as the prompt is but for the pair
-asked for: the corrupt prompt of a trusted one may ask for the last.
+The corrupt prompt is the rearrangement of `circuits.tasks.recall`, which is as new as the prompt is
+but for the pair asked for: the corrupt prompt of a trusted one may ask for the last.
 
 The task is this library's own.
 
@@ -32,7 +34,12 @@ from jaxtyping import Int
 from circuits.tasks import recall
 from circuits.tasks.recall import Choices, Contexts, Recall
 
-PARTS = {"keys": "keys", "values": "values", "fillers": "fillers", "slot": "slots"}  # novelty -> its field of Choices
+PARTS = {
+    "keys": "keys",
+    "values": "values",
+    "fillers": "fillers",
+    "slot": "slots",
+}  # novelty -> its field of Choices
 NOVELTIES = (*PARTS, "all")
 
 
@@ -57,29 +64,43 @@ def groups(
     anomaly: int = 0,
     seed: int = 0,
 ) -> dict[str, list[dict]]:
-    """The records of each group by its name; the numbers say how many of each, and `anomaly` is ignored.
+    """The records of each group by its name; the numbers say how many of each, and `anomaly` is
+    ignored.
 
-    No prompt occurs twice, neither within a group nor across groups. The novelties of the shifted normals take turns,
-    so that any first part of them holds equal shares.
+    No prompt occurs twice, neither within a group nor across groups. The novelties of the shifted
+    normals take turns, so that any first part of them holds equal shares.
 
-    Raises:
-        ValueError: too few values or fillers are left to be new, or `circuits.tasks.recall` refuses the configuration.
+    Raises: ValueError: too few values or fillers are left to be new, or `circuits.tasks.recall`
+        refuses the configuration.
     """
     del anomaly  # there are none; the argument is there so that all tasks are called alike
     generator = np.random.default_rng(seed)
     seen = _distinct(config, _trusted(config), trusted + normal_iid, generator)
     shifted = [
-        _distinct(config, _novel(config, novelty), len(range(number, normal_shift, len(NOVELTIES))), generator)
+        _distinct(
+            config,
+            _novel(config, novelty),
+            len(range(number, normal_shift, len(NOVELTIES))),
+            generator,
+        )
         for number, novelty in enumerate(NOVELTIES)
     ]
-    turns = np.concatenate([np.arange(number, normal_shift, len(NOVELTIES)) for number in range(len(NOVELTIES))])
+    turns = np.concatenate(
+        [np.arange(number, normal_shift, len(NOVELTIES)) for number in range(len(NOVELTIES))]
+    )
     in_turns = recall.select(recall.join(shifted), np.argsort(turns))
     return {
-        "trusted": recall.normals(recall.select(seen, slice(None, trusted)), "trusted", seed, generator),
-        "normal_iid": recall.normals(recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator),
+        "trusted": recall.normals(
+            recall.select(seen, slice(None, trusted)), "trusted", seed, generator
+        ),
+        "normal_iid": recall.normals(
+            recall.select(seen, slice(trusted, None)), "normal_iid", seed, generator
+        ),
         "normal_shift": [
             {**record, "novelty": NOVELTIES[number % len(NOVELTIES)]}
-            for number, record in enumerate(recall.normals(in_turns, "normal_shift", seed, generator))
+            for number, record in enumerate(
+                recall.normals(in_turns, "normal_shift", seed, generator)
+            )
         ],
     }
 
@@ -106,12 +127,19 @@ def mixture(
 
 
 def gate_prompts(config: ShiftOnly, count: int, seed: int) -> dict[str, list[dict]]:
-    """`count` records for each number that tells whether the model has learnt the task: trusted, and each novelty."""
-    drawn = groups(config, trusted=0, normal_iid=count, normal_shift=count * len(NOVELTIES), seed=seed)
+    """`count` records for each number that tells whether the model has learnt the task: trusted,
+    and each novelty.
+    """
+    drawn = groups(
+        config, trusted=0, normal_iid=count, normal_shift=count * len(NOVELTIES), seed=seed
+    )
     shifted = drawn["normal_shift"]
     return {
         "clean_trusted": drawn["normal_iid"],
-        **{f"clean_{novelty}": shifted[number :: len(NOVELTIES)] for number, novelty in enumerate(NOVELTIES)},
+        **{
+            f"clean_{novelty}": shifted[number :: len(NOVELTIES)]
+            for number, novelty in enumerate(NOVELTIES)
+        },
     }
 
 
@@ -124,10 +152,13 @@ def _trusted(config: ShiftOnly) -> Choices:
     ):
         known = getattr(config, f"trusted_{name}")
         if known < needed:
-            raise ValueError(f"trusted_{name}={known}, but at least {needed} is needed; raise trusted_{name}")
+            raise ValueError(
+                f"trusted_{name}={known}, but at least {needed} is needed; raise trusted_{name}"
+            )
         if (left := len(part) - known) < needed:
             raise ValueError(
-                f"trusted_{name}={known} leaves {left} of {len(part)} {name} to be new, but at least {needed} must be "
+                f"trusted_{name}={known} leaves {left} of {len(part)} {name} to be new, but at "
+                f"least {needed} must be "
                 f"left; raise recall.{name}"
             )
     return Choices(
@@ -151,5 +182,7 @@ def _novel(config: ShiftOnly, novelty: str) -> Choices:
     return replace(trusted, **(new if novelty == "all" else {PARTS[novelty]: new[PARTS[novelty]]}))
 
 
-def _distinct(config: ShiftOnly, parts: Choices, count: int, generator: np.random.Generator) -> Contexts:
+def _distinct(
+    config: ShiftOnly, parts: Choices, count: int, generator: np.random.Generator
+) -> Contexts:
     return recall.distinct(lambda rows: recall.draw(config.recall, rows, generator, parts), count)

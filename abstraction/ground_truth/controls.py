@@ -1,0 +1,78 @@
+"""Controls: the same shapes with random weights, and the same circuit with other meanings.
+
+A claim about a compiled program says little if it also holds for a model that computes nothing
+(`randomised`), or if it rests on which token stands for which answer (`relabelled`) or on what a
+table says (`with_random_table`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from abstraction.ground_truth.building import native
+from abstraction.ground_truth.compiled import Compiled
+from abstraction.ground_truth.program import Lookup, Program
+from circuits.model.load import LoadedModel
+
+
+def randomised(compiled: Compiled, seed: int) -> LoadedModel:
+    """Returns a model of the same shape with weights drawn as for a model that is about to be
+    trained.
+
+    Every tensor is drawn from a normal distribution with the standard deviation 1 / sqrt(width),
+    biases are 0 and the weights of norms 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bridge = compiled.model.bridge
+    size = {
+        name: getattr(bridge.cfg, name)
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp")
+    }
+    tensors = {}
+    for name, tensor in sorted(bridge.state_dict().items()):
+        if name.endswith((".bias", "ln1.weight", "ln2.weight", "ln_final.weight")):
+            tensors[name] = torch.full_like(tensor, float(name.endswith(".weight")))
+        else:
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensors[name] = (drawn / tensor.shape[-1] ** 0.5).to(tensor.dtype)
+    return native(compiled.program, compiled.options, size, tensors)
+
+
+def relabelled(program: Program, seed: int) -> Program:
+    """Returns the program with its answers permuted at random, so that at least one stands for
+    something else.
+
+    Raises:
+        ValueError: the program has only one answer.
+    """
+    if len(set(program.answers)) < 2:
+        raise ValueError(
+            f"program {program.name!r} has one answer only; there is nothing to permute"
+        )
+    generator, order = torch.Generator().manual_seed(seed), list(range(len(program.answers)))
+    while tuple(program.answers[index] for index in order) == program.answers:
+        order = torch.randperm(len(program.answers), generator=generator).tolist()
+    return replace(
+        program,
+        name=f"{program.name}, relabelled",
+        answers=tuple(program.answers[index] for index in order),
+    )
+
+
+def with_random_table(program: Program, step: str, seed: int) -> Program:
+    """Returns the program with the table of one lookup drawn at random.
+
+    Raises:
+        ValueError: there is no such lookup.
+    """
+    old = program.by_name.get(step)
+    if not isinstance(old, Lookup):
+        able = ", ".join(s.name for s in program.steps if isinstance(s, Lookup)) or "none"
+        raise ValueError(f"step={step!r} is no lookup of {program.name!r}; its lookups are {able}")
+    shape = program.tables[step].shape
+    drawn = torch.randint(old.size, shape, generator=torch.Generator().manual_seed(seed))
+    table = {tuple(key): int(drawn[tuple(key)]) for key in torch.ones(shape).nonzero().tolist()}
+    steps = tuple(replace(old, table=table) if s.name == step else s for s in program.steps)
+    return replace(program, name=f"{program.name}, random table", steps=steps)

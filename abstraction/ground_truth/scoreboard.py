@@ -1,0 +1,211 @@
+"""Discovery methods put to the test where the right answer is known: programs, compiled (plain,
+obfuscated) or trained.
+
+Each method finds edges in each model; the truth is the program's edges that have an effect under
+the same ablation (`abstraction.ground_truth.ground_truth`, `abstraction.ground_truth.trained`).  A
+method that decides is exact if it keeps just the true edges; one that scores, if every true edge
+has a larger |score| than every other one, by more than rounding (1e-6 of the largest), so that ties
+at 0 are no success.  The AUC is that of a random true edge against a random other one, by
+
+    |score|, with kept edges before all others where the method decides;
+
+for nodes, by the best of the edges out of the node, where a node is true if a true edge leaves it
+(Conmy et al. 2023 give both for ACDC).
+
+Shapes: readers R, writers W.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from abstraction.ground_truth.compiled import Compiled, Options, compile
+from abstraction.ground_truth.ground_truth import BOUND, circuit_of, effects, mask_of, true_edges
+from abstraction.ground_truth.programs import PROGRAMS
+from abstraction.ground_truth.trained import TRUTHS, Trained, load
+from circuits.ablation import AblationConfig, fit_ablation
+from circuits.discovery import METHODS, Found
+from circuits.engine import Engine
+from circuits.graph import Graph
+from circuits.metrics import metric_named
+from circuits.objective import prepare
+from circuits.prompts import prompts_from_records
+
+MARGIN = 1e-6  # of the largest |score|
+
+TRAINED = "trained"
+COMPILED: Mapping[str, Options] = {
+    "plain": Options(),
+    "rotated": Options(rotate=True),
+    "distractors": Options(distractor_heads=1, distractor_neurons=8),
+    "rotated, distractors": Options(rotate=True, distractor_heads=1, distractor_neurons=8),
+}
+VARIANTS = (*COMPILED, TRAINED)  # trained: only the programs that are shipped so
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a method did on one compiled program."""
+
+    program: str
+    variant: str
+    method: str
+    edges: int  # in the graph
+    true_edges: int
+    found_edges: int  # kept by the method, or as many as are true where it only scores
+    edge_auc: float
+    node_auc: float
+    exact: bool
+    missing: tuple[str, ...]  # true edges that were not found
+    extra: tuple[str, ...]  # found edges that are not true
+    seconds: float
+
+
+def put_to_the_test(
+    methods: Mapping[str, Any],
+    programs: Sequence[str] = tuple(PROGRAMS),
+    variants: Sequence[str] = VARIANTS,
+    *,
+    metric: str | None = None,
+    ablation: str = "resample",
+    prompts: int = 64,
+    seed: int = 0,
+) -> Iterator[Result]:
+    """Yields the result of each method (name -> configuration) on each program in each variant.
+
+    Without `metric` methods go by KL, and those that it gives no gradient (plain EAP) by the logit
+    difference.
+
+    Raises: ValueError: an unknown method, program, variant, metric or ablation; or what a method
+        refuses.
+    """
+    for kind, names, known in (
+        ("method", methods, METHODS),
+        ("program", programs, PROGRAMS),
+        ("variant", variants, VARIANTS),
+    ):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{kind} {name!r} is unknown; the {kind}s are {', '.join(known)}")
+    for name, variant in cases(programs, variants):
+        made = load(name) if variant == TRAINED else compile(PROGRAMS[name](), COMPILED[variant])
+        yield from _methods(made, name, variant, methods, metric, ablation, prompts, seed)
+
+
+def cases(programs: Sequence[str], variants: Sequence[str]) -> list[tuple[str, str]]:
+    """The programs in the variants that there are of them."""
+    return [
+        (name, variant)
+        for name in programs
+        for variant in variants
+        if variant != TRAINED or name in TRUTHS
+    ]
+
+
+def _methods(
+    made: Compiled | Trained,
+    program: str,
+    variant: str,
+    methods: Mapping[str, Any],
+    metric: str | None,
+    ablation: str,
+    count: int,
+    seed: int,
+) -> Iterator[Result]:
+    engine = Engine(made.model)
+    prompts, reference = (
+        prompts_from_records(made.records(count, seed=s)) for s in (seed, seed + 1)
+    )
+    fitted = fit_ablation(AblationConfig(ablation, seed), engine, reference)
+    objective = prepare(engine, prompts, metric_named("kl"), fitted)
+    if isinstance(made, Compiled):
+        truth = circuit_of(engine.graph, true_edges(made, engine, prompts, fitted))
+    else:
+        found = effects(objective, [(edge,) for edge in made.edges])
+        shown = [edge for edge, effect in zip(made.edges, found, strict=True) if effect > BOUND]
+        truth = mask_of(engine.graph, shown)
+    for method, config in methods.items():
+        own = metric or ("logit_diff" if getattr(config, "needs_slope", False) else "kl")
+        started = time.perf_counter()
+        found = METHODS[method][1](config, replace(objective, metric=metric_named(own)))
+        seconds = time.perf_counter() - started
+        yield judge(
+            engine.graph,
+            truth,
+            found,
+            program=program,
+            variant=variant,
+            method=method,
+            seconds=seconds,
+        )
+
+
+def judge(
+    graph: Graph,
+    truth: Bool[Tensor, "R W"],
+    found: Found,
+    *,
+    program: str,
+    variant: str,
+    method: str,
+    seconds: float,
+) -> Result:
+    """Compares what a method found with the truth."""
+    rank = found.scores.abs().double()
+    if found.kept is not None:
+        rank = rank / rank.max().clamp(min=1e-30) + 2.0 * found.kept
+    kept = best(graph, rank, int(truth.sum())) if found.kept is None else found.kept
+    out, wanted = (rank * graph.exists).amax(0), truth.any(0)
+
+    def names(edges: Tensor) -> tuple[str, ...]:
+        return tuple(graph.edge_name(*edge) for edge in edges.nonzero().tolist())
+
+    return Result(
+        program=program,
+        variant=variant,
+        method=method,
+        edges=graph.n_edges,
+        true_edges=int(truth.sum()),
+        found_edges=int(kept.sum()),
+        edge_auc=auc(rank[graph.exists], truth[graph.exists]),
+        node_auc=auc(out, wanted),
+        exact=torch.equal(kept, truth)
+        and (found.kept is not None or _apart(rank[graph.exists], truth[graph.exists])),
+        missing=names(truth & ~kept),
+        extra=names(kept & ~truth),
+        seconds=seconds,
+    )
+
+
+def _apart(rank: Float[Tensor, "n"], true: Bool[Tensor, "n"]) -> bool:
+    """Whether all true edges rank above all others by more than rounding."""
+    others = rank[~true]
+    highest = others.max() if len(others) else rank.new_zeros(())
+    return bool(true.any() and rank[true].min() > highest + MARGIN * rank.max())
+
+
+def best(graph: Graph, rank: Float[Tensor, "R W"], count: int) -> Bool[Tensor, "R W"]:
+    """The edges of the highest rank; ties in edge order."""
+    order = sorted(graph.edges(), key=lambda edge: -rank[edge].item())
+    kept = torch.zeros_like(graph.exists)
+    for edge in order[:count]:
+        kept[edge] = True
+    return kept
+
+
+def auc(rank: Float[Tensor, "n"], true: Bool[Tensor, "n"]) -> float:
+    """The share of (true, other) pairs that are ranked right, ties counted half; NaN if there are
+    no pairs.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    if true.all() or not true.any():
+        return float("nan")
+    return float(roc_auc_score(true.numpy(), rank.numpy()))

@@ -1,0 +1,85 @@
+"""Which work an edge mask leaves: the heads and MLPs that the logits still depend on.
+
+Walking back from `logits`, a writer is alive when a living reader keeps an edge to it, and a reader
+is alive when its node is.  With grouped queries a key-value reader is dead only when all of its
+query heads are.
+
+Shapes: writers W, readers R, candidate masks K; C living writers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.graph import Graph
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is alive in one block."""
+
+    heads: list[int] | None  # living query heads; None: no attention to run
+    kv_heads: list[int]  # the key-value heads that they read
+    kv_of_head: list[int] | None  # for each living head its place in kv_heads; None: the same place
+    all_heads: bool
+    readers: slice | list[int]  # rows of the mask: q of the heads, then k and v
+    mlp: bool
+
+
+@dataclass(frozen=True)
+class LiveNodes:
+    """Living writers, in order, and the work per block."""
+
+    writers: Int[Tensor, "C"]
+    all_writers: bool
+    n_prefix: int  # living writers before the first block that is run
+    layers: dict[int, Layer]
+
+    def prefix_rows(self, device: torch.device) -> slice | Tensor:
+        return (
+            slice(0, self.n_prefix)
+            if self.all_writers
+            else self.writers[: self.n_prefix].to(device)
+        )
+
+
+def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int = 0) -> LiveNodes:
+    """Returns the work that masks leave from block `first_layer` on; everything, for a mask that is
+    trained.
+    """
+    edges = graph.exists if masks.requires_grad else (masks.detach() != 0).any(0)
+    kept = (edges if graph.n_positions is None else edges.any(-1)).cpu().numpy()
+    wanted = kept[-1].copy()
+    layers = {}
+    heads_range = np.arange(graph.n_heads)
+    for layer in reversed(range(first_layer, graph.n_layers)):
+        writer, reader = graph.first_writer(layer), graph.first_reader(layer)
+        mlp = not graph.attention_only and bool(wanted[writer + graph.n_heads])
+        if mlp:
+            wanted |= kept[graph.first_reader(layer + 1) - 1]
+        heads = heads_range[wanted[writer : writer + graph.n_heads]]
+        kv_heads, kv_of_head = np.unique(heads // graph.kv_group, return_inverse=True)
+        first_k, first_v = reader + graph.n_heads, reader + graph.n_heads + graph.kv_heads
+        all_heads = len(heads) == graph.n_heads
+        readers: slice | list[int] = slice(reader, reader + graph.n_heads + 2 * graph.kv_heads)
+        if not all_heads:
+            readers = [*(reader + heads), *(first_k + kv_heads), *(first_v + kv_heads)]
+            readers = [int(index) for index in readers]
+        if len(heads):
+            wanted |= kept[readers].any(0)
+        layers[layer] = Layer(
+            heads=heads.tolist() if len(heads) else None,
+            kv_heads=kv_heads.tolist(),
+            kv_of_head=None if graph.kv_group == 1 else kv_of_head.tolist(),
+            all_heads=all_heads,
+            readers=readers,
+            mlp=mlp,
+        )
+    writers = torch.from_numpy(np.flatnonzero(wanted))
+    n_prefix = int(wanted[: graph.first_writer(first_layer)].sum())
+    return LiveNodes(writers, len(writers) == len(graph.writers), n_prefix, layers)

@@ -1,0 +1,1 @@
+"""Models: loading them, refusing what would be computed wrongly, and saying what their parts are."""

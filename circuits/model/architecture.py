@@ -1,0 +1,219 @@
+"""The parts of a decoder, as the engine sees them: norms, projections, attention, MLPs, and how
+they are put together.
+
+Parts hold *modules*, not tensors: weights are read at each use, so that they stay live and
+gradients reach them. Which parts a model has is said by its family (`circuits.model.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from circuits.graph import Graph
+from circuits.model.output_head import OutputHead
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last axis: `layer`, `rms`, or `none`."""
+
+    kind: Literal["layer", "rms", "none"]
+    eps: float = 0.0
+    module: nn.Module | None = None  # holds the gain and bias; None: there are none
+    offset: float = 0.0  # added to the stored gain: Gemma stores it less 1
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if self.kind == "none":
+            return x
+        weight = getattr(self.module, "weight", None)
+        if self.kind == "layer":
+            return F.layer_norm(
+                x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps
+            )
+        if self.offset == 0.0 or weight is None:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        wide = (
+            x if x.dtype == torch.float64 else x.float()
+        )  # as Gemma: a gain near 1 loses its digits in bfloat16
+        return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype) + self.offset, self.eps).to(
+            x.dtype
+        )
+
+    def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """1 / rms(x), by which an RMS norm multiplies; it commutes with the projection that reads
+        the norm.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        return (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
+
+    def gained(
+        self, weight: Float[Tensor, "*heads d_model E"]
+    ) -> Float[Tensor, "*heads d_model E"]:
+        """The weight of a projection that reads this RMS norm, with the norm's gain multiplied in."""
+        gain = getattr(self.module, "weight", None)
+        return weight if gain is None else weight * (gain + self.offset)[:, None]
+
+    @torch.no_grad()
+    def pull_back(
+        self, x: Float[Tensor, "*batch d_model"], gradients: Float[Tensor, "r *batch d_model"]
+    ) -> Float[Tensor, "r *batch d_model"]:
+        """Takes r gradients behind the norm to its input x, which they share.
+
+        With y = g x / rms(x) and G = g gradient, the gradient at x is (G - x (x . G) / (D rms^2)) /
+        rms.
+        """
+        if self.kind == "none":
+            return gradients
+        if self.kind == "rms":
+            scale, gain = self.scale(x), getattr(self.module, "weight", None)
+            gradients = (
+                gradients * scale if gain is None else gradients * ((gain + self.offset) * scale)
+            )
+            share = (
+                torch.linalg.vecdot(gradients, x.expand_as(gradients)).unsqueeze(-1)
+                * scale.square()
+                / x.shape[-1]
+            )
+            return gradients.addcmul_(x.expand_as(gradients), share, value=-1)
+        with torch.enable_grad():
+            shared = x.detach().expand_as(gradients).requires_grad_()
+            return torch.autograd.grad(self(shared), shared, gradients)[0]
+
+    def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What an RMS norm of x multiplies x by, and so each addend of x."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        factor = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        weight = getattr(self.module, "weight", None)
+        return (
+            (factor if weight is None else factor * (weight.to(wide.dtype) + self.offset))
+            .to(x.dtype)
+            .expand_as(x)
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection, with its weight as [out, in] however the module stores it."""
+
+    module: nn.Module
+    stored_in_out: bool = False  # GPT-2's Conv1D
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def weight(self) -> Float[Tensor, "out in_"]:
+        weight: Any = self.module.weight
+        return weight.T if self.stored_in_out else weight
+
+    @property
+    def bias(self) -> Float[Tensor, "out"] | None:
+        return getattr(self.module, "bias", None)
+
+    def __call__(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Projections and constants of one attention layer."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    scale: float  # scores are q . k * scale
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    window: int | None = None  # how many positions a query sees, itself included; None: all
+    q_norm: Norm | None = None  # of each head's queries, before they are rotated
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """`down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))` when gated."""
+
+    up: Linear
+    down: Linear
+    activation: Activation
+    gate: Linear | None = None
+    inner_norm: Norm | None = None  # SoLU's norm between activation and output
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        hidden = self.activation((self.gate or self.up)(x))
+        if self.gate is not None:
+            hidden = hidden * self.up(x)
+        return self.down(hidden if self.inner_norm is None else self.inner_norm(hidden))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention and, unless the model has none, an MLP.
+
+    A post-norm (RMS, no bias) is applied to what attention, or the MLP, adds to the residual
+    stream.
+    """
+
+    norm1: Norm
+    attention: Attention
+    norm2: Norm | None = None
+    mlp: MLP | None = None
+    post_norm1: Norm | None = None
+    post_norm2: Norm | None = None
+
+    def feed_forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP writes, from its normed input."""
+        assert self.mlp is not None
+        written = self.mlp(x)
+        return written if self.post_norm2 is None else self.post_norm2(written)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: the model's own tables, and how pairs of coordinates are laid out."""
+
+    tables: Callable[
+        [int, Tensor], tuple[Tensor, Tensor]
+    ]  # (positions, like) -> cos, sin, each [pos, width]
+    pairs: Literal["halves", "adjacent"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything the engine needs to know of a model.
+
+    `graph` gives its shape, `blocks` its layers; the input is `token(tokens) +
+    position(positions)`.
+    """
+
+    graph: Graph
+    blocks: tuple[Block, ...]
+    token: nn.Module
+    position: nn.Module | None
+    rotary: Rotary | None
+    final_norm: Norm
+    unembed: Linear | OutputHead
+    head_width: int
+    context: int  # longest input, in tokens
+    logit_cap: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream, d_model."""
+        return int(self.token.weight.shape[1])  # type: ignore[union-attr, index]
+
+    @property
+    def outputs(self) -> int:
+        """How many logits there are."""
+        return self.unembed.outputs

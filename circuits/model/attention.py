@@ -1,0 +1,131 @@
+"""Attention of each head over its own queries, keys and values.
+
+    z_h = softmax(cap(scale * rotate(norm(q_h)) . rotate(norm(k_h))) + allowed) v_h
+
+Readers have their own inputs, so that heads come first and share nothing; what an architecture
+lacks of the above (norm, rotary positions, soft-cap, window) is left out.
+
+Shapes: N flattened batch, pos S, head width E, chosen positions P.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.model.architecture import Architecture, Attention
+
+
+def attend(
+    architecture: Architecture,
+    attention: Attention,
+    q: Float[Tensor, "heads N S E"],
+    k: Float[Tensor, "kv N S E"],
+    v: Float[Tensor, "kv N S E"],
+    key_mask: Bool[Tensor, "N S"] | None,
+    kv_of_head: list[int] | None = None,
+) -> Float[Tensor, "heads N S E"]:
+    """Returns what each head moves, before its output projection.
+
+    Args: key_mask: True on real tokens; only bidirectional models need it, since padding is on the
+        right. kv_of_head: for each query head its place among the key-value heads; None: they are
+        in equal groups.
+    """
+    q, k = _positioned(architecture, attention, q, k)
+    k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
+    n_positions, causal = q.shape[-2], architecture.graph.causal
+    windowed = attention.window is not None and attention.window < n_positions
+    plain = not windowed and (causal or key_mask is None)
+    if plain and attention.soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
+    allowed = _allowed(architecture, attention, q, key_mask)
+    if attention.soft_cap is None:
+        allowed = (
+            allowed if allowed.ndim == 2 else allowed[None]
+        )  # with 3 axes the CPU would hold all scores at once
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
+    return _scores(attention, q, k).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def attention_scores(
+    architecture: Architecture,
+    attention: Attention,
+    q: Float[Tensor, "heads N S E"],
+    k: Float[Tensor, "kv N S E"],
+    key_mask: Bool[Tensor, "N S"] | None,
+    kv_of_head: list[int] | None = None,
+    *,
+    at: Int[Tensor, "N P"],
+) -> Float[Tensor, "heads N P S"]:
+    """Returns what the softmax of `attend` is taken of, for the queries at some positions; -inf at
+    forbidden keys.
+
+    Padding is not told apart where the model does not: on the right of a causal model's tokens.
+    """
+    q, k = _positioned(architecture, attention, q, k)
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    allowed = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)[
+        rows, at
+    ]  # [N, P, S]
+    scores = _scores(attention, q[:, rows, at], _per_head(k, len(q), kv_of_head))
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _positioned(
+    architecture: Architecture, attention: Attention, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys as they are compared: normed, then rotated by position, where the model does
+    so.
+    """
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if architecture.rotary is not None:
+        cos, sin = architecture.rotary.tables(q.shape[-2], q)
+        q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
+    return q, k
+
+
+def _per_head(x: Tensor, n_heads: int, kv_of_head: list[int] | None) -> Tensor:
+    """Keys or values once for each query head that reads them."""
+    if kv_of_head is not None:
+        return x[kv_of_head]
+    return x if len(x) == n_heads else x.repeat_interleave(n_heads // len(x), 0)
+
+
+def _allowed(
+    architecture: Architecture, attention: Attention, q: Tensor, key_mask: Tensor | None
+) -> Tensor:
+    """Which query may look at which key, [S, S] or [N, S, S]."""
+    n_positions, causal = q.shape[-2], architecture.graph.causal
+    allowed = q.new_ones(n_positions, n_positions, dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril()
+    if attention.window is not None and attention.window < n_positions:
+        allowed = allowed.triu(1 - attention.window)
+    if key_mask is not None and not causal:
+        allowed = allowed & key_mask[:, None, :]
+    return allowed
+
+
+def _scores(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
+    scores = q @ k.mT * attention.scale
+    return (
+        scores
+        if attention.soft_cap is None
+        else attention.soft_cap * torch.tanh(scores / attention.soft_cap)
+    )
+
+
+def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    """Rotates the first `cos.shape[-1]` coordinates of each head by position."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if pairs == "halves":
+        first, second = turned.chunk(2, -1)
+        quarter = torch.cat((-second, first), -1)
+    else:
+        quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
+    turned = turned * cos + quarter * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned

@@ -1,0 +1,54 @@
+"""Architecture families: what each computes, as one small description read from a TransformerLens
+bridge.
+
+A description names the parts of a bridge (norms, projections, MLP, rotary embedding;
+`circuits.model.architecture`) and the constants that its forward pass uses.  A family also lists
+the configuration fields that it honours.  A field that is set and is neither honoured nor known to
+be inert is refused by name: an engine that ignored it would be silently wrong.
+
+To add a family, add one function to `FAMILIES`, a small model to the tests, and a test for each
+feature that fails when the feature is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from circuits.model.architecture import Architecture
+from circuits.model.families.gpt import codegen, gpt2, gpt_neox, gptj
+from circuits.model.families.llama import gemma, gemma2, llama, mistral, qwen2, qwen3
+from circuits.model.families.native import native
+
+FAMILIES: dict[str, Callable[[Any, Any], Architecture]] = {
+    "GPT2LMHeadModel": gpt2,
+    "GPTNeoXForCausalLM": gpt_neox,
+    "GPTJForCausalLM": gptj,
+    "CodeGenForCausalLM": codegen,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "GemmaForCausalLM": gemma,
+    "Gemma2ForCausalLM": gemma2,
+    "TransformerLensNative": native,
+}
+
+
+def describe(bridge: Any, hf_config: Any | None) -> Architecture:
+    """Returns the architecture of a bridge.
+
+    Args:
+        bridge: a `TransformerBridge`.
+        hf_config: the HuggingFace configuration it was made from; None for native models.
+
+    Raises:
+        ValueError: the architecture is not supported, or a configuration field is set that is not.
+    """
+    name = bridge.cfg.architecture
+    if name not in FAMILIES:
+        raise ValueError(
+            f"architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}. "
+            "A family is one description in circuits/families"
+        )
+    return FAMILIES[name](bridge, hf_config)

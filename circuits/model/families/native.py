@@ -1,0 +1,134 @@
+"""TransformerLens's own model: causal or bidirectional, with or without norm, MLP, gate and rotary
+positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from circuits.graph import Graph
+from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm, Rotary
+from circuits.model.families.parts import part, projection
+
+_NORMS: Mapping[str | None, Literal["layer", "rms", "none"]] = {
+    None: "none",
+    "LN": "layer",
+    "LNPRE": "layer",
+    "RMS": "rms",
+    "RMSPRE": "rms",
+}
+# Fields that change what a native model computes, and that are honoured here.
+_HONOURED = frozenset(
+    "d_model d_head n_layers n_ctx n_heads d_mlp d_vocab d_vocab_out positional_embedding_type "
+    "n_key_value_heads "
+    "attn_only gated_mlp eps act_fn normalization_type final_rms use_attn_scale attn_scale "
+    "attention_dir rotary_dim "
+    "rotary_base rope_scaling attn_scores_soft_cap output_logits_soft_cap".split()
+)
+# Fields that change nothing of it: names, devices, initialisation, tokenisers, hooks that are off
+# the forward pass.
+_INERT = frozenset(
+    "device dtype architecture original_architecture model_name tokenizer_name initializer_range "
+    "init_mode "
+    "init_weights seed n_params n_devices from_checkpoint checkpoint_index checkpoint_label_type "
+    "checkpoint_value "
+    "default_prepend_bos tokenizer_prepends_bos tokenizer_appends_eos default_padding_side "
+    "trust_remote_code "
+    "use_attn_result use_split_qkv_input use_hook_mlp_in use_attn_in use_hook_tokens uses_rms_norm "
+    "attn_implementation "
+    "decoder_start_token_id NTK_by_parts_low_freq_factor NTK_by_parts_high_freq_factor NTK_by_parts_factor".split()
+)
+
+
+def native(bridge: Any, hf_config: None) -> Architecture:
+    """A native model; fields that TransformerLens's native model itself ignores are refused."""
+    config = bridge.cfg
+    _refuse_others(config)
+    if config.attention_dir not in ("causal", "bidirectional"):
+        raise ValueError(
+            f"TransformerLens native: attention_dir={config.attention_dir!r} is not supported, "
+            "only 'causal' and "
+            "'bidirectional'"
+        )
+    kind = config.normalization_type and config.normalization_type.upper()
+    if kind not in _NORMS:
+        raise ValueError(
+            f"TransformerLens native: normalization_type={kind!r} is not supported, only LN, RMS, "
+            "None"
+        )
+    model = bridge.original_model
+
+    def norm(bridge_part: Any, kind: Literal["layer", "rms", "none"] = _NORMS[kind]) -> Norm:
+        module = part(bridge_part)
+        return Norm(
+            kind, config.eps, module if getattr(module, "weight", None) is not None else None
+        )
+
+    def mlp(bridge_part: Any) -> MLP:
+        module = part(bridge_part)
+        inner = getattr(module, "ln", None)
+        return MLP(
+            gate=projection(bridge_part.gate) if config.gated_mlp else None,
+            up=projection(getattr(bridge_part, "in")),
+            down=projection(bridge_part.out),
+            activation=module.act,
+            inner_norm=None if inner is None else Norm("layer", config.eps, part(inner)),
+        )
+
+    blocks = tuple(
+        Block(
+            norm1=norm(block.ln1),
+            attention=Attention(
+                *(projection(getattr(block.attn, side)) for side in "qkvo"),
+                scale=1.0 / part(block.attn).scale,
+                soft_cap=config.attn_scores_soft_cap if config.attn_scores_soft_cap > 0 else None,
+            ),
+            norm2=None if config.attn_only else norm(block.ln2),
+            mlp=None if config.attn_only else mlp(block.mlp),
+        )
+        for block in bridge.blocks
+    )
+    rotary = None
+    if model.rotary is not None:
+        rotary = Rotary(
+            lambda positions, like: (
+                model.rotary.cos_cached[:positions].to(like.dtype),
+                model.rotary.sin_cached[:positions].to(like.dtype),
+            ),
+            pairs="adjacent",
+        )
+    return Architecture(
+        graph=Graph(
+            config.n_layers,
+            config.n_heads,
+            config.n_key_value_heads,
+            attention_only=bool(config.attn_only),
+            causal=config.attention_dir == "causal",
+        ),
+        blocks=blocks,
+        token=part(bridge.embed),
+        position=None if rotary is not None else part(bridge.pos_embed),
+        rotary=rotary,
+        final_norm=norm(bridge.ln_final, "rms") if config.final_rms else norm(bridge.ln_final),
+        unembed=projection(bridge.unembed),
+        head_width=config.d_head,
+        context=config.n_ctx,
+        logit_cap=config.output_logits_soft_cap if config.output_logits_soft_cap > 0 else None,
+    )
+
+
+def _refuse_others(config: Any) -> None:
+    """Refuses fields that differ from TransformerLens's default and are neither honoured nor inert."""
+    from transformer_lens.config import TransformerBridgeConfig
+
+    defaults = vars(TransformerBridgeConfig(d_model=1, d_head=1, n_layers=1, n_ctx=1))
+    for field, value in vars(config).items():
+        if field in _HONOURED or field in _INERT or not value or value == defaults.get(field):
+            continue
+        raise ValueError(
+            f"TransformerLens native: {field}={value!r} is set, but TransformerLens's native model "
+            "ignores it, so that "
+            "the weights would compute another function than they were trained for; leave it at "
+            "its default"
+        )

@@ -1,0 +1,105 @@
+"""What the descriptions of families share: allow-lists of configuration fields, and the parts of a
+bridge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from circuits.model.architecture import Activation, Linear, Norm, Rotary
+
+# Fields of any HuggingFace configuration that do not change what a decoder computes in evaluation
+# mode.
+INERT = frozenset(
+    "transformers_version architectures output_hidden_states output_attentions return_dict dtype "
+    "torch_dtype "
+    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type use_cache "
+    "bos_token_id eos_token_id "
+    "pad_token_id sep_token_id initializer_range _name_or_path model_type tie_word_embeddings "
+    "task_specific_params "
+    "_attn_implementation attn_implementation pretraining_tp vocab_size name_or_path "
+    "predict_special_tokens _num_labels use_bfloat16 output_past gradient_checkpointing".split()
+)
+
+# What to do about a field that is refused, by a part of its name.
+REMEDIES = {
+    "quantization": "dequantise the model and save it in float",
+    "alibi": "biases by distance are not supported; use a model with learned or rotary positions",
+    "expert": "mixtures of experts are not supported; use a dense model",
+    "moe": "mixtures of experts are not supported; use a dense model",
+    "peft": "merge the adapter first: merge_and_unload()",
+    "lora": "merge the adapter first: merge_and_unload()",
+}
+
+
+def refuse_unknown(family: str, config: Mapping[str, Any], honoured: str) -> None:
+    """Refuses fields that are set (not None, not False) and neither honoured nor inert.
+
+    Raises:
+        ValueError: there is such a field.
+    """
+    known = INERT.union(honoured.split())
+    for field, value in config.items():
+        if field in known or value is None or value is False:
+            continue
+        remedy = next(
+            (what for part, what in REMEDIES.items() if part in field.lower()),
+            "remove it if the weights do not need it, or use another model",
+        )
+        raise ValueError(
+            f"{family}: configuration field {field}={value!r} is not honoured by the engine, which "
+            "would then compute "
+            f"another function than the model; {remedy}"
+        )
+
+
+def part(bridge_part: Any) -> Any:
+    """The module behind a bridge component."""
+    return bridge_part.original_component
+
+
+def projection(bridge_part: Any) -> Linear:
+    """A projection of a bridge, whichever way round it stores its weight."""
+    module: Any = part(bridge_part)
+    return Linear(module, stored_in_out=type(module).__name__ == "Conv1D")
+
+
+def activation(module: Any) -> Activation:
+    """The activation of an MLP module, by its fastest equal: HuggingFace writes GPT-2's GELU in
+    eight operations.
+    """
+    if type(module).__name__ == "NewGELUActivation":
+        return lambda x: F.gelu(x, approximate="tanh")
+    return module
+
+
+def layer_norm(bridge_part: Any) -> Norm:
+    """A LayerNorm of a bridge."""
+    return Norm("layer", part(bridge_part).eps, part(bridge_part))
+
+
+def rotary(family: str, bridge: Any, config: Any) -> Rotary:
+    """Rotary positions in halves, by the model's own tables.
+
+    Raises:
+        ValueError: the tables depend on the length of the text.
+    """
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(
+            f"{family}: rope_type={rope_type!r} depends on the length of the text and is not "
+            "supported, "
+            "only 'default', 'linear', 'llama3' and 'yarn'"
+        )
+    embedding: Callable[..., tuple[Tensor, Tensor]] = part(bridge.rotary_emb)
+
+    def tables(positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = embedding(like, torch.arange(positions, device=like.device)[None])
+        return cos[0], sin[0]
+
+    return Rotary(tables, pairs="halves")

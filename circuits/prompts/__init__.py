@@ -1,0 +1,33 @@
+"""Prompts: clean and corrupt tokens, the positions that are scored and the answers there.
+
+    file or task  ->  records (dicts)  ->  EncodedPrompt (one checked record)  ->  Prompts (one batch of tensors)
+
+The names below are imported on first use: reading records takes no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from circuits.lazy import lazy
+
+if TYPE_CHECKING:
+    from circuits.prompts.encoding import EncodedPrompt, encode_record
+    from circuits.prompts.files import parse_line, read_records, write_jsonl
+    from circuits.prompts.prompts import NONE, Prompts, collate, prompts_from_records
+
+_WHERE = {
+    "EncodedPrompt": "circuits.prompts.encoding",
+    "NONE": "circuits.prompts.prompts",
+    "Prompts": "circuits.prompts.prompts",
+    "collate": "circuits.prompts.prompts",
+    "encode_record": "circuits.prompts.encoding",
+    "parse_line": "circuits.prompts.files",
+    "prompts_from_records": "circuits.prompts.prompts",
+    "read_records": "circuits.prompts.files",
+    "write_jsonl": "circuits.prompts.files",
+}
+
+__all__ = [*_WHERE]
+
+__getattr__ = lazy(__name__, _WHERE)

@@ -1,0 +1,205 @@
+"""A circuit on disk and as a graph."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from circuits.circuit import Circuit
+from circuits.graph import Graph
+
+GRAPH = Graph(2, 2, 1)
+KEPT = ["input->a0.h1<q>", "input->a0.kv0<v>", "a0.h1->m0", "m0->logits", "a0.h1->logits"]
+ABOUT = {
+    "model": {"path": "memory", "weight_hash": "00ff"},
+    "method": {"name": "acdc", "tau": 0.01},
+    "metric": "kl",
+}
+
+
+def circuit() -> Circuit:
+    kept, scores = torch.zeros_like(GRAPH.exists), torch.zeros(GRAPH.exists.shape)
+    for number, name in enumerate(KEPT):
+        kept[GRAPH.edge_index(name)] = True
+        scores[GRAPH.edge_index(name)] = (-1) ** number * (number + 1) / 7
+    scores[GRAPH.edge_index("input->m1")] = 0.03  # judged, but not kept
+    return Circuit(GRAPH, kept, scores, ABOUT)
+
+
+def same(one: Circuit, other: Circuit) -> bool:
+    tensors = torch.equal(one.kept, other.kept) and torch.equal(one.scores, other.scores)
+    return tensors and one.graph == other.graph and dict(one.about) == dict(other.about)
+
+
+# ---- round trip ---------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+    exponent=st.floats(-30, 30),
+    graph=st.sampled_from(
+        [GRAPH, Graph(1, 1, attention_only=True), Graph(2, 2, parallel=True, split_input=True)]
+    ),
+)
+def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path_factory, seed, share, exponent, graph):
+    folder = tmp_path_factory.mktemp("circuit")
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(graph.exists.shape, generator=generator) * 10**exponent * graph.exists
+    kept = graph.exists & (torch.rand(graph.exists.shape, generator=generator) < share)
+    saved = Circuit(graph, kept, scores, ABOUT)
+    saved.save(folder)
+    assert same(Circuit.load(folder), saved)
+    assert same(Circuit.load(folder / "circuit.json"), saved)
+    (
+        folder / "scores.safetensors"
+    ).unlink()  # the scores of kept edges are in the JSON as well, exactly
+    assert same(Circuit.load(folder), Circuit(graph, kept, scores * kept, ABOUT))
+
+
+def test_circuit_json_on_disk(tmp_path, file_regression):
+    circuit().save(tmp_path)
+    file_regression.check((tmp_path / "circuit.json").read_text(), extension=".json")
+
+
+def test_a_folder_is_made_and_holds_no_pickle(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    circuit().save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["circuit.json", "scores.safetensors"]
+    json.loads((folder / "circuit.json").read_text())
+    assert list(load_file(folder / "scores.safetensors")) == ["scores"]
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert not zipfile.is_zipfile(path) and content[:1] != b"\x80", (
+            "the two ways in which torch and pickle save"
+        )
+
+
+def test_scores_that_json_cannot_hold_are_refused(tmp_path):
+    bad = circuit()
+    bad.scores[GRAPH.edge_index(KEPT[0])] = math.nan
+    with pytest.raises(ValueError, match="input->a0.h1<q>"):
+        bad.save(tmp_path)
+    assert not list(tmp_path.iterdir()), "half a circuit was written"
+
+
+# ---- views --------------------------------------------------------------------------------------
+
+
+def test_edges_length_and_mask():
+    ours = circuit()
+    assert len(ours) == len(KEPT)
+    assert [name for name, _ in ours.edges] == sorted(KEPT, key=GRAPH.edge_index)
+    assert dict(ours.edges)["a0.h1->m0"] == pytest.approx(3 / 7)
+    assert torch.equal(ours.mask, ours.kept.float())
+
+
+def test_networkx_view_carries_the_scores():
+    edges = {
+        (writer, node, key): data["score"]
+        for writer, node, key, data in circuit().networkx().edges(keys=True, data=True)
+    }
+    expected = {
+        ("input", "a0.h1", "a0.h1<q>"): 1 / 7,
+        ("input", "a0.h0", "a0.kv0<v>"): -2
+        / 7,  # both query heads read through this key-value head
+        ("input", "a0.h1", "a0.kv0<v>"): -2 / 7,
+        ("a0.h1", "m0", "m0"): 3 / 7,
+        ("m0", "logits", "logits"): -4 / 7,
+        ("a0.h1", "logits", "logits"): 5 / 7,
+    }
+    assert edges == pytest.approx(expected)
+
+
+# ---- bad files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved circuit, and a way to write a changed circuit.json."""
+    circuit().save(tmp_path)
+    data = json.loads((tmp_path / "circuit.json").read_text())
+
+    def write(**changes):
+        (tmp_path / "circuit.json").write_text(json.dumps({**data, **changes}))
+        return tmp_path
+
+    return write
+
+
+def test_a_missing_circuit_says_how_to_make_one(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "circuit.json"):
+        with pytest.raises(FileNotFoundError, match="no circuit at .*madcap extract"):
+            Circuit.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "{}", '"circuit"', '{"format": 1}', "\x80\x04K\x01."]
+)
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "circuit.json").write_text(text)
+    with pytest.raises(ValueError, match="is no circuit file that can be read"):
+        Circuit.load(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_formats_are_refused_by_number(saved, version):
+    with pytest.raises(ValueError, match=f"has format {version}, but this version reads format 1"):
+        Circuit.load(saved(format=version))
+
+
+def test_a_later_format_is_named_even_where_its_layout_is_another(saved):
+    with pytest.raises(ValueError, match="has format 2, but this version reads format 1"):
+        Circuit.load(saved(format=2, graph={"layers": 2}))
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([{"edge": "input->a7.h0<q>", "score": 1.0}], "'input->a7.h0<q>' is not in this graph"),
+        ([{"edge": "m1->m0", "score": 1.0}], "'m1->m0' runs backwards"),
+        ([{"edge": "m0->logits"}], "is no circuit file that can be read"),
+        ([{"score": 1.0}], "is no circuit file that can be read"),
+        (["m0->logits"], "is no circuit file that can be read"),
+        ([{"edge": "m0->logits", "score": None}], "is no circuit file that can be read"),
+        ([{"edge": 3, "score": 1.0}], "is no circuit file that can be read"),
+        (5, "is no circuit file that can be read"),
+    ],
+)
+def test_edges_that_the_graph_lacks_and_broken_entries_are_refused(saved, edges, message):
+    with pytest.raises(ValueError, match=message):
+        Circuit.load(saved(edges=edges))
+
+
+@pytest.mark.parametrize(
+    "graph", [{}, {"n_layers": 2}, {"n_layers": 2, "n_heads": 2, "n_experts": 4}, "graph", None]
+)
+def test_another_graph_is_refused(saved, graph):
+    with pytest.raises(ValueError, match="is no circuit file that can be read"):
+        Circuit.load(saved(graph=graph))
+
+
+def test_scores_of_another_shape_are_refused(tmp_path, saved):
+    save_file({"scores": torch.zeros(3, 4)}, tmp_path / "scores.safetensors")
+    with pytest.raises(ValueError, match=r"has shape \(3, 4\), but the graph of .* is \(11, 7\)"):
+        Circuit.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"not tensors at all"])
+def test_a_broken_scores_file_is_refused(tmp_path, saved, content):
+    (tmp_path / "scores.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="scores.safetensors holds no scores"):
+        Circuit.load(tmp_path)
+
+
+def test_a_scores_file_without_scores_is_refused(tmp_path, saved):
+    save_file({"other": torch.zeros(11, 7)}, tmp_path / "scores.safetensors")
+    with pytest.raises(ValueError, match="scores.safetensors holds no scores"):
+        Circuit.load(tmp_path)

@@ -1,0 +1,313 @@
+"""Streaming: order, bad lines, resuming, refusals; and the whole way from extraction to a scored
+file.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mad.scoring as scoring_module
+from circuits.ablation import AblationConfig
+from circuits.discovery import EAPIG
+from circuits.engine.memory import footprint
+from circuits.model.load import ModelConfig
+from circuits.prompts import prompts_from_records
+from circuits.selection import Selection
+from circuits.tasks.file import File
+from mad.calibration import fit
+from mad.detector import Context
+from mad.detectors import Deviation
+from mad.pipeline import RunConfig, Splits, make_run, open_run
+from mad.scoring import Scoring, read_results, score
+from tests import tiny
+
+ALPHA = 0.2
+
+
+def records(count: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(29, (count, 2, 6), generator=generator).tolist()
+    return [
+        {"clean": c, "corrupt": x, "answers": [c[0]], "wrong_answers": [(c[0] + 1) % 29]}
+        for c, x in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    tiny.gpt2_module().save_pretrained(folder / "model")
+    (folder / "trusted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(60, 0)))
+    config = RunConfig(
+        model=ModelConfig(path=str(folder / "model")),
+        task=File(path=str(folder / "trusted.jsonl")),
+        method=EAPIG(),
+        ablation=AblationConfig(),
+        metric="kl",
+        selection=Selection(edges=25),
+        splits=Splits(16, 16, 8, 16),
+        alpha=ALPHA,
+        random_draws=2,
+        out=str(folder / "run"),
+    )
+    make_run(config)
+    return folder, config
+
+
+def inputs(folder, count: int = 37):
+    """A file with bad lines of every kind among good ones."""
+    lines = [
+        json.dumps({"clean": r["clean"], "id": f"n{i}"}) for i, r in enumerate(records(count, 1))
+    ]
+    lines[3] = "{not json"
+    lines[5] = json.dumps({"clean": [1, 2, 99]})
+    lines[8] = json.dumps({"clean": [1] * 17})
+    lines[9] = json.dumps({"text": "no tokenizer here"})
+    lines[10] = ""
+    lines[11] = "[1, 2]"
+    lines[20] = json.dumps({"clean": [1, 2], "id": 20, "answers": "ignored when scoring"})
+    path = folder / "inputs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def opened(run):
+    folder, config = run
+    again = open_run(folder / "run")
+    return again, again.detector("fast")
+
+
+def test_a_file_is_scored_line_by_line_in_order(run, tmp_path):
+    again, calibrated = opened(run)
+    scoring = Scoring(alpha=ALPHA, chunk=8)
+    tally = score(inputs(tmp_path), tmp_path / "out.jsonl", calibrated, again.model, scoring)
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert tally.lines == len(results) == 37 and tally.resumed == 0
+    bad = {3: "JSON", 5: "token 99", 8: "17 tokens", 9: "no tokenizer", 10: "", 11: ""}
+    for number, result in enumerate(results):
+        if number in bad:
+            assert f"line {number + 1}" in result["error"] and bad[number] in result["error"]
+            assert "score" not in result
+            continue
+        assert result["id"] == (20 if number == 20 else f"n{number}")
+        assert result["anomalous"] == (result["p_value"] <= ALPHA)
+        assert ("because" in result) == result["anomalous"]
+        if result["anomalous"]:
+            assert abs(result["because_residual"]) < 0.5 and len(result["because"]) <= 8
+            kept = {name for name, _ in again.circuit.edges}
+            assert not kept & {part["edge"] for part in result["because"]}
+    assert tally.errors == len(bad)
+    assert tally.flagged == sum(r.get("anomalous", False) for r in results)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_scores_equal_the_detectors_own(run, tmp_path):
+    from mad.pipeline import load_prompts
+
+    again, calibrated = opened(run)
+    good = [{"clean": r["clean"], "id": str(i)} for i, r in enumerate(records(5, 2))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
+    score(
+        tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA)
+    )
+    scored = [
+        json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ]
+    assert scored == calibrated.detector.score(load_prompts(good, again.model)).tolist()
+
+
+@pytest.mark.parametrize("broken_after", [0, 1, 3])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "n'])
+def test_an_interrupted_run_resumes_to_the_same_file(
+    run, tmp_path, monkeypatch, broken_after, torn
+):
+    again, calibrated = opened(run)
+    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    score(source, tmp_path / "whole.jsonl", calibrated, again.model, scoring)
+    real, calls = scoring_module.score_lines, []
+
+    def interrupted(*arguments):
+        if len(calls) == broken_after:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(scoring_module, "score_lines", interrupted)
+    out = tmp_path / "parts.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        score(source, out, calibrated, again.model, scoring)
+    assert not out.exists()
+    with (tmp_path / "parts.jsonl.partial").open("ab") as file:
+        file.write(torn)
+    monkeypatch.setattr(scoring_module, "score_lines", real)
+    tally = score(source, out, calibrated, again.model, scoring)
+    assert tally.resumed == 8 * broken_after
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    size = footprint(again.engine, tiny.prompts(1, shortest=6, longest=6))
+    few = str(size.shared(False) + size.mask + 3 * (size.plain + size.explanation))
+    whole, parts, mixed = (tmp_path / f"{name}.jsonl" for name in ("whole", "parts", "mixed"))
+    score(source, whole, calibrated, again.model, scoring)
+    score(source, parts, calibrated, again.model, scoring, memory=few)
+    real, calls = scoring_module.score_lines, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        return real(*arguments) if len(calls) < 3 else 1 / 0
+
+    monkeypatch.setattr(scoring_module, "score_lines", interrupted)
+    with pytest.raises(ZeroDivisionError):
+        score(source, mixed, calibrated, again.model, scoring)
+    monkeypatch.undo()
+    assert score(source, mixed, calibrated, again.model, scoring, memory=few).resumed == 16
+    for ours in (parts, mixed):
+        for result, expected in zip(read_results(ours), read_results(whole), strict=True):
+            assert result.keys() == expected.keys()
+            if "score" in expected:
+                assert result["score"] == pytest.approx(expected["score"], rel=1e-4, abs=1e-6)
+                assert result["p_value"] == expected["p_value"]
+
+
+def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_is_left_out(
+    run, tmp_path
+):
+    again, _ = opened(run)
+    trusted, held_out = (prompts_from_records(records(16, seed)) for seed in (8, 9))
+    calibrated = fit(Deviation(), Context(again.engine, again.circuit), trusted, held_out)
+    long = {"clean": [1, 2, 3] * 5, "id": "long"}
+    good = [*({"clean": r["clean"]} for r in records(3, 5)), long]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
+    sizes = [
+        footprint(again.engine, prompts_from_records([{"clean": [1] * length}]))
+        for length in (6, 15)
+    ]
+    scores = [size.shared(False) + size.mask + size.plain + size.masked() for size in sizes]
+    explanations = [
+        size.shared(False) + size.mask + size.plain + size.explanation for size in sizes
+    ]
+
+    def results(memory: int) -> list[dict]:
+        score(
+            tmp_path / "in.jsonl",
+            tmp_path / "out.jsonl",
+            calibrated,
+            again.model,
+            Scoring(alpha=ALPHA, explain="all"),
+            memory=str(memory),
+            overwrite=True,
+        )
+        return list(read_results(tmp_path / "out.jsonl"))
+
+    *rest, last = results(max(scores[1], explanations[0]))
+    assert all("because" in result for result in rest)
+    assert last["id"] == "long" and "score" in last and "because" not in last
+    assert "one prompt of 15 tokens takes up to" in last["because_error"]
+    *rest, last = results(scores[0])
+    assert all("because_error" in result for result in rest)
+    assert "line 4: one prompt of 15 tokens takes up to" in last["error"] and "score" not in last
+
+
+def test_partial_results_of_another_job_are_refused(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, out = inputs(tmp_path), tmp_path / "out.jsonl"
+    monkeypatch.setattr(scoring_module, "score_lines", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(source, out, calibrated, again.model, Scoring(alpha=ALPHA))
+    with pytest.raises(ValueError, match="beginning of another job"):
+        score(source, out, calibrated, again.model, Scoring(alpha=0.3))
+
+
+def test_refusals(run, tmp_path):
+    again, calibrated = opened(run)
+    source, out = inputs(tmp_path), tmp_path / "out.jsonl"
+
+    def attempt(path=source, **changes):
+        return score(path, out, calibrated, again.model, Scoring(**{"alpha": ALPHA, **changes}))
+
+    with pytest.raises(
+        ValueError, match="alpha=0.01 needs at least 99 calibration inputs, but there are"
+    ):
+        attempt(alpha=0.01)
+    with pytest.raises(ValueError, match="explain='some'"):
+        attempt(explain="some")
+    with pytest.raises(FileNotFoundError):
+        attempt(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        attempt(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="chunk=0"):
+        attempt(chunk=0)
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=true"):
+        attempt()
+    assert out.read_text() == "mine"
+
+
+def test_other_inputs_under_the_same_name_are_another_job(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    source, out, scoring = inputs(tmp_path), tmp_path / "out.jsonl", Scoring(alpha=ALPHA)
+    monkeypatch.setattr(scoring_module, "score_lines", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(source, out, calibrated, again.model, scoring)
+    monkeypatch.undo()
+    source.write_text("\n".join(reversed(source.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match="beginning of another job"):
+        score(source, out, calibrated, again.model, scoring)
+    assert score(source, out, calibrated, again.model, scoring, overwrite=True).resumed == 0
+
+
+def test_an_input_whose_numbers_overflow_is_one_error_line(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    good = [{"clean": record["clean"]} for record in records(6, 5)]
+    poisoned = good[2]["clean"]
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in good))
+    real = type(calibrated.detector).score
+
+    def overflowing(self, prompts, *, memory):
+        values = real(self, prompts, memory=memory)
+        hit = [list(sequence) == poisoned for sequence in prompts.sequences()]
+        return values.masked_fill(torch.tensor(hit), float("nan"))
+
+    monkeypatch.setattr(type(calibrated.detector), "score", overflowing)
+    score(
+        tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, Scoring(alpha=ALPHA)
+    )
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ["error" in result for result in results] == [False, False, True, False, False, False]
+    assert "line 3: the score is not finite" in results[2]["error"]
+
+
+def test_the_command_takes_another_model_and_another_detector(run, tmp_path, capsys):
+    from mad.commands.main import main
+
+    folder, _ = run
+    source = inputs(tmp_path)
+    words = [f"circuit={folder / 'run'}", f"inputs={source}", "alpha=0.2"]
+    tiny.scaled_up(tiny.gpt2_module(), seed=9).save_pretrained(tmp_path / "other, model")
+    other = f"model={tmp_path / 'other, model'}"
+    assert main(["score", *words, f"out={tmp_path / 'a.jsonl'}", other]) == 1
+    assert "allow_other_weights=true" in capsys.readouterr().err
+    assert (
+        main(["score", *words, f"out={tmp_path / 'a.jsonl'}", other, "allow_other_weights=true"])
+        == 3
+    )
+    (tmp_path / "trusted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(40, 77)))
+    fit = [
+        "fit",
+        f"circuit={folder / 'run'}",
+        f"trusted={tmp_path / 'trusted.jsonl'}",
+        "detector=mahalanobis",
+    ]
+    assert main(fit) == 0
+    assert main(["score", *words, f"out={tmp_path / 'b.jsonl'}", "detector=mahalanobis"]) == 3
+    assert main(["score", *words, f"out={tmp_path / 'c.jsonl'}", "detector=none"]) == 1
+    assert "detector=fast|mahalanobis" in capsys.readouterr().err
+    assert main(["score", *words, f"out={source}", "overwrite=true"]) == 1
+    assert "is the input file itself" in capsys.readouterr().err
