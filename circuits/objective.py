@@ -1,7 +1,7 @@
-"""A behaviour: prompts, a metric and an ablation, with all that is used again computed once.
+"""What a circuit is to explain: a metric under a mask, with all that is used again computed once.
 
 Discovery and evaluation both ask one question: how large is the metric when only these edges are
-kept? A `Objective` answers it; every value is per prompt and oriented so that higher is better.
+kept?  An `Objective` answers it; every value is per prompt and oriented so that higher is better.
 
 Shapes: prompts N (all batches), B (one batch), writers W, readers R, candidate masks K.
 """
@@ -34,7 +34,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Differences:
+class Contrast:
     """Some prompts with what attribution needs of them."""
 
     prompts: Prompts
@@ -45,8 +45,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches in order, the first of them prepared once and kept, the others prepared anew on each
-    pass.
+    """Batches in order, the first of them prepared once and kept, the others on each pass.
 
     To prepare a batch costs one forward, and another one where each prompt has its own ablated
     values (counterfactual, resample); a run under a mask costs about 1.2.
@@ -68,7 +67,7 @@ class Batches:
         for prompts in self.prompts[len(self.kept) :]:
             yield _prepared(self.engine, prompts, self.ablation)
 
-    def differences(self) -> Iterator[Differences]:
+    def contrasts(self) -> Iterator[Contrast]:
         """Clean less ablated values; of a batch that is not kept they take the place of the clean
         ones.
         """
@@ -76,13 +75,13 @@ class Batches:
         for batch in self.kept:
             clean = batch.clean
             values = clean.writers - batch.ablated.writers
-            yield Differences(batch.prompts, values, clean.writers[:n_inputs].sum(0), clean.logits)
+            yield Contrast(batch.prompts, values, clean.writers[:n_inputs].sum(0), clean.logits)
         for prompts in self.prompts[len(self.kept) :]:
             prompts = prompts.to(self.engine.device)
-            clean = self.engine.clean(prompts.clean, prompts.key_mask, prompts.positions)
+            clean = self.engine.clean(prompts)
             embedded = clean.writers[:n_inputs].sum(0)
             values = clean.writers.sub_(self.ablation.writers(self.engine, prompts))
-            yield Differences(prompts, values, embedded, clean.logits)
+            yield Contrast(prompts, values, embedded, clean.logits)
 
     def masks_at_once(self, batch: Batch) -> int:
         """Under how many masks a batch can be run at once."""
@@ -105,9 +104,10 @@ class Objective:
     ) -> Float[Tensor, "*K N"]:
         """The oriented metric of each prompt when the model runs under the mask(s).
 
-        Args: mask: share of each edge that is kept. first_layer: the run starts there, from the
-            clean values of all writers before it; the same result, for
-                less, when the mask keeps every edge into earlier layers.
+        Args:
+            mask: share of each edge that is kept.
+            first_layer: the run starts there, from the clean values of all writers before it; the
+                same result, for less, when the mask keeps every edge into earlier layers.
         """
         values, edge_axes = [], self.engine.graph.exists.ndim
         for batch in self.batches:
@@ -155,15 +155,9 @@ class Objective:
         first_layer: int = 0,
     ) -> Float[Tensor, "*K_B_P_V"]:
         """The logits of one batch at its scored positions when the model runs under the mask(s)."""
-        prompts, before = batch.prompts, self.engine.graph.first_writer(first_layer)
-        return self.engine.masked(
-            prompts.clean,
-            mask,
-            batch.ablated,
-            key_mask=prompts.key_mask,
-            positions=prompts.positions,
-            start=Start(first_layer, batch.clean.writers[:before]),
-        )
+        before = batch.clean.writers[: self.engine.graph.first_writer(first_layer)]
+        start = Start(first_layer, before)
+        return self.engine.masked(batch.prompts, mask, batch.ablated, start=start)
 
     @torch.no_grad()
     def full(self) -> Float[Tensor, "N"]:
@@ -186,9 +180,9 @@ def prepare(
     could not be kept, at one or two forwards a batch.  A prompt that takes more than half by itself
     is worked on with all of the memory.
 
-    Raises: ValueError: the prompts lack what metric or ablation need, are longer than the model's
-        context, or take more
-            memory than there is.
+    Raises:
+        ValueError: the prompts lack what metric or ablation need, are longer than the model's
+            context, or take more memory than there is.
     """
     metric.require(prompts)
     budget, size = parse_memory(memory), footprint(engine, prompts)
@@ -211,96 +205,5 @@ def _held(size: Footprint, ablation: Ablation, n_prompts: int) -> int:
 
 def _prepared(engine: Engine, prompts: Prompts, ablation: Ablation) -> Batch:
     prompts = prompts.to(engine.device)
-    clean = engine.clean(prompts.clean, prompts.key_mask, prompts.positions)
+    clean = engine.clean(prompts)
     return Batch(prompts, clean, ablation.values(engine, prompts))
-
-
-@dataclass(frozen=True)
-class Faithfulness:
-    """How much of the model's metric a circuit keeps: (m(C) - m(0)) / (m(M) - m(0)), of means,
-    unclipped.
-
-    m(M) is the full model's, m(C) the circuit's, m(0) that of the model with every edge removed;
-    all three are the plain metric (not oriented).
-    """
-
-    value: float
-    model: float
-    circuit: float
-    empty: float
-    metric: str
-    ablation: str
-    n_prompts: int
-
-
-@dataclass(frozen=True)
-class FaithfulnessScale:
-    """The two ends of the faithfulness scale, measured once: the full model, and every edge
-    removed.
-    """
-
-    objective: Objective
-    ablation: str
-    full: float
-    empty: float
-
-    def faithfulness(self, mask: Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]) -> Faithfulness:
-        """Returns the faithfulness of a circuit."""
-        return self.of(self.objective.measure(mask))
-
-    def faithfulness_each(
-        self, masks: Sequence[Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]], label: str
-    ) -> list[Faithfulness]:
-        """Returns the faithfulness of each of some circuits, with a progress bar."""
-        return [self.of(values) for values in self.objective.measure_each(masks, label)]
-
-    def of(self, values: Float[Tensor, "N"]) -> Faithfulness:
-        """Returns the faithfulness of a circuit under which the oriented metric has these values."""
-        circuit = values.double().mean().item()
-        sign = 1.0 if self.objective.metric.higher_is_better else -1.0
-        return Faithfulness(
-            value=(circuit - self.empty) / (self.full - self.empty),
-            model=sign * self.full,
-            circuit=sign * circuit,
-            empty=sign * self.empty,
-            metric=self.objective.metric.name,
-            ablation=self.ablation,
-            n_prompts=len(values),
-        )
-
-
-class NotSeparated(ValueError):
-    """The metric is the same, within noise, for the model and for the model with every edge
-    removed.
-    """
-
-
-def faithfulness_scale(objective: Objective, ablation: str) -> FaithfulnessScale:
-    """Returns the faithfulness scale of a behaviour under an ablation.
-
-    Raises:
-        NotSeparated: see `between`.
-    """
-    return between(objective, ablation, objective.full(), objective.empty())
-
-
-def between(
-    objective: Objective, ablation: str, full: Float[Tensor, "N"], empty: Float[Tensor, "N"]
-) -> FaithfulnessScale:
-    """Returns the faithfulness scale between the values of the full and of the ablated model.
-
-    Raises: NotSeparated: |m(M) - m(0)| is under two standard errors, so that the quotient would be
-        noise.
-    """
-    full, empty = full.double(), empty.double()
-    gap = full - empty
-    error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
-    if not abs(gap.mean().item()) > 2 * error:
-        raise NotSeparated(
-            f"metric {objective.metric.name} does not separate the model from the ablated model: "
-            "they are "
-            f"{abs(gap.mean().item()):.3g} apart, two standard errors are {2 * error:.3g} over "
-            f"{len(full)} prompts; "
-            "use more prompts, another metric or another ablation"
-        )
-    return FaithfulnessScale(objective, ablation, full.mean().item(), empty.mean().item())

@@ -4,18 +4,21 @@
 nodes that are already included, the best-scoring one comes next.  Ties are broken by edge order,
 forward first.
 
-Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
+Circuits of different sizes are nested: edges are put in order once, and a circuit is its beginning.
+
+Shapes: writers W, readers R, edges E; `*S` positions, where the graph tells edges apart by position.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph import Graph
@@ -50,6 +53,37 @@ def sizes(graph: Graph, points: int = 25) -> list[int]:
     return sorted(set(ladder.tolist()))
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Edges in the order in which circuits of growing size take them."""
+
+    graph: Graph
+    edges: Int[np.ndarray, "E axes"]  # (reader, writer) or (reader, writer, position)
+
+    def circuit(self, edges: int | None) -> Bool[Tensor, "R W *S"]:
+        """Returns the circuit of the first so many edges, without dead ends.
+
+        Raises:
+            ValueError: a number of edges that the graph does not have.
+        """
+        if edges is None or not 0 <= edges <= self.graph.n_edges:
+            raise ValueError(
+                f"edges={edges}, but the graph has {self.graph.n_edges} edges; "
+                f"choose 0 to {self.graph.n_edges}"
+            )
+        kept = torch.zeros_like(self.graph.exists)
+        kept[tuple(torch.from_numpy(self.edges[:edges]).T)] = True
+        return self.graph.without_dead_ends(kept)
+
+    def grown(self, edges: int) -> Bool[Tensor, "R W *S"]:
+        """The first circuit that has at least so many edges left once dead ends are dropped."""
+        wanted, kept = edges, self.circuit(edges)
+        while (short := edges - int(kept.sum())) > 0 and wanted < self.graph.n_edges:
+            wanted = min(self.graph.n_edges, wanted + short)
+            kept = self.circuit(wanted)
+        return kept
+
+
 def select(
     graph: Graph,
     scores: Float[Tensor, "R W *S"],
@@ -61,86 +95,115 @@ def select(
 ) -> Bool[Tensor, "R W *S"]:
     """Returns the kept edges, without dead ends.
 
-    Raises: ValueError: unknown `how`, a number of edges that the graph does not have, scores that
-        are not finite.
+    Raises:
+        ValueError: unknown `how`, a number of edges that the graph does not have, no threshold
+            where one is needed, scores that are not finite.
     """
+    if how == "threshold":
+        return above(graph, scores, threshold, absolute=absolute)
+    return ranking(graph, scores, how=how, absolute=absolute).circuit(edges)
+
+
+def ranking(
+    graph: Graph, scores: Float[Tensor, "R W *S"], *, how: str = "greedy", absolute: bool = False
+) -> Ranking:
+    """Returns the order in which `greedy` or `top_n` takes edges.
+
+    Raises:
+        ValueError: another `how`, or scores that are not finite.
+    """
+    rank = _rank(scores, how, absolute)
+    if how == "greedy":
+        by_position = rank if graph.n_positions is not None else rank[..., None]
+        order = np.array(list(_greedily(graph, by_position.numpy())))
+        return Ranking(graph, order if graph.n_positions is not None else order[:, :2])
+    edges = graph.exists.nonzero().numpy()  # in edge order, which a stable sort keeps where tied
+    return Ranking(graph, edges[np.argsort(-rank[graph.exists].numpy(), kind="stable")])
+
+
+def above(
+    graph: Graph,
+    scores: Float[Tensor, "R W *S"],
+    threshold: float | None,
+    *,
+    absolute: bool = False,
+) -> Bool[Tensor, "R W *S"]:
+    """Returns the edges with scores of at least a threshold, without dead ends.
+
+    Raises:
+        ValueError: no threshold, or scores that are not finite.
+    """
+    rank = _rank(scores, "threshold", absolute)
+    if threshold is None or math.isnan(threshold):
+        raise ValueError("how=threshold needs threshold=VALUE")
+    return graph.without_dead_ends(graph.exists & (rank >= threshold))
+
+
+def _rank(scores: Tensor, how: str, absolute: bool) -> Tensor:
     if how not in HOW:
         raise ValueError(f"how={how!r}, but the selections are {', '.join(HOW)}")
     if not torch.isfinite(scores).all():
         raise ValueError("edge scores are not finite; check the model's logits and the metric")
-    rank = (scores.abs() if absolute else scores).double()
-    if how == "threshold":
-        if threshold is None or math.isnan(threshold):
-            raise ValueError("how=threshold needs threshold=VALUE")
-        return graph.without_dead_ends(graph.exists & (rank >= threshold))
-    if edges is None or not 0 <= edges <= graph.n_edges:
-        raise ValueError(
-            f"edges={edges}, but the graph has {graph.n_edges} edges; choose 0 to {graph.n_edges}"
-        )
-    kept = _greedy(graph, rank, edges) if how == "greedy" else _top(graph, rank, edges)
-    return graph.without_dead_ends(kept)
+    return (scores.abs() if absolute else scores).double()
 
 
-def _top(graph: Graph, rank: Tensor, edges: int) -> Tensor:
-    order = sorted(
-        graph.edges(), key=lambda edge: -rank[edge].item()
-    )  # sorted() is stable: ties in edge order
-    kept = torch.zeros_like(graph.exists)
-    for edge in order[:edges]:
-        kept[edge] = True
-    return kept
+def _greedily(graph: Graph, rank: Float[np.ndarray, "R W S"]) -> Iterator[tuple[int, int, int]]:
+    """Yields (reader, writer, position), each time the best edge into what is already included.
 
-
-def _greedy(graph: Graph, rank: Tensor, edges: int) -> Tensor:
-    by_position = rank if graph.n_positions is not None else rank[..., None]
-    values, n_positions = by_position.numpy(), by_position.shape[-1]
+    Of each reader at each position only its best edge that is left is on the heap.
+    """
     readers_of: dict[str, list[int]] = {}
     for reader in range(len(graph.readers)):
         for node in graph.reader_nodes(reader):
             readers_of.setdefault(node, []).append(reader)
-    kept = torch.zeros_like(by_position, dtype=torch.bool)
-    heap: list[tuple[float, int, int, int]] = []
-    opened: set[tuple[int, int]] = set()
+    best_first = [
+        np.argsort(-rank[reader, :count], axis=0, kind="stable")
+        for reader, count in enumerate(graph.upstream)
+    ]
+    heap: list[tuple[float, int, int, int, int]] = []  # - score, reader, writer, position, nth
+    opened: set[tuple[str, int]] = set()
+    offered: set[tuple[int, int]] = set()
+
+    def offer(reader: int, place: int, nth: int) -> None:
+        """Puts the nth best edge of a reader at a position on the heap, if there is one."""
+        if nth < graph.upstream[reader]:
+            writer = int(best_first[reader][nth, place])
+            entry = (-float(rank[reader, writer, place]), reader, writer, place, nth)
+            heapq.heappush(heap, entry)
 
     def open_node(node: str, position: int) -> None:
         """Offers the edges into what a node's output at a position depends on."""
+        if (node, position) in opened:
+            return
+        opened.add((node, position))
         for reader in readers_of.get(node, ()):
-            for place in graph.reads_from(reader, position, n_positions):
-                if (reader, place) in opened:
-                    continue
-                opened.add((reader, place))
-                for writer in range(graph.upstream[reader]):
-                    heapq.heappush(heap, (-values[reader, writer, place], reader, writer, place))
+            for place in graph.reads_from(reader, position, rank.shape[-1]):
+                if (reader, place) not in offered:
+                    offered.add((reader, place))
+                    offer(reader, place, 0)
 
-    for position in range(n_positions):
+    for position in range(rank.shape[-1]):
         open_node("logits", position)
-    for _ in range(edges):
-        if not heap:
-            break
-        _, reader, writer, position = heapq.heappop(heap)
-        kept[reader, writer, position] = True
+    while heap:
+        _, reader, writer, position, nth = heapq.heappop(heap)
+        yield reader, writer, position
+        offer(reader, position, nth + 1)
         open_node(graph.writers[writer], position)
-    return kept.view(graph.exists.shape)
+
+
+def random_rankings(graph: Graph, count: int, seed: int) -> list[Ranking]:
+    """Returns greedy orders by uniformly random scores.
+
+    Circuits of them are connected.  Edges drawn one by one would hardly ever connect input and
+    logits, which makes too weak a control.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.rand(graph.exists.shape, generator=generator) for _ in range(count))
+    return [ranking(graph, scores) for scores in drawn]
 
 
 def random_circuits(
     graph: Graph, edges: int, count: int, seed: int
 ) -> list[Bool[Tensor, "R W *S"]]:
-    """Returns connected circuits of (about) the same size: greedy selection on uniformly random
-    scores.
-
-    Edges drawn one by one would hardly ever connect input and logits, which makes too weak a
-    control.  Dropping dead ends shrinks a draw, so that each is grown until it has at least `edges`
-    edges left, then accepted.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(count):
-        scores = torch.rand(graph.exists.shape, generator=generator)
-        wanted = edges
-        kept = select(graph, scores, edges=wanted)
-        while int(kept.sum()) < edges and wanted < graph.n_edges:
-            wanted = min(graph.n_edges, wanted + max(1, edges - int(kept.sum())))
-            kept = select(graph, scores, edges=wanted)
-        drawn.append(kept)
-    return drawn
+    """Returns connected circuits of (about) the same size, each grown until it is as large."""
+    return [drawn.grown(edges) for drawn in random_rankings(graph, count, seed)]

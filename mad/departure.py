@@ -84,7 +84,7 @@ def _departure(
     engine: Engine, mask: Tensor, ablation: Ablation, prompts: Prompts, one_step: bool
 ) -> Departure:
     graph, positions = engine.graph, prompts.positions
-    clean = engine.clean(prompts.clean, prompts.key_mask, positions, sides=True)
+    clean = engine.clean(prompts, sides=True)
     at = positions.clamp(min=0)
     routing: list[tuple[str, Tensor]] = []
     nodes: list[tuple[str, Tensor]] = []
@@ -126,11 +126,9 @@ def _departure(
         )
 
     logits = engine.masked(
-        prompts.clean,
+        prompts,
         mask,
         ablation.values(engine, prompts),
-        key_mask=prompts.key_mask,
-        positions=positions,
         upstream=clean.writers if one_step else None,
         observe=compare,
     )

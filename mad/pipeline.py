@@ -29,9 +29,10 @@ from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.memory import parse_memory
 from circuits.extraction import Extraction, extract
+from circuits.faithfulness import faithfulness_scale
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
-from circuits.objective import faithfulness_scale, prepare
+from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection
 from mad.calibration import (
@@ -345,10 +346,10 @@ def _scoring_faithfulness(
         ablation = fit_ablation(AblationConfig("resample"), engine, splits["fit"])
     else:
         return None
-    metric, name = metric_named(config.metric), ablation.config.name
+    metric, name = metric_named(config.metric), ablation.name
     try:
         objective = prepare(engine, splits["evaluation"], metric, ablation, memory=config.memory)
-        result = faithfulness_scale(objective, name).faithfulness(extraction.circuit.mask)
+        result = faithfulness_scale(objective).faithfulness(extraction.circuit.mask)
     except ValueError as error:
         log.warning("no faithfulness under the detector's ablation: %s", error)
         return {"ablation": name, "faithfulness": None}

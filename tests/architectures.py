@@ -113,9 +113,11 @@ def deviations(dtype: torch.dtype) -> dict[str, float]:
     worst = dict.fromkeys(FAMILIES, 0.0)
     for name, model in tiny.models(dtype).items():
         engine, theirs = Engine(model), model.probe_logits.double()
-        clean = engine.clean(model.probe_tokens)
+        clean = engine.clean(tiny.from_tokens(model.probe_tokens))
         masked = engine.masked(
-            model.probe_tokens, engine.graph.exists, engine.ablated(torch.zeros_like(clean.writers))
+            tiny.from_tokens(model.probe_tokens),
+            engine.graph.exists,
+            engine.ablated(torch.zeros_like(clean.writers)),
         )
         for ours in (clean.logits, masked):
             difference = (ours.double() - theirs).abs().max() / theirs.abs().max()

@@ -6,6 +6,7 @@ import networkx as nx
 import torch
 
 from circuits.engine import Engine
+from tests import tiny
 
 # HuggingFace's RMSNorm and GPT-J's attention, TransformerLens's RMSNorm and its parameter-free
 # norms compute in float32 even in float64 models.
@@ -58,7 +59,7 @@ def through_hooks(
     each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].
     """
     bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
-    written = list(factored.embed(tokens))
+    written = list(factored.embed(tiny.from_tokens(tokens)))
     biases = [torch.zeros(())]
     fired = []
     post_normed = "ln1_post" in bridge.blocks[0]._modules

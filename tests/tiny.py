@@ -14,6 +14,16 @@ from circuits.model.load import LoadedModel, from_bridge, from_module
 from circuits.prompts import Prompts, prompts_from_records
 
 
+def from_tokens(
+    tokens: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> Prompts:
+    """Token ids as prompts that are scored everywhere, or at some positions."""
+    lengths = None if key_mask is None else key_mask.sum(1)
+    return Prompts.from_tokens(tokens, lengths=lengths, positions=positions)
+
+
 def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
     """Random normal weights and biases; gains around 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -304,9 +314,9 @@ def with_own_answers(engine: Engine, records: list[dict]) -> list[dict]:
     """
     changed = []
     for record in records:
-        clean, corrupt = engine.logits(torch.tensor([record["clean"], record["corrupt"]]))[
-            :, record["positions"]
-        ]
+        clean, corrupt = engine.logits(
+            from_tokens(torch.tensor([record["clean"], record["corrupt"]]))
+        )[:, record["positions"]]
         order = (clean - corrupt).argsort(descending=True)  # [positions, V]
         answers, wrong = order[:, :1].tolist(), order[:, -1:].tolist()
         changed.append({**record, "answers": answers, "wrong_answers": wrong})

@@ -62,15 +62,15 @@ def true_edges(
     """Returns the effect of every group of the program's edges; those with `true` are the ground
     truth.
 
-    Raises: ValueError: the engine runs another model, the bound is not positive, ablation=zero with
-        RMS normalisation, or
-            the prompts lack what the ablation needs.
+    Raises:
+        ValueError: the engine runs another model, the bound is not positive, ablation=zero with RMS
+            normalisation, or the prompts lack what the ablation needs.
     """
     if engine.model is not compiled.model:
         raise ValueError(
             "the engine runs another model than this compiled one; use Engine(compiled.model)"
         )
-    if ablation.config.name == "zero" and compiled.options.norm == "rms":
+    if ablation.name == "zero" and compiled.options.norm == "rms":
         raise ValueError(
             "ablation=zero removes the constant that keeps the norm of an RMS model, so that "
             "nothing reads right; use "
@@ -134,12 +134,6 @@ def accuracy(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> Float[Tensor
     engine, metric, parts = objective.engine, metric_named("accuracy"), []
     for batch in objective.batches:
         prompts = batch.prompts
-        logits = engine.masked(
-            prompts.clean,
-            kept,
-            batch.ablated,
-            key_mask=prompts.key_mask,
-            positions=prompts.positions,
-        )
+        logits = engine.masked(prompts, kept, batch.ablated)
         parts.append(metric(logits, prompts))
     return torch.cat(parts)

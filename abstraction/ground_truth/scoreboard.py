@@ -83,8 +83,9 @@ def put_to_the_test(
     Without `metric` methods go by KL, and those that it gives no gradient (plain EAP) by the logit
     difference.
 
-    Raises: ValueError: an unknown method, program, variant, metric or ablation; or what a method
-        refuses.
+    Raises:
+        ValueError: an unknown method, program, variant, metric or ablation; or what a method
+            refuses.
     """
     for kind, names, known in (
         ("method", methods, METHODS),
@@ -132,9 +133,9 @@ def _methods(
         shown = [edge for edge, effect in zip(made.edges, found, strict=True) if effect > BOUND]
         truth = mask_of(engine.graph, shown)
     for method, config in methods.items():
-        own = metric or ("logit_diff" if getattr(config, "needs_slope", False) else "kl")
+        own = metric or ("logit_diff" if METHODS[method].needs_slope else "kl")
         started = time.perf_counter()
-        found = METHODS[method][1](config, replace(objective, metric=metric_named(own)))
+        found = METHODS[method].run(config, replace(objective, metric=metric_named(own)))
         seconds = time.perf_counter() - started
         yield judge(
             engine.graph,

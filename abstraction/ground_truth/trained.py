@@ -46,7 +46,7 @@ from circuits.graph import Graph
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
 from circuits.objective import Objective, prepare
-from circuits.prompts import prompts_from_records
+from circuits.prompts import Prompts, prompts_from_records
 
 FOLDER = (
     "pkg://abstraction/ground_truth/models"  # where the shipped ones are: NAME/model.safetensors
@@ -289,8 +289,7 @@ def answers(
     ]
 
 
-# ---- gates
-# ----------------------------------------------------------------------------------------------------------
+# ---- gates ---------------------------------------------------------------------------------------
 
 
 def measure(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str, float]:
@@ -341,9 +340,11 @@ def interchanged(
     """
     program, held = trained.program, [name for name, home in trained.nodes.items() if home == node]
     wanted, before = answers(program, tokens, held, source), answers(program, tokens)
-    ablated = engine.ablated(engine.clean(source).writers)
+    ablated = engine.ablated(engine.writers(Prompts.from_tokens(source)))
     logits = engine.masked(
-        tokens, without(engine.graph, node), ablated, positions=scored(program, len(tokens))
+        Prompts.from_tokens(tokens, positions=scored(program, len(tokens))),
+        without(engine.graph, node),
+        ablated,
     )  # [B, P, vocabulary]
     right = (logits.argmax(-1) == wanted)[
         wanted != before if held else torch.ones_like(wanted, dtype=torch.bool)

@@ -58,6 +58,7 @@ from abstraction.ground_truth.trained import (
 )
 from circuits.engine import Engine
 from circuits.model.load import LoadedModel, from_bridge
+from circuits.prompts import Prompts
 
 UNEMBEDDING = 0.1  # of the usual size: the first logits are near uniform
 
@@ -245,8 +246,7 @@ def shape(config: TrainedTruth, program: Program) -> dict[str, Any]:
     }
 
 
-# ---- losses
-# ---------------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def _setting(config: TrainedTruth) -> Setting:
@@ -268,7 +268,7 @@ def _losses(setting: Setting, parts: list[Rows]) -> list[Float[Tensor, ""]]:
     masks = torch.cat([rows.masks for rows in parts])
     positions = scored(setting.program, len(tokens))
     logits = engine.masked(
-        tokens, masks, ablated, positions=positions, per_example=True
+        Prompts.from_tokens(tokens, positions=positions), masks, ablated, per_example=True
     )  # B P vocabulary
     sizes = [len(rows.tokens) for rows in parts]
     return [
@@ -341,15 +341,14 @@ def _pair(
     tokens, source = (
         setting.program.sample(setting.config.batch, setting.generator) for _ in range(2)
     )
-    return tokens, source, setting.engine.clean(source).writers
+    return tokens, source, setting.engine.writers(Prompts.from_tokens(source))
 
 
 def _draw(setting: Setting, choices: int) -> Int[Tensor, " B"]:
     return torch.randint(choices, (setting.config.batch,), generator=setting.generator)
 
 
-# ---- model card
-# -----------------------------------------------------------------------------------------------------
+# ---- model card ----------------------------------------------------------------------------------
 
 
 def model_card(trained: Trained, report: Mapping[str, Any]) -> str:

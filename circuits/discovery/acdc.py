@@ -16,13 +16,12 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from circuits.discovery.found import Found
+from circuits.discovery.method import Found
 from circuits.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 @dataclass
 class ACDC:
     """Automatic circuit discovery (Conmy et al. 2023)."""
-
-    decides: ClassVar[bool] = True  # which edges to keep, so that no selection follows
 
     name: str = "acdc"
     tau: float = 0.01  # an edge is removed iff the metric worsens by less than this

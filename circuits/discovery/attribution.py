@@ -19,20 +19,17 @@ Shapes: prompts B, positions S, d_model D, writers W, readers R.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
-from circuits.discovery.found import Found
+from circuits.discovery.method import Found
 from circuits.objective import Objective
 
 
 @dataclass
 class EAP:
     """Edge attribution patching (Syed et al. 2023)."""
-
-    needs_slope: ClassVar[bool] = True  # of the metric at the clean run, where KL has none
 
     name: str = "eap"
 
@@ -88,7 +85,7 @@ def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> t
     scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
     n_prompts, batches = 0, objective.batches
     for batch in tqdm(
-        batches.differences(), total=len(batches), desc=label, unit="batch", disable=None
+        batches.contrasts(), total=len(batches), desc=label, unit="batch", disable=None
     ):
         prompts, flat = batch.prompts, batch.values.flatten(1)
         n_prompts += len(prompts)
@@ -99,9 +96,7 @@ def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> t
 
         for point in points:
             at = batch.embedded - (1.0 - point) * difference
-            for first, gradients in engine.reader_gradients(
-                at, scalar, prompts.key_mask, prompts.positions
-            ):
+            for first, gradients in engine.reader_gradients(prompts, at, scalar):
                 upstream = graph.upstream[first]
                 if graph.n_positions is None:
                     products = gradients.flatten(1) @ flat[:upstream].T

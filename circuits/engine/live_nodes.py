@@ -23,9 +23,9 @@ from circuits.graph import Graph
 class Layer:
     """What is alive in one block."""
 
-    heads: list[int] | None  # living query heads; None: no attention to run
+    heads: list[int]  # living query heads
     kv_heads: list[int]  # the key-value heads that they read
-    kv_of_head: list[int] | None  # for each living head its place in kv_heads; None: the same place
+    kv_of_head: list[int] | None  # each living head's place in kv_heads; None: in equal groups
     all_heads: bool
     readers: slice | list[int]  # rows of the mask: q of the heads, then k and v
     mlp: bool
@@ -41,16 +41,16 @@ class LiveNodes:
     layers: dict[int, Layer]
 
     def prefix_rows(self, device: torch.device) -> slice | Tensor:
-        return (
-            slice(0, self.n_prefix)
-            if self.all_writers
-            else self.writers[: self.n_prefix].to(device)
-        )
+        """Where the living ones are among the writers before the first block that is run."""
+        if self.all_writers:
+            return slice(0, self.n_prefix)
+        return self.writers[: self.n_prefix].to(device)
 
 
 def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int = 0) -> LiveNodes:
-    """Returns the work that masks leave from block `first_layer` on; everything, for a mask that is
-    trained.
+    """Returns the work that masks leave from block `first_layer` on.
+
+    For a mask that is trained that is everything.
     """
     edges = graph.exists if masks.requires_grad else (masks.detach() != 0).any(0)
     kept = (edges if graph.n_positions is None else edges.any(-1)).cpu().numpy()
@@ -68,14 +68,15 @@ def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int 
         all_heads = len(heads) == graph.n_heads
         readers: slice | list[int] = slice(reader, reader + graph.n_heads + 2 * graph.kv_heads)
         if not all_heads:
-            readers = [*(reader + heads), *(first_k + kv_heads), *(first_v + kv_heads)]
-            readers = [int(index) for index in readers]
+            readers = np.concatenate(
+                (reader + heads, first_k + kv_heads, first_v + kv_heads)
+            ).tolist()
         if len(heads):
             wanted |= kept[readers].any(0)
         layers[layer] = Layer(
-            heads=heads.tolist() if len(heads) else None,
+            heads=heads.tolist(),
             kv_heads=kv_heads.tolist(),
-            kv_of_head=None if graph.kv_group == 1 else kv_of_head.tolist(),
+            kv_of_head=None if all_heads or graph.kv_group == 1 else kv_of_head.tolist(),
             all_heads=all_heads,
             readers=readers,
             mlp=mlp,

@@ -3,13 +3,15 @@
 The budget, `memory="2GB"`, is working memory beside the model's own weights.  Bytes that a prompt
 takes, with e bytes an element:
 
-    plain run            e S block + logits
-    clean run            e S (W D + block) + logits
-    prepared             e S (2 W D + (2 L + 1) D) + logits            when each prompt has its own ablated values
-    run under K masks    K (e S (W D + max(3 r D, r D + heads, block)) + logits)    and the masks, for all prompts
-    observed run         prepared + e S L sides + run under a mask + scores; at least clean run + e S L (sides + 3 D)
-    attribution          e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
-    explanation          1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph, and its mask
+    plain run          e S block + logits
+    clean run          e S (W D + block) + logits
+    prepared           e S (2 W D + (2 L + 1) D) + logits      if prompts have own ablated values
+    under K masks      K (e S (W D + max(3 r D, r D + heads, block)) + logits), and the masks
+    observed run       prepared + e S L sides + under a mask + scores;
+                       at least clean run + e S L (sides + 3 D)
+    attribution        e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
+    explanation        1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph,
+                       and its mask
 
 `block` is what one block holds for a moment, `sides` its queries, keys and values, `graph` what its
 backward pass needs.  Every edge counts as kept and every prompt as long as the longest one, so that
@@ -160,7 +162,7 @@ class Footprint:
 
     @property
     def observed(self) -> int:
-        """A clean run that keeps queries and keys, and a run under a mask that is compared with it."""
+        """A clean run that keeps queries and keys, and a run under a mask to compare with it."""
         taken = self.clean + self._bytes(self.layers * (self.sides + 3 * self.width))
         scores = 4 * self.query_heads * self.scored * self.tokens + 2 * self.heads * self.tokens
         rows = 3 * self.query_heads * self.scored * self.width

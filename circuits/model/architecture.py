@@ -59,7 +59,7 @@ class Norm:
     def gained(
         self, weight: Float[Tensor, "*heads d_model E"]
     ) -> Float[Tensor, "*heads d_model E"]:
-        """The weight of a projection that reads this RMS norm, with the norm's gain multiplied in."""
+        """The weight of a projection that reads this RMS norm, with the norm's gain in it."""
         gain = getattr(self.module, "weight", None)
         return weight if gain is None else weight * (gain + self.offset)[:, None]
 
@@ -93,12 +93,9 @@ class Norm:
         """What an RMS norm of x multiplies x by, and so each addend of x."""
         wide = x if x.dtype == torch.float64 else x.float()
         factor = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        weight = getattr(self.module, "weight", None)
-        return (
-            (factor if weight is None else factor * (weight.to(wide.dtype) + self.offset))
-            .to(x.dtype)
-            .expand_as(x)
-        )
+        if (weight := getattr(self.module, "weight", None)) is not None:
+            factor = factor * (weight.to(wide.dtype) + self.offset)
+        return factor.to(x.dtype).expand_as(x)
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,34 @@ class Linear:
 
     def __call__(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         return F.linear(x, self.weight, self.bias)
+
+    def by_head(self, width: int) -> Float[Tensor, "heads in_ E"]:
+        """The weight that makes each head's E numbers."""
+        return self.weight.unflatten(0, (-1, width)).mT
+
+    def each(
+        self,
+        inputs: Float[Tensor, "r N in_"],
+        width: int,
+        heads: list[int] | None = None,
+        norm: Norm | None = None,
+    ) -> Float[Tensor, "r N E"]:
+        """What some heads make of their own inputs, row by row.
+
+        Args:
+            width: E, numbers of one head.
+            heads: which heads the rows are for; None: all of them, in order.
+            norm: an RMS norm that inputs still have to pass.  It multiplies rows, which is cheaper
+                after the projection.
+        """
+        weight = self.by_head(width)
+        bias = None if self.bias is None else self.bias.unflatten(0, (-1, width))[:, None]
+        if heads is not None:
+            weight, bias = weight[heads], None if bias is None else bias[heads]
+        if norm is not None:
+            made = torch.bmm(inputs, norm.gained(weight)) * norm.scale(inputs)
+            return made if bias is None else made + bias
+        return torch.bmm(inputs, weight) if bias is None else torch.baddbmm(bias, inputs, weight)
 
 
 @dataclass(frozen=True)
@@ -181,11 +206,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding: the model's own tables, and how pairs of coordinates are laid out."""
+    """Rotary positions: the model's own tables, and how pairs of coordinates are laid out."""
 
-    tables: Callable[
-        [int, Tensor], tuple[Tensor, Tensor]
-    ]  # (positions, like) -> cos, sin, each [pos, width]
+    # (positions, like) -> cos, sin, each [pos, width]
+    tables: Callable[[int, Tensor], tuple[Tensor, Tensor]]
     pairs: Literal["halves", "adjacent"]
 
 
@@ -217,3 +241,30 @@ class Architecture:
     def outputs(self) -> int:
         """How many logits there are."""
         return self.unembed.outputs
+
+    def sides(
+        self, attention: Attention, normed: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [heads, *batch, E], keys and values [kv, *batch, E] where all readers of a layer
+        get the same input.
+        """
+        q, k, v = (
+            projection(normed).unflatten(-1, (-1, self.head_width)).movedim(-2, 0)
+            for projection in (attention.q, attention.k, attention.v)
+        )
+        return q, k, v
+
+    def output_weight(self, attention: Attention) -> Float[Tensor, "heads E d_model"]:
+        """By which each head writes what it has moved."""
+        return attention.o.weight.T.unflatten(0, (-1, self.head_width))
+
+    def logits(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch V"]:
+        """What the model says where the residual stream ends as given."""
+        return self.unembedded(self.final_norm(residual))
+
+    def unembedded(self, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch V"]:
+        """`logits` from behind the final norm."""
+        logits = self.unembed(normed)
+        if self.logit_cap is None:
+            return logits
+        return self.logit_cap * torch.tanh(logits / self.logit_cap)

@@ -1,9 +1,7 @@
-"""Prompts: clean and corrupt tokens, the positions that are scored and the answers there.
-
-    file or task  ->  records (dicts)  ->  EncodedPrompt (one checked record)  ->  Prompts (one batch of tensors)
+"""A set of prompts as tensors: what the engine takes.
 
 Records and their schema: `circuits.prompts.encoding`; files: `circuits.prompts.files`; generators:
-    `circuits.tasks`.
+`circuits.tasks`.
 
 Shapes: n prompts, pos tokens in the longest of them, scored positions, answer and wrong answers at
 each.  Token rows are padded on the right with 0 (`key_mask` tells padding from tokens), all other
@@ -19,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,8 +32,9 @@ NONE = -1  # no position, no answer
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """A set of prompts; either all of them have a corrupt prompt, answers, wrong answers, a label,
-    or none has.
+    """A set of prompts.
+
+    Either all of them have a corrupt prompt, answers, wrong answers, a label, or none has.
     """
 
     clean: Int[Tensor, "n pos"]  # right-padded with 0
@@ -47,6 +46,37 @@ class Prompts:
     labels: Int[Tensor, " n"] | None  # 0 normal, 1 anomalous
     ids: tuple[str, ...]
 
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Int[Tensor, "n pos"],
+        *,
+        lengths: Int[Tensor, " n"] | None = None,
+        positions: Int[Tensor, "n scored"] | None = None,
+    ) -> Prompts:
+        """Token ids as prompts without answers.
+
+        Args:
+            tokens: padded on the right.
+            lengths: how many of them are real; None: all.
+            positions: which are scored, -1 = none; None: all real ones.
+        """
+        rows, width = tokens.shape
+        lengths = tokens.new_full((rows,), width) if lengths is None else lengths
+        if positions is None:
+            everywhere = torch.arange(width, device=tokens.device).expand(rows, -1)
+            positions = everywhere.masked_fill(everywhere >= lengths[:, None], NONE)
+        return cls(
+            clean=tokens,
+            lengths=lengths,
+            corrupt=None,
+            positions=positions,
+            answers=None,
+            wrong_answers=None,
+            labels=None,
+            ids=tuple(f"prompt {row}" for row in range(1, rows + 1)),
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -54,6 +84,53 @@ class Prompts:
     def key_mask(self) -> Bool[Tensor, "n pos"]:
         """True on tokens, False on padding."""
         return torch.arange(self.clean.shape[1], device=self.clean.device) < self.lengths[:, None]
+
+    def at_scored(self, values: Float[Tensor, "*k n pos d"]) -> Float[Tensor, "*k n scored d"]:
+        """Values at the scored positions; absent ones (-1) give some position, to be left out."""
+        index = self.positions.clamp(min=0)[..., None]
+        return values.gather(-2, index.expand(*values.shape[:-2], -1, values.shape[-1]))
+
+    def mean_over_scored(self, values: Float[Tensor, "*k n scored"]) -> Float[Tensor, "*k n"]:
+        """The mean over each prompt's scored positions."""
+        scored = (self.positions >= 0).to(values.dtype)
+        return (values * scored).sum(-1) / scored.sum(-1)
+
+    def check_length(self, n_positions: int | None) -> None:
+        """Refuses prompts of another length than edges are told apart by position for.
+
+        Raises:
+            ValueError: there are such prompts; None allows any length.
+        """
+        if n_positions is None:
+            return
+        if others := sorted(set(self.lengths.tolist()) - {n_positions}):
+            raise ValueError(
+                f"prompts of {others[0]} tokens, but edges are told apart by position for prompts "
+                f"of exactly {n_positions}"
+            )
+
+    def corrupted(self) -> Prompts:
+        """The corrupt prompts, without answers.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.corrupt is None:
+            raise ValueError("the prompts have no corrupt prompt; add `corrupt` to each")
+        return replace(self, clean=self.corrupt, corrupt=None, answers=None, wrong_answers=None)
+
+    def cut(self, width: int) -> Prompts:
+        """The prompts up to a position, without answers; scored at their first tokens."""
+        return replace(
+            self.bare(),
+            clean=self.clean[:, :width],
+            lengths=self.lengths.clamp(max=width),
+            positions=torch.zeros_like(self.positions[:, :1]),
+        )
+
+    def bare(self) -> Prompts:
+        """Only the tokens and the scored positions."""
+        return replace(self, corrupt=None, answers=None, wrong_answers=None, labels=None)
 
     def select(self, indices: Tensor | Sequence[int] | slice) -> Prompts:
         """The prompts at `indices` (numbers, in this order, or a boolean mask), with no more
@@ -69,9 +146,7 @@ class Prompts:
         width = int(lengths.max()) if len(rows) else 0
 
         def at_positions(answers: Tensor | None) -> Tensor | None:
-            return (
-                None if answers is None else _trim(answers[rows, :scored], NONE)
-            )  # n scored answer
+            return None if answers is None else _trim(answers[rows, :scored], NONE)
 
         return Prompts(
             clean=self.clean[rows, :width],
@@ -104,7 +179,7 @@ class Prompts:
         return _rows_without_padding(self.clean, self.lengths)
 
     def hash(self) -> str:
-        """A hex SHA-256 of the set of prompts; their order, padding, ids and device do not matter."""
+        """A hex SHA-256 of the set; order, padding, ids and device do not matter."""
         corrupt = (
             [None] * len(self)
             if self.corrupt is None
@@ -195,8 +270,9 @@ def prompts_from_records(
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
 
-    Raises: ValueError: a bad record, named by its id or, without one, by its number (its line in a
-        JSONL file).
+    Raises:
+        ValueError: a bad record, named by its id or, without one, by its number (its line in a
+            JSONL file).
     """
     encoded = []
     for number, record in enumerate(records, start=1):
@@ -220,8 +296,9 @@ def prompts_from_records(
 def collate(encoded: Sequence[EncodedPrompt]) -> Prompts:
     """The encoded prompts as one set, on the CPU.
 
-    Raises: ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
-        answers or a label.
+    Raises:
+        ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
+            answers or a label.
     """
     if not encoded:
         raise ValueError("there are no prompts; give at least one")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from circuits.ablation import Ablation, AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import EAP, EAPIG, eap, eap_ig
 from circuits.engine import Engine
 from circuits.metrics import metric_named
@@ -135,13 +135,9 @@ def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
 def _eap_here(shape: Shape, memory: str) -> int:
     """The peak of this process, in bytes, after EAP."""
     engine = Engine(from_module(_module(shape, seed=0)))
-    ablation = Ablation(AblationConfig("counterfactual"))
-    eap(
-        EAP(),
-        prepare(
-            engine, _prompts(shape, seed=0), metric_named("logit_diff"), ablation, memory=memory
-        ),
-    )
+    prompts = _prompts(shape, seed=0)
+    ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
+    eap(EAP(), prepare(engine, prompts, metric_named("logit_diff"), ablation, memory=memory))
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: what getrusage says of a child starts from what its parent took
         return next(
@@ -197,7 +193,9 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
     """Each piece of work, from prompts to result; masked runs start from clean and ablated values
     in hand.
     """
-    metric, counterfactual = metric_named("logit_diff"), Ablation(AblationConfig("counterfactual"))
+    metric = metric_named("logit_diff")
+    counterfactual = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
+    everywhere = Prompts.from_tokens(prompts.clean)
     objective = prepare(engine, prompts, metric, counterfactual)
     (batch,) = objective.batches.kept
     generator = torch.Generator().manual_seed(1)
@@ -210,29 +208,22 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
     kl = metric_named("kl")
 
     def score() -> torch.Tensor:
-        reference = engine.logits(prompts.clean, positions=prompts.positions)
-        logits = engine.masked(
-            prompts.clean, circuit, mean.values(engine, prompts), positions=prompts.positions
-        )
+        reference = engine.logits(prompts)
+        logits = engine.masked(prompts, circuit, mean.values(engine, prompts))
         return kl(logits, prompts, reference)
 
     def transplant(hosts: int) -> list[torch.Tensor]:
-        writers = engine.clean(prompts.clean, positions=prompts.positions[:, :1] * 0).writers
-        ablated = engine.ablated(writers)
+        ablated = engine.ablated(engine.writers(prompts))
         runs = []
         for row in range(hosts):
-            host, at = (
-                values[row].expand_as(values) for values in (prompts.clean, prompts.positions)
-            )
-            logits = engine.masked(host, circuit, ablated, positions=at)
+            host = prompts.select([row] * len(prompts))
+            logits = engine.masked(host, circuit, ablated)
             runs.append(kl(logits, prompts, batch.clean.logits[row].expand_as(logits)))
         return runs
 
     return {
-        "masked run, half of the edges": lambda: engine.masked(prompts.clean, half, batch.ablated),
-        "masked run, scored positions only": lambda: engine.masked(
-            prompts.clean, half, batch.ablated, positions=prompts.positions
-        ),
+        "masked run, half of the edges": lambda: engine.masked(everywhere, half, batch.ablated),
+        "masked run, scored positions only": lambda: engine.masked(prompts, half, batch.ablated),
         "EAP, all edges": lambda: eap(EAP(), prepare(engine, prompts, metric, counterfactual)),
         "EAP-IG, 5 steps": lambda: eap_ig(
             EAPIG(), prepare(engine, prompts, metric, counterfactual)

@@ -63,7 +63,7 @@ def run(config: Truth) -> None:
             f"{folder} holds {used[0]} already; choose another out=, or overwrite=true"
         )
     names = config.methods or list(METHODS)
-    methods = {name: METHODS[name][0]() if name in METHODS else None for name in names}
+    methods = {name: METHODS[name].schema() if name in METHODS else None for name in names}
     programs, variants = config.programs or list(PROGRAMS), config.variants or list(VARIANTS)
     tested = put_to_the_test(
         methods,

@@ -54,7 +54,7 @@ class MaxProbabilityDetector:
     @torch.no_grad()
     def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
         prompts = prompts.to(self.engine.device)
-        logits = self.engine.logits(prompts.clean, prompts.key_mask, prompts.positions).float()
+        logits = self.engine.logits(prompts).float()
         scored = (prompts.positions >= 0).float()
         return -((logits.log_softmax(-1).amax(-1) * scored).sum(-1) / scored.sum(-1)).cpu()
 
@@ -119,7 +119,7 @@ class MahalanobisDetector:
 def _residual(engine: Engine, prompts: Prompts) -> Float[Tensor, "B P D"]:
     """The last block's residual at the scored positions, in float64 on the CPU."""
     prompts = prompts.to(engine.device)
-    residual = engine.residual(prompts.clean, prompts.key_mask, prompts.positions)
+    residual = engine.residual(prompts)
     return residual.double().cpu()
 
 

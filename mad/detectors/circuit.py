@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.ablation import Ablation, AblationConfig, Means, fit_ablation
+from circuits.ablation import Ablation, AblationConfig, fit_ablation, restore_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.masked import Ablated
@@ -98,7 +98,7 @@ class CircuitDetector:
 
     def _ends(self, prompts: Prompts) -> tuple[Float[Tensor, "B P V"], Ablated]:
         """What a deviation is measured from: the model's logits, and what removed edges carry."""
-        reference = self.engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
+        reference = self.engine.logits(prompts)
         return reference, self.ablation.values(self.engine, prompts)
 
     def _deviation(
@@ -111,14 +111,7 @@ class CircuitDetector:
         per_example: bool = False,
     ) -> Float[Tensor, "B"]:
         """How far the run under a mask, or under one mask per prompt, is from the model."""
-        logits = self.engine.masked(
-            prompts.clean,
-            mask,
-            ablated,
-            key_mask=prompts.key_mask,
-            positions=prompts.positions,
-            per_example=per_example,
-        )
+        logits = self.engine.masked(prompts, mask, ablated, per_example=per_example)
         return DEVIATIONS[self.config.deviation](logits, prompts, reference)
 
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
@@ -154,17 +147,9 @@ class CircuitDetector:
         flat = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
         return Explained(flat.view(total.shape).cpu(), (1 - flat.sum(1)).cpu())
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """The means; the circuit is saved beside the detector."""
-        means = self.ablation.means
-        if means is None:
-            return {}
-        return {
-            "first": means.first,
-            "rest": means.rest,
-            "positional": means.positional,
-            "count": means.count,
-        }
+        return self.ablation.state()
 
 
 def integrated(
@@ -224,32 +209,16 @@ def fit_deviation(
     Raises:
         ValueError: no circuit, an unknown deviation, or an ablation that new inputs cannot have.
     """
-    return _build(
-        config,
-        context,
-        lambda ablation, engine: fit_ablation(ablation, engine, trusted, memory=memory),
-    )
+    circuit = context.circuit_for(config.name)
+    config.check()
+    ablation = fit_ablation(AblationConfig(config.ablation), context.engine, trusted, memory=memory)
+    return CircuitDetector(config, context.engine, circuit, ablation)
 
 
 def restore_deviation(
     config: Deviation, context: Context, state: Mapping[str, Tensor]
 ) -> CircuitDetector:
     """Returns a saved circuit detector."""
-
-    def saved(ablation: AblationConfig, engine: Engine) -> Ablation:
-        if not state:
-            return Ablation(ablation)
-        tensors = {name: tensor.to(engine.device) for name, tensor in state.items()}
-        values = {name: tensors[name].to(engine.dtype) for name in ("first", "rest", "positional")}
-        return Ablation(ablation, means=Means(**values, count=tensors["count"]))
-
-    return _build(config, context, saved)
-
-
-def _build(
-    config: Deviation, context: Context, ablation: Callable[[AblationConfig, Engine], Ablation]
-) -> CircuitDetector:
-    circuit = context.circuit_for(config.name)
     config.check()
-    fitted = ablation(AblationConfig(config.ablation), context.engine)
-    return CircuitDetector(config, context.engine, circuit, fitted)
+    ablation = restore_ablation(config.ablation, context.engine, state)
+    return CircuitDetector(config, context.engine, context.circuit_for(config.name), ablation)

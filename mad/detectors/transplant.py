@@ -103,8 +103,9 @@ class TransplantDetector:
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """How far the hosts' outputs move, on average.
 
-        Raises: ValueError: the circuit tells positions apart, and a prompt has another length than
-            its prompts.
+        Raises:
+            ValueError: the circuit tells positions apart, and a prompt has another length than its
+                prompts.
         """
         moved = transplanted(
             self.engine, self.masks, self.hosts, prompts, self.reference, memory=memory
@@ -184,7 +185,7 @@ def model_logits(
         most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory))
     )
     batches = [batch.to(engine.device) for batch in batches]
-    logits = [engine.logits(batch.clean, batch.key_mask, batch.positions) for batch in batches]
+    logits = [engine.logits(batch) for batch in batches]
     width = max(
         part.shape[1] for part in logits
     )  # prompts of a batch may have fewer scored positions
@@ -236,8 +237,7 @@ def _pairs(
     for rows in torch.arange(len(prompts)).split(max(1, pairs // len(hosts))):
         batch = prompts.select(rows).to(engine.device)
         with torch.no_grad():
-            anywhere = batch.positions[:, :1] * 0  # its logits are not needed
-            writers = engine.clean(batch.clean, batch.key_mask, anywhere).writers
+            writers = engine.writers(batch)
         for some in columns:
             lengths = hosts.lengths[some]
             values = aligned(writers, batch.lengths, lengths, int(lengths.max()))
@@ -274,14 +274,7 @@ def _moved(
     per_example: bool = False,
 ) -> Float[Tensor, "n"]:
     """KL from the model's logits to those of a run under a mask, or under one mask per row."""
-    logits = engine.masked(
-        run.clean,
-        mask,
-        ablated,
-        key_mask=run.key_mask,
-        positions=run.positions,
-        per_example=per_example,
-    )
+    logits = engine.masked(run, mask, ablated, per_example=per_example)
     return METRICS["kl"](logits, run, reference)
 
 

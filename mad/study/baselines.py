@@ -64,14 +64,13 @@ def length(subject: Subject) -> Score:
     return lambda prompts: prompts.lengths.float().cpu()
 
 
-# ---- distances of the residual stream
-# -----------------------------------------------------------------
+# ---- distances of the residual stream ------------------------------------------------------------
 
 
 @torch.no_grad()
 def residual_stream(engine: Engine, prompts: Prompts) -> Float[Tensor, "L B S D"]:
     """Returns the residual stream before the first block and after each, without the final norm."""
-    clean = engine.clean(prompts.clean, prompts.key_mask, prompts.positions[:, :1])
+    clean = engine.clean(prompts)
     return engine.ablated(clean.writers).base[::2]
 
 
@@ -250,8 +249,7 @@ def _stream_batches(engine: Engine, prompts: Prompts) -> Iterator[Prompts]:
     return _batches(engine, prompts, size.prepared(True) + size.preparing(True) + in_float64)
 
 
-# ---- distances of attributions
-# ------------------------------------------------------------------------
+# ---- distances of attributions -------------------------------------------------------------------
 
 ATTRIBUTION_SHRINKAGE = 0.1  # of edges' attributions: there may be more edges than prompts
 
@@ -271,16 +269,14 @@ def attributions(engine: Engine, means: Ablation, prompts: Prompts) -> Float[Ten
     for batch in _batches(
         engine, prompts, 2 * size.attribution
     ):  # twice: the products are made from copies
-        clean = engine.clean(batch.clean, batch.key_mask, batch.positions)
+        clean = engine.clean(batch)
         embedded = clean.writers[: graph.n_inputs].sum(0)
         difference = clean.writers.sub_(means.writers(engine, batch))
         products = torch.zeros(
             len(batch), *graph.exists.shape, dtype=engine.dtype, device=engine.device
         )
         lead = partial(_lead, positions=batch.positions)
-        for first, gradients in engine.reader_gradients(
-            embedded, lead, batch.key_mask, batch.positions
-        ):
+        for first, gradients in engine.reader_gradients(batch, embedded, lead):
             upstream = graph.upstream[first]
             products[:, first : first + len(gradients), :upstream] = torch.einsum(
                 "rbsd,wbsd->brw", gradients, difference[:upstream]
@@ -353,8 +349,7 @@ def attribution_mahalanobis(subject: Subject) -> Score:
     return score
 
 
-# ---- KL to a fine-tuned model
-# -------------------------------------------------------------------------
+# ---- KL to a fine-tuned model --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -381,7 +376,7 @@ def fine_tuned_kl(subject: Subject, config: FineTuning = FineTuning()) -> Score:
         for batch in _batches(
             engine, prompts, 3 * footprint(engine, prompts).plain
         ):  # two runs, and their metric
-            model = engine.logits(batch.clean, batch.key_mask, batch.positions)
+            model = engine.logits(batch)
             scores.append(kl(_logits(tuned, batch), batch, model).float().cpu())
         return torch.cat(scores)
 
@@ -450,7 +445,7 @@ def _first_choice(engine: Engine, prompts: Prompts) -> Int[Tensor, "B P"]:
     found = torch.full_like(prompts.positions, NONE)
     start = 0
     for batch in _batches(engine, prompts, footprint(engine, prompts).plain):
-        choice = engine.logits(batch.clean, batch.key_mask, batch.positions).argmax(-1)
+        choice = engine.logits(batch).argmax(-1)
         found[start : start + len(batch), : choice.shape[1]] = choice.masked_fill(
             batch.positions < 0, NONE
         )
@@ -470,8 +465,7 @@ def _logits(model: Any, prompts: Prompts) -> Float[Tensor, "B P V"]:
     return logits[torch.arange(len(prompts), device=index.device)[:, None], index]
 
 
-# ---- all of them
-# --------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 BASELINES: dict[str, Baseline] = {

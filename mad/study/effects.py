@@ -45,8 +45,7 @@ def removed(lens: Lens) -> Bool[Tensor, "R W *S"]:
     return lens.engine.graph.exists & ~lens.mask.cpu()
 
 
-# ---- on the output, by edge
-# -------------------------------------------------------------------------
+# ---- on the output, by edge ----------------------------------------------------------------------
 
 
 def effects(
@@ -66,25 +65,17 @@ def effects(
 def _effects(lens: Lens, prompts: Prompts, steps: int) -> Float[Tensor, "B E"]:
     engine, off = lens.engine, removed(lens).to(lens.engine.device)
     with torch.no_grad():
-        reference = engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
+        reference = engine.logits(prompts)
         ablated = lens.means.values(engine, prompts)
 
     def kl(masks: Float[Tensor, "B R W *S"]) -> Float[Tensor, "B"]:
-        logits = engine.masked(
-            prompts.clean,
-            masks,
-            ablated,
-            key_mask=prompts.key_mask,
-            positions=prompts.positions,
-            per_example=True,
-        )
+        logits = engine.masked(prompts, masks, ablated, per_example=True)
         return METRICS["kl"](logits, prompts, reference)
 
     return integrated(engine, lens.mask.float(), len(prompts), steps, kl)[:, off].cpu()
 
 
-# ---- on runs that they are put into
-# -----------------------------------------------------------------
+# ---- on runs that they are put into --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ def donated(lens: Lens, prompts: Prompts, donors: Prompts, *, memory: str = MEMO
         TooLittleMemory: not even one prompt fits.
     """
     engine, donors = lens.engine, donors.to(lens.engine.device)
-    writers = engine.clean(donors.clean, donors.key_mask, donors.positions[:, :1] * 0).writers
+    writers = engine.writers(donors)
     size = footprint(engine, prompts)
     shared = writers.nbytes + size.mask
     batches = prompts.batches(
@@ -123,7 +114,7 @@ def _donated(
     lens: Lens, prompts: Prompts, donors: Prompts, writers: Float[Tensor, "W K S D"]
 ) -> Donated:
     engine = lens.engine
-    clean = engine.clean(prompts.clean, prompts.key_mask, prompts.positions, sides=True)
+    clean = engine.clean(prompts, sides=True)
     pointed = _pointed(engine, prompts, clean)
     first = clean.logits.argmax(-1, keepdim=True)  # [B, P, 1]
     output, chosen, routing = [], [], []
@@ -156,16 +147,13 @@ def hosts_routing(
     """
     engine, hosts = lens.engine, hosts.to(lens.engine.device)
     singles = [hosts.select([row]) for row in range(len(hosts))]
-    pointed = [
-        _pointed(engine, host, engine.clean(host.clean, host.key_mask, host.positions, sides=True))
-        for host in singles
-    ]
+    pointed = [_pointed(engine, host, engine.clean(host, sides=True)) for host in singles]
     size, longest = footprint(engine, prompts), footprint(engine, hosts)
     each = size.clean + longest.observed + longest.prepared(True)
     parts = []
     for batch in prompts.batches(most_prompts(prompts, each, parse_memory(memory), size.mask)):
         batch = batch.to(engine.device)
-        writers = engine.clean(batch.clean, batch.key_mask, batch.positions[:, :1] * 0).writers
+        writers = engine.writers(batch)
         total = torch.zeros((), device=engine.device)
         for host, theirs in zip(singles, pointed, strict=True):
             values = aligned(writers, batch.lengths, host.lengths, host.clean.shape[1])[:, :, 0]
@@ -216,14 +204,7 @@ def _run(
         key = key.expand(theirs.shape[:-1])
         departed.extend(over_positions(odds - log_odds(theirs, key), prompts))
 
-    logits = engine.masked(
-        prompts.clean,
-        mask,
-        ablated,
-        key_mask=prompts.key_mask,
-        positions=prompts.positions,
-        observe=compare,
-    )
+    logits = engine.masked(prompts, mask, ablated, observe=compare)
     return logits, torch.stack(departed, 1) if departed else torch.zeros(
         len(prompts), 0, device=engine.device
     )

@@ -9,7 +9,8 @@ import functools
 import pytest
 import torch
 
-from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation, writer_means
+from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation
+from circuits.ablation.means import writer_means
 from circuits.engine import Engine
 from circuits.engine.memory import footprint
 from circuits.prompts import Prompts, prompts_from_records
@@ -35,7 +36,7 @@ def fitted(engine: Engine, name: str, reference: Prompts = REFERENCE, seed: int 
 
 def alone(engine: Engine, tokens) -> torch.Tensor:
     """Writers of one prompt that is run by itself, without padding: [W, length, D]."""
-    return engine.clean(torch.tensor([list(tokens)])).writers[:, 0]
+    return engine.clean(tiny.from_tokens(torch.tensor([list(tokens)]))).writers[:, 0]
 
 
 def spread(values: torch.Tensor) -> torch.Tensor:
@@ -51,9 +52,7 @@ def everything_removed(engine: Engine, ablation: Ablation) -> torch.Tensor:
     """Logits at the scored positions when no edge is left."""
     empty = torch.zeros(engine.graph.exists.shape)
     values = ablation.values(engine, PROMPTS)
-    return engine.masked(
-        PROMPTS.clean, empty, values, key_mask=PROMPTS.key_mask, positions=PROMPTS.positions
-    )
+    return engine.masked(PROMPTS, empty, values)
 
 
 def read_out(engine: Engine, writers: torch.Tensor) -> torch.Tensor:
@@ -72,7 +71,7 @@ def scored(logits: torch.Tensor) -> torch.Tensor:
     return logits[PROMPTS.positions >= 0]
 
 
-# ---- means --------------------------------------------------------------------------------------
+# ---- means ---------------------------------------------------------------------------------------
 
 
 def test_mean_excludes_padding_and_keeps_the_first_position(engine):
@@ -142,13 +141,15 @@ def test_a_mean_of_first_positions_alone_is_refused_elsewhere(engine):
         ablation.values(engine, PROMPTS)
 
 
-# ---- other runs ---------------------------------------------------------------------------------
+# ---- other runs ----------------------------------------------------------------------------------
 
 
 def test_zero_leaves_the_biases(engine):
     ablation = fitted(engine, "zero")
     assert not ablation.writers(engine, PROMPTS).any()
-    nothing = torch.zeros_like(engine.clean(PROMPTS.clean, PROMPTS.key_mask).writers)
+    nothing = torch.zeros_like(
+        engine.clean(tiny.from_tokens(PROMPTS.clean, PROMPTS.key_mask)).writers
+    )
     close(scored(everything_removed(engine, ablation)), scored(read_out(engine, nothing)))
 
 
@@ -238,10 +239,12 @@ def test_prompts_longer_than_every_donor_are_refused(engine):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_with_every_edge_kept_the_ablation_does_not_matter(engine, name):
     values = fitted(engine, name).values(engine, PROMPTS)
-    logits = engine.masked(PROMPTS.clean, engine.graph.exists, values, key_mask=PROMPTS.key_mask)
+    logits = engine.masked(
+        tiny.from_tokens(PROMPTS.clean, PROMPTS.key_mask), engine.graph.exists, values
+    )
     close(
         logits[PROMPTS.key_mask],
-        engine.clean(PROMPTS.clean, PROMPTS.key_mask).logits[PROMPTS.key_mask],
+        engine.clean(tiny.from_tokens(PROMPTS.clean, PROMPTS.key_mask)).logits[PROMPTS.key_mask],
     )
 
 
@@ -257,7 +260,10 @@ def test_no_prompt_is_its_own_donor():
     reference = prompts_from_records([{"clean": [row, 1, 2]} for row in range(3)])
     for seed in range(8):
         ablation = fit_ablation(AblationConfig("resample", seed), engine, reference)
-        own, drawn = engine.clean(reference.clean).writers, ablation.writers(engine, reference)
+        own, drawn = (
+            engine.clean(tiny.from_tokens(reference.clean)).writers,
+            ablation.writers(engine, reference),
+        )
         assert all((own[:, row] - drawn[:, row]).abs().max() > 0.1 for row in range(3))
     with pytest.raises(ValueError, match="no reference prompt but itself"):
         fit_ablation(AblationConfig("resample"), engine, reference.select([0])).writers(

@@ -8,14 +8,16 @@ import logging
 import pytest
 import torch
 
-from circuits.ablation import Ablation, AblationConfig, fit_ablation, writer_means
+from circuits.ablation import AblationConfig, fit_ablation
+from circuits.ablation.means import writer_means
 from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
 from circuits.engine import Engine
-from circuits.extraction import Extraction, by_metric, choose, evaluate, extract
+from circuits.extraction import Extraction, choose, extract
+from circuits.faithfulness import FaithfulnessScale, by_metric, evaluate, faithfulness_scale
 from circuits.metrics import METRICS
 from circuits.model.load import ModelConfig, load_model
-from circuits.objective import FaithfulnessScale, faithfulness_scale, prepare
+from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection, select, sizes
 from circuits.tasks import induction
@@ -28,7 +30,9 @@ DISCOVERY, EVALUATION = (
     prompts_from_records(tiny.with_own_answers(ENGINE, tiny.records(12, seed, longest=7)))
     for seed in (1, 2)
 )
-MEMORY = memory_for(5, ENGINE, DISCOVERY, Ablation(AblationConfig("counterfactual")))
+MEMORY = memory_for(
+    5, ENGINE, DISCOVERY, fit_ablation(AblationConfig("counterfactual"), ENGINE, DISCOVERY)
+)
 TIMES = ("seconds", "forwards")
 
 
@@ -48,14 +52,14 @@ def scale(
     prompts: Prompts = DISCOVERY, metric: str = "kl", ablation: str = "counterfactual"
 ) -> FaithfulnessScale:
     fitted = fit_ablation(AblationConfig(ablation), ENGINE, DISCOVERY)
-    return faithfulness_scale(prepare(ENGINE, prompts, METRICS[metric], fitted), ablation)
+    return faithfulness_scale(prepare(ENGINE, prompts, METRICS[metric], fitted))
 
 
 def scored() -> Found:
     return eap_ig(EAPIG(), scale().objective)
 
 
-# ---- the whole of it ----------------------------------------------------------------------------
+# ---- the whole of it -----------------------------------------------------------------------------
 
 
 def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
@@ -244,7 +248,7 @@ def test_the_known_circuit_of_the_induction_model(cases):
     assert set(result.metrics["by_metric"]) == set(METRICS)
 
 
-# ---- how many edges -----------------------------------------------------------------------------
+# ---- how many edges ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [0.3, 0.7, 1.0])
@@ -325,7 +329,7 @@ def test_contradictory_selections_are_refused(selection, message):
         choose(scale(), scored(), selection)
 
 
-# ---- by metric ----------------------------------------------------------------------------------
+# ---- by metric -----------------------------------------------------------------------------------
 
 
 def test_faithfulness_by_metric_is_that_of_each_metric(caplog):
@@ -350,7 +354,7 @@ def test_metrics_that_need_answers_are_left_out_without_them():
     assert set(metrics["by_metric"]) == {"kl"}
 
 
-# ---- refusals -----------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_overlapping_splits_are_refused_with_their_number():

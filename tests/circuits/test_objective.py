@@ -9,8 +9,9 @@ import torch
 
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
+from circuits.faithfulness import faithfulness_scale
 from circuits.metrics import METRICS
-from circuits.objective import Objective, faithfulness_scale, prepare
+from circuits.objective import Objective, prepare
 from circuits.prompts import prompts_from_records
 from tests import tiny
 from tests.budget import memory_for
@@ -58,9 +59,9 @@ def test_measure_is_the_metric_of_each_prompt_by_itself(engine, metric, ablation
         clean = engine.model.bridge(alone.clean)[:, alone.positions[0]]
         full[row] = chosen(clean, alone, clean)[0]
         for number, mask in enumerate(masks):
-            logits = engine.masked(alone.clean, mask, fitted.values(engine, alone))[
-                :, alone.positions[0]
-            ]
+            logits = engine.masked(
+                tiny.from_tokens(alone.clean), mask, fitted.values(engine, alone)
+            )[:, alone.positions[0]]
             expected[number, row] = chosen(logits, alone, clean)[0]
     sign = 1 if chosen.higher_is_better else -1
     torch.testing.assert_close(ours.measure(masks), sign * expected, atol=1e-9, rtol=1e-9)
@@ -95,7 +96,7 @@ def test_faithfulness_is_the_quotient_of_means(engine, metric):
     ours = prepare(
         engine, prompts, METRICS[metric], fitted, memory=memory_for(3, engine, prompts, fitted)
     )
-    scale = faithfulness_scale(ours, "mean")
+    scale = faithfulness_scale(ours)
     mask = random_masks(engine, 1)[0]
     sign = 1 if METRICS[metric].higher_is_better else -1
     full, empty, circuit = (
@@ -140,7 +141,7 @@ def test_the_scale_is_refused_under_two_standard_errors():
             empty = [sign * (3 - 2 * error - excess)] * 4
             given = fixed([sign * gap for gap in gaps], empty)
             if not refused:
-                scale = faithfulness_scale(given, "zero")
+                scale = faithfulness_scale(given)
                 assert scale.full - scale.empty == pytest.approx(
                     sign * (2 * error + excess), abs=1e-6
                 )
@@ -148,7 +149,7 @@ def test_the_scale_is_refused_under_two_standard_errors():
             with pytest.raises(
                 ValueError, match="metric logit_diff does not separate the model .* over 4 prompts"
             ):
-                faithfulness_scale(given, "zero")
+                faithfulness_scale(given)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_the_scale_is_refused_under_two_standard_errors():
 )
 def test_no_gap_at_all_is_refused(ends):
     with pytest.raises(ValueError, match="does not separate"):
-        faithfulness_scale(fixed(*ends), "zero")
+        faithfulness_scale(fixed(*ends))
 
 
 def test_prompts_that_lack_what_is_needed_are_refused(engine):

@@ -156,14 +156,9 @@ def test_departures_under_every_ablation(name):
 @pytest.mark.parametrize("one_step", [True, False])
 def test_output_is_the_divergence_of_metrics(engine, one_step):
     new, means, mask = prompts(engine, 5, 1), fitted(engine), circuit(engine, 0.6)
-    clean = engine.clean(new.clean, new.key_mask, new.positions)
+    clean = engine.clean(new)
     logits = engine.masked(
-        new.clean,
-        mask,
-        means.values(engine, new),
-        key_mask=new.key_mask,
-        positions=new.positions,
-        upstream=clean.writers if one_step else None,
+        new, mask, means.values(engine, new), upstream=clean.writers if one_step else None
     )
     expected = METRICS["kl"](logits, new, clean.logits).float()
     assert expected.min() > 1e-3

@@ -36,6 +36,7 @@ from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import prepare
 from circuits.prompts import prompts_from_records
+from tests import tiny
 
 EXACT = 1e-6  # what attention may leak
 ROUNDING = 2e-5  # of float32, once the residual stream is rotated
@@ -50,7 +51,7 @@ def tokens_for(program: Program, count: int = 64, length: int | None = None) -> 
 
 def worst(compiled: Compiled, engine: Engine, tokens: torch.Tensor) -> float:
     """How far any variable is, anywhere, from what the causal model says."""
-    writers, meaning = engine.clean(tokens).writers, compiled.meaning(tokens)
+    writers, meaning = engine.clean(tiny.from_tokens(tokens)).writers, compiled.meaning(tokens)
     errors = []
     for name, size in compiled.program.sizes.items():
         value = meaning[name]
@@ -74,8 +75,7 @@ def objectives(
         yield name, objective, true_edges(compiled, engine, prompts, ablation)
 
 
-# ---- what is compiled is what the program means
-# -----------------------------------------------------------------
+# ---- what is compiled is what the program means --------------------------------------------------
 
 
 def random_program(draw: random.Random) -> Program:
@@ -184,9 +184,11 @@ def test_random_programs_compute_what_they_mean(seed, rotate, norm, distractors)
         return
     assert worst(compiled, engine, tokens) < (EXACT if norm == "none" else 2e-3)
     torch.testing.assert_close(
-        engine.logits(tokens), compiled.model.bridge(tokens), atol=1e-3, rtol=0
+        engine.logits(tiny.from_tokens(tokens)), compiled.model.bridge(tokens), atol=1e-3, rtol=0
     )
-    assert torch.equal(engine.logits(tokens).argmax(-1), compiled.meaning(tokens)["answer"])
+    assert torch.equal(
+        engine.logits(tiny.from_tokens(tokens)).argmax(-1), compiled.meaning(tokens)["answer"]
+    )
 
 
 def test_attention_leaks_less_than_stated():
@@ -204,8 +206,7 @@ def test_shorter_inputs_mean_the_same():
             assert worst(compiled, Engine(compiled.model), tokens) < ROUNDING
 
 
-# ---- options
-# --------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 def test_rotation_turns_every_basis_and_changes_no_logit():
@@ -246,7 +247,7 @@ def test_distractors_compute_something_that_nobody_of_the_program_reads():
         plain.model.bridge(tokens), distracted.model.bridge(tokens), atol=ROUNDING, rtol=0
     )
     engine, used = Engine(distracted.model), {"a0.h0", "a1.h0"}
-    writers = engine.clean(tokens).writers
+    writers = engine.clean(tiny.from_tokens(tokens)).writers
     read = torch.cat([aligned.basis for aligned in distracted.alignment.values()])
     for name in set(engine.graph.writers) - used - {"input"}:
         written = writers[engine.graph.writer_index[name]]
@@ -306,8 +307,7 @@ def test_too_few_heads_need_more_layers_than_given():
         compile(modular_addition(), Options(n_heads=1, n_layers=1))
 
 
-# ---- edges
-# ----------------------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 
 
 def test_edges_by_name():
@@ -392,8 +392,7 @@ def test_ground_truth_needs_the_right_model_and_ablation():
         true_edges(other, engine, prompts, fit_ablation(zero, engine, prompts), bound=0.0)
 
 
-# ---- redundancy
-# -----------------------------------------------------------------------------------------------------
+# ---- redundancy ----------------------------------------------------------------------------------
 
 
 def test_with_a_majority_no_single_edge_of_a_group_shows_under_any_ablation():
@@ -460,8 +459,7 @@ def test_redundancy_that_readers_cannot_use_is_refused(program, options, message
         compile(program, Options(**options))
 
 
-# ---- prompts
-# --------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def test_records_are_prompts_with_a_counterfactual_twin():
@@ -501,7 +499,7 @@ def test_unknown_tokens_and_long_inputs_are_refused():
     with pytest.raises(ValueError, match="token ids from 0 to 6, but same_ends has 0 to 5"):
         compiled.meaning(torch.tensor([[0, 6]]))
     with pytest.raises(ValueError, match="context is 6"):
-        Engine(compiled.model).logits(tokens_for(same, 2, 7))
+        Engine(compiled.model).logits(tiny.from_tokens(tokens_for(same, 2, 7)))
 
 
 def test_a_program_with_one_answer_has_no_counterfactual():

@@ -27,6 +27,7 @@ from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
+from tests import tiny
 
 IDLE = 1e-6  # nats
 CASES = [
@@ -80,9 +81,7 @@ def behaviour_of(case: Case, kind: str, name: str) -> Objective:
 
 def answers_under(objective: Objective, kept: torch.Tensor) -> torch.Tensor:
     (batch,) = objective.batches
-    logits = objective.engine.masked(
-        batch.prompts.clean, kept, batch.ablated, positions=batch.prompts.positions
-    )
+    logits = objective.engine.masked(batch.prompts, kept, batch.ablated)
     return logits[:, 0].argmax(-1)
 
 
@@ -97,7 +96,7 @@ def test_each_kind_is_what_it_says_and_answered_by_its_mechanism(case, kind):
     values = {name: value[:, -1] for name, value in compiled.meaning(prompts.clean).items()}
     normal, other = values[planted.normal], values[planted.other]
     ids = torch.tensor([compiled.tokens.index(name) for name in compiled.program.answers])
-    answers = engine.logits(prompts.clean)[:, -1].argmax(-1)
+    answers = engine.logits(tiny.from_tokens(prompts.clean))[:, -1].argmax(-1)
     anomalous = kind in ("agree", "disagree")
     assert values[planted.trigger].eq(int(anomalous)).all()
     assert torch.equal(answers, ids[other if anomalous else normal])

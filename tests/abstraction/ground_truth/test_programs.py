@@ -26,6 +26,7 @@ from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import prepare
 from circuits.prompts import prompts_from_records
+from tests import tiny
 
 OPTIONS = {
     "plain": Options(),
@@ -128,7 +129,7 @@ def test_always_right_decodable_and_quick(made):
     program, engine = made.program, Engine(made.model)
     tokens = program.sample(300, torch.Generator().manual_seed(2))
     clean, meaning, places = (
-        engine.clean(tokens),
+        engine.clean(tiny.from_tokens(tokens)),
         made.meaning(tokens),
         list(program.scored_positions),
     )
@@ -177,7 +178,9 @@ def test_interchange_of_any_variable_does_what_the_causal_model_says(name):
     plain = made.meaning(base)["answer"][:, places]
     for variable in (step.name for step in program.steps):
         aligned = made.alignment[variable]
-        wanted = made.coordinates(engine.graph, engine.clean(source).writers, variable)
+        wanted = made.coordinates(
+            engine.graph, engine.clean(tiny.from_tokens(source)).writers, variable
+        )
         fired = []
 
         def swap(value, hook, aligned=aligned, wanted=wanted, fired=fired):
@@ -211,16 +214,18 @@ def test_redundant_heads_compute_the_same(name):
     made = compile(PROGRAMS[name](), Options(redundant=REDUNDANT[name], rotate=True))
     engine, tokens = Engine(made.model), made.program.sample(100, torch.Generator().manual_seed(5))
     assert torch.equal(
-        engine.logits(tokens).argmax(-1)[:, -1], made.meaning(tokens)["answer"][:, -1]
+        engine.logits(tiny.from_tokens(tokens)).argmax(-1)[:, -1],
+        made.meaning(tokens)["answer"][:, -1],
     )
     nodes = made.alignment[REDUNDANT[name]].nodes
     assert len(nodes) == 2
-    writers = engine.clean(tokens).writers[[engine.graph.writer_index[node] for node in nodes]]
+    writers = engine.clean(tiny.from_tokens(tokens)).writers[
+        [engine.graph.writer_index[node] for node in nodes]
+    ]
     torch.testing.assert_close(writers[0], writers[1], atol=1e-5, rtol=0)
 
 
-# ---- controls
-# -------------------------------------------------------------------------------------------------------
+# ---- controls ------------------------------------------------------------------------------------
 
 
 def test_relabelled_programs_have_the_same_circuit_and_other_answers(name):
@@ -232,7 +237,7 @@ def test_relabelled_programs_have_the_same_circuit_and_other_answers(name):
         list(program.scored_positions),
         dict(zip(program.answers, other.program.answers, strict=True)),
     )
-    logits = Engine(other.model).logits(tokens).argmax(-1)[:, places].tolist()
+    logits = Engine(other.model).logits(tiny.from_tokens(tokens)).argmax(-1)[:, places].tolist()
     names = [[program.tokens[i] for i in row] for row in tokens.tolist()]
     solved = [[given[answer] for answer in SOLUTIONS[name](row)] for row in names]
     assert [[program.tokens[i] for i in row] for row in logits] == solved
@@ -244,7 +249,7 @@ def test_random_tables_have_the_same_circuit_and_other_answers():
     other = compile(with_random_table(program, "sum", seed=1))
     assert other.edges() == compiled("modular_addition", "plain").edges()
     tokens = program.sample(200, torch.Generator().manual_seed(6))
-    ours = Engine(other.model).logits(tokens).argmax(-1)[:, -1]
+    ours = Engine(other.model).logits(tiny.from_tokens(tokens)).argmax(-1)[:, -1]
     step = other.program.by_name["sum"]
     assert isinstance(step, Lookup) and isinstance(step.table, dict)
     assert ours.tolist() == [step.table[a, b] for a, b, _ in tokens.tolist()]
@@ -265,7 +270,10 @@ def test_random_weights_have_the_same_shapes_and_know_nothing(name):
     assert control.weight_hash != made.model.weight_hash
     assert control.weight_hash != randomised(made, seed=4).weight_hash
     tokens = made.program.sample(200, torch.Generator().manual_seed(7))
-    right = Engine(control).logits(tokens).argmax(-1) == made.meaning(tokens)["answer"]
+    right = (
+        Engine(control).logits(tiny.from_tokens(tokens)).argmax(-1)
+        == made.meaning(tokens)["answer"]
+    )
     assert right[:, list(made.program.scored_positions)].float().mean() < 0.75
 
 

@@ -26,6 +26,7 @@ from abstraction.ground_truth.tracr_edges import BOUND, derived_edges, effective
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.prompts import Prompts, prompts_from_records
+from tests import tiny
 
 NAMES = ("reverse", "xproportion")
 WITHOUT_TWIN = [name for name in ABLATIONS if name != "counterfactual"]
@@ -78,9 +79,7 @@ def said(
     assert program.inputs is not None
     prompts, graph = program.inputs.prompts, engine.graph
     values = fitted(engine, prompts, ablation).values(engine, prompts)
-    logits = engine.masked(
-        prompts.clean, mask_of(graph, edges), values, positions=prompts.positions
-    )
+    logits = engine.masked(prompts, mask_of(graph, edges), values)
     return program.decode(logits)
 
 
@@ -92,16 +91,18 @@ def right(program: TracrProgram, values: torch.Tensor) -> bool:
     return bool((values - labels).abs().max() <= 1e-4)
 
 
-# ---- the two programs
-# ---------------------------------------------------------------------------------------------
+# ---- the two programs ----------------------------------------------------------------------------
 
 
 def test_labels_are_computed_right(case):
     program, engine = case
     where = list(program.inputs.positions)
-    assert right(program, program.decode(engine.logits(program.inputs.tokens)[:, where]))
+    assert right(
+        program, program.decode(engine.logits(tiny.from_tokens(program.inputs.tokens))[:, where])
+    )
     assert not right(
-        program, program.decode(engine.logits(program.inputs.tokens.flip(0))[:, where])
+        program,
+        program.decode(engine.logits(tiny.from_tokens(program.inputs.tokens.flip(0)))[:, where]),
     )
 
 
@@ -180,8 +181,7 @@ def test_with_inputs_of_several_lengths_the_length_matters(cases):
     assert {effect.edge for effect in found if not effect.true} == ALL_MATCH | NONE_MATCHES
 
 
-# ---- the compiler's own objects
-# ------------------------------------------------------------------------------------
+# ---- the compiler's own objects ------------------------------------------------------------------
 
 MODULES = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 
@@ -368,7 +368,8 @@ def test_an_assembled_program_is_the_one_of_its_files(cases, name):
     )
     assert program.inputs is not None
     assert torch.equal(
-        converted.logits(program.inputs.tokens), engine.logits(program.inputs.tokens)
+        converted.logits(tiny.from_tokens(program.inputs.tokens)),
+        engine.logits(tiny.from_tokens(program.inputs.tokens)),
     )
     assert derived_edges(again, converted) == derived_edges(program, engine)
 
@@ -409,8 +410,7 @@ def test_the_output_can_be_named_where_it_cannot_be_told():
     assert [from_tracr(assembled, output=name).output for name in "pq"] == ["p", "q"]
 
 
-# ---- edges of programs made by hand
-# --------------------------------------------------------------------------------
+# ---- edges of programs made by hand --------------------------------------------------------------
 
 
 def by_hand(**weights: Sequence[tuple[str | int, str | int]]) -> tuple[TracrProgram, Engine]:
@@ -551,8 +551,7 @@ def test_edges_of_one_input_writer_are_those_of_two():
     }
 
 
-# ---- refusals
-# ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_unknown_tokens_and_long_inputs_are_refused():

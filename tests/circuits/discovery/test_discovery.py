@@ -11,7 +11,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from circuits.objective import Objective, prepare
 
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import ACDC, EAP, EAPIG, METHODS, acdc, eap, eap_ig
@@ -19,6 +18,7 @@ from circuits.engine import Engine
 from circuits.engine.masked import Start
 from circuits.metrics import METRICS
 from circuits.model.load import ModelConfig, load_model
+from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 from tests import tiny
 from tests.budget import memory_for
@@ -50,12 +50,12 @@ def kept_names(engine: Engine, kept: torch.Tensor) -> set[str]:
 
 
 def test_methods_are_named_after_their_configurations():
-    for name, (config, _) in METHODS.items():
-        first = dataclasses.fields(config)[0]
+    for name, method in METHODS.items():
+        first = dataclasses.fields(method.schema)[0]
         assert (first.name, first.default) == ("name", name)
 
 
-# ---- ACDC ---------------------------------------------------------------------------------------
+# ---- ACDC ----------------------------------------------------------------------------------------
 
 
 def written_at(writer: str) -> tuple[int, int, int]:
@@ -92,7 +92,7 @@ def slow_acdc(engine: Engine, prompts: Prompts, ablation: str, tau: float, names
     """
     graph = engine.graph
     fitted = fit_ablation(AblationConfig(ablation), engine, REFERENCE)
-    shape = engine.clean(prompts.clean).writers.shape
+    shape = engine.clean(tiny.from_tokens(prompts.clean)).writers.shape
     ablated = fitted.writers(engine, prompts).expand(shape)
     ones = graph.exists.double()
 
@@ -249,7 +249,7 @@ def test_an_unknown_order_is_refused():
         acdc(ACDC(order="random"), objective(ENGINES["gpt2"]))
 
 
-# ---- EAP ----------------------------------------------------------------------------------------
+# ---- EAP -----------------------------------------------------------------------------------------
 
 
 def mask_gradient(ours: Objective) -> torch.Tensor:
@@ -258,13 +258,7 @@ def mask_gradient(ours: Objective) -> torch.Tensor:
     values = []
     for batch in ours.batches:
         prompts = batch.prompts
-        logits = ours.engine.masked(
-            prompts.clean,
-            mask,
-            batch.ablated,
-            key_mask=prompts.key_mask,
-            positions=prompts.positions,
-        )
+        logits = ours.engine.masked(prompts, mask, batch.ablated)
         values.append(ours.metric.oriented(logits, prompts, batch.clean.logits))
     return torch.autograd.grad(torch.cat(values).mean(), mask)[0]
 
@@ -314,7 +308,7 @@ def test_eap_is_exact_for_edges_into_linear_logits(ablation):
     )
 
 
-# ---- EAP-IG -------------------------------------------------------------------------------------
+# ---- EAP-IG --------------------------------------------------------------------------------------
 
 
 def writers_from_input(
@@ -367,11 +361,7 @@ def slow_eap_ig(ours: Objective, steps: int) -> torch.Tensor:
             run = torch.stack([*inputs, *writers_from_input(engine, inputs.sum(0), prompts.clean)])
             mask = engine.graph.exists.double().requires_grad_()
             logits = engine.masked(
-                prompts.clean,
-                mask,
-                engine.ablated(run - difference),
-                positions=prompts.positions,
-                start=Start(0, inputs),
+                prompts, mask, engine.ablated(run - difference), start=Start(0, inputs)
             )
             value = ours.metric.oriented(logits, prompts, batch.clean.logits).sum()
             total += torch.autograd.grad(value, mask)[0] / steps
@@ -430,7 +420,7 @@ def test_attribution_does_not_depend_on_the_batches():
         assert_equal_scores(scores[1], scores[2].double())
 
 
-# ---- real models whose circuits are known -------------------------------------------------------
+# ---- real models whose circuits are known --------------------------------------------------------
 
 INDUCTION = {
     "input.token->a0.h0<v>",
@@ -508,7 +498,7 @@ def test_acdc_finds_what_resampling_can_see_of_a_compiled_program(cases):
     assert kept["resample"] < kept["zero"] <= {compiled_name(edge) for edge in known["edges_all"]}
 
 
-# ---- refusals -----------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_plain_eap_with_kl_is_refused_and_the_remedy_named():
@@ -537,8 +527,7 @@ def test_no_steps_are_refused(steps):
         eap_ig(EAPIG(steps=steps), objective(ENGINES["gpt2"]))
 
 
-# ---- edges per position
-# -------------------------------------------------------------------------------------------
+# ---- edges per position --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["gpt2", "grouped queries", "bidirectional"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits import engine as engine_module
 from circuits.engine import Engine
+from circuits.engine import engine as engine_module
 from circuits.engine.masked import Start
 from circuits.model.families import describe
 from tests import tiny
@@ -28,7 +28,7 @@ def tokens_for(factored: Engine, rows: int = 3, length: int = 9) -> torch.Tensor
 def random_ablated(
     factored: Engine, tokens: torch.Tensor, batch: int | None = None, pos: int | None = None
 ):
-    clean = factored.clean(tokens).writers
+    clean = factored.clean(tiny.from_tokens(tokens)).writers
     shape = (len(clean), batch or clean.shape[1], pos or clean.shape[2], clean.shape[3])
     noise = torch.randn(shape, dtype=clean.dtype, generator=torch.Generator().manual_seed(5))
     return factored.ablated(noise)
@@ -43,7 +43,7 @@ def random_masks(factored: Engine, count: int, kept: float = 0.6) -> torch.Tenso
 
 def test_engine_is_bridge_is_huggingface(named_engine):
     name, factored = named_engine
-    clean = factored.clean(factored.model.probe_tokens)
+    clean = factored.clean(tiny.from_tokens(factored.model.probe_tokens))
     bridge = factored.model.bridge(factored.model.probe_tokens)
     assert clean.logits.std() > 0.3, "weights too small to show anything"
     torch.testing.assert_close(clean.logits, bridge, atol=bound(name), rtol=bound(name))
@@ -55,7 +55,9 @@ def test_engine_is_bridge_is_huggingface(named_engine):
 def test_logits_without_writers(named_engine):
     _, factored = named_engine
     tokens = tokens_for(factored)
-    torch.testing.assert_close(factored.logits(tokens), factored.clean(tokens).logits)
+    torch.testing.assert_close(
+        factored.logits(tiny.from_tokens(tokens)), factored.clean(tiny.from_tokens(tokens)).logits
+    )
 
 
 def test_random_masks_equal_the_computation_through_hooks(named_engine):
@@ -65,7 +67,7 @@ def test_random_masks_equal_the_computation_through_hooks(named_engine):
     for mask in torch.cat(
         (random_masks(factored, 2), random_masks(factored, 4, kept=0.15))
     ).double():
-        ours = factored.masked(tokens, mask, ablated)
+        ours = factored.masked(tiny.from_tokens(tokens), mask, ablated)
         theirs = through_hooks(factored, tokens, mask, ablated.writers)
         torch.testing.assert_close(ours, theirs, atol=bound(name), rtol=bound(name))
 
@@ -89,8 +91,8 @@ def test_each_single_edge_equals_the_computation_through_hooks(name):
     masks = torch.ones(len(edges), *factored.graph.exists.shape, dtype=torch.float64)
     for row, (reader, writer) in enumerate(edges):
         masks[row, reader, writer] = 0
-    batched = factored.masked(tokens, masks, ablated)
-    clean = factored.clean(tokens).logits
+    batched = factored.masked(tiny.from_tokens(tokens), masks, ablated)
+    clean = factored.clean(tiny.from_tokens(tokens)).logits
     for row in range(0, len(edges), 3):
         theirs = through_hooks(factored, tokens, masks[row], ablated.writers)
         torch.testing.assert_close(batched[row], theirs, atol=bound(name), rtol=bound(name))
@@ -101,9 +103,9 @@ def test_all_ones_is_the_clean_model(named_engine):
     name, factored = named_engine
     tokens = tokens_for(factored)
     ones = torch.ones(factored.graph.exists.shape)
-    logits = factored.masked(tokens, ones, random_ablated(factored, tokens))
+    logits = factored.masked(tiny.from_tokens(tokens), ones, random_ablated(factored, tokens))
     torch.testing.assert_close(
-        logits, factored.clean(tokens).logits, atol=bound(name), rtol=bound(name)
+        logits, factored.clean(tiny.from_tokens(tokens)).logits, atol=bound(name), rtol=bound(name)
     )
 
 
@@ -120,7 +122,10 @@ def test_all_zeros_is_every_reader_on_ablated_input(named_engine):
     cap = factored.architecture.logit_cap
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     torch.testing.assert_close(
-        factored.masked(tokens, zeros, ablated), logits, atol=bound(name), rtol=bound(name)
+        factored.masked(tiny.from_tokens(tokens), zeros, ablated),
+        logits,
+        atol=bound(name),
+        rtol=bound(name),
     )
 
 
@@ -137,7 +142,8 @@ def test_edges_into_what_the_logits_do_not_depend_on_change_nothing(named_engine
     without[graph.reader_index[f"a{graph.n_layers - 1}.h0<q>"]] = 0
     grad = with_dead_end.clone().requires_grad_()
     values = [
-        factored.masked(tokens, mask, ablated).detach() for mask in (with_dead_end, without, grad)
+        factored.masked(tiny.from_tokens(tokens), mask, ablated).detach()
+        for mask in (with_dead_end, without, grad)
     ]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], atol=bound(name), rtol=bound(name))
@@ -151,8 +157,7 @@ def test_read_writers_are_the_ancestors_of_the_logits(named_engine):
         assert torch.equal(row, read_by(graph, mask, 1)[:, 0])
 
 
-# ---- edges per position
-# ---------------------------------------------------------------------------
+# ---- edges per position --------------------------------------------------------------------------
 
 
 @pytest.fixture(
@@ -179,7 +184,7 @@ def test_masks_per_position_equal_the_computation_through_hooks(positional):
     for mask in torch.cat(
         (random_masks(factored, 2), random_masks(factored, 3, kept=0.1))
     ).double():
-        ours = factored.masked(tokens, mask, ablated)
+        ours = factored.masked(tiny.from_tokens(tokens), mask, ablated)
         theirs = through_hooks(factored, tokens, mask, ablated.writers)
         torch.testing.assert_close(ours, theirs, atol=bound(name), rtol=bound(name))
 
@@ -190,9 +195,14 @@ def test_one_mask_for_all_positions_is_the_mask_without_positions(positional):
     tokens = tokens_for(factored, length=7)
     ablated = random_ablated(factored, tokens, 1, 1)
     masks = random_masks(plain, 3)
-    ours = factored.masked(tokens, masks[..., None].expand(-1, -1, -1, 7), ablated)
+    ours = factored.masked(
+        tiny.from_tokens(tokens), masks[..., None].expand(-1, -1, -1, 7), ablated
+    )
     torch.testing.assert_close(
-        ours, plain.masked(tokens, masks, ablated), atol=bound(name), rtol=bound(name)
+        ours,
+        plain.masked(tiny.from_tokens(tokens), masks, ablated),
+        atol=bound(name),
+        rtol=bound(name),
     )
 
 
@@ -203,11 +213,17 @@ def test_masks_per_position_in_batches_by_example_and_with_gradients(positional)
     ablated = random_ablated(factored, tokens)
     for grad in (False, True):
         given = masks.clone().requires_grad_(grad)
-        batched = factored.masked(tokens, given, ablated, positions=scored).detach()
-        single = torch.stack([factored.masked(tokens, mask, ablated) for mask in masks])
+        batched = factored.masked(
+            tiny.from_tokens(tokens, positions=scored), given, ablated
+        ).detach()
+        single = torch.stack(
+            [factored.masked(tiny.from_tokens(tokens), mask, ablated) for mask in masks]
+        )
         at = single[:, torch.arange(3)[:, None], scored]
         torch.testing.assert_close(batched, at, atol=bound(name), rtol=bound(name))
-        own = factored.masked(tokens, given, ablated, positions=scored, per_example=True).detach()
+        own = factored.masked(
+            tiny.from_tokens(tokens, positions=scored), given, ablated, per_example=True
+        ).detach()
         torch.testing.assert_close(
             own, at[torch.arange(3), torch.arange(3)], atol=bound(name), rtol=bound(name)
         )
@@ -219,21 +235,24 @@ def test_prompts_of_another_length_than_the_edges_positions_are_refused():
     with pytest.raises(
         ValueError, match="prompts of 8 tokens, but edges are told apart by position .* exactly 7"
     ):
-        factored.masked(tokens, random_masks(factored, 1)[0], random_ablated(factored, tokens))
+        factored.masked(
+            tiny.from_tokens(tokens), random_masks(factored, 1)[0], random_ablated(factored, tokens)
+        )
     with pytest.raises(ValueError, match="prompts of 5 tokens, but"):
         key_mask = torch.arange(7) < torch.tensor([7, 5, 7])[:, None]
         ablated = random_ablated(factored, tokens[:, :7])
-        factored.masked(tokens[:, :7], random_masks(factored, 1)[0], ablated, key_mask=key_mask)
+        factored.masked(
+            tiny.from_tokens(tokens[:, :7], key_mask), random_masks(factored, 1)[0], ablated
+        )
     with pytest.raises(ValueError, match="writers at 7 positions"):
         factored.masked(
-            tokens[:, :7],
+            tiny.from_tokens(tokens[:, :7]),
             random_masks(Engine(MODELS["gpt2"]), 1)[0],
             random_ablated(factored, tokens),
         )
 
 
-# ---- masks in batches
-# -----------------------------------------------------------------------------
+# ---- masks in batches ----------------------------------------------------------------------------
 
 
 def test_masks_batched_equal_one_at_a_time(named_engine):
@@ -242,8 +261,10 @@ def test_masks_batched_equal_one_at_a_time(named_engine):
     for kept in (0.6, 0.1):
         masks = random_masks(factored, 4, kept)
         for ablated in (random_ablated(factored, tokens), random_ablated(factored, tokens, 1, 1)):
-            batched = factored.masked(tokens, masks, ablated)
-            single = torch.stack([factored.masked(tokens, mask, ablated) for mask in masks])
+            batched = factored.masked(tiny.from_tokens(tokens), masks, ablated)
+            single = torch.stack(
+                [factored.masked(tiny.from_tokens(tokens), mask, ablated) for mask in masks]
+            )
             torch.testing.assert_close(batched, single, atol=bound(name), rtol=bound(name))
 
 
@@ -253,14 +274,13 @@ def test_one_mask_per_example(named_engine):
     masks = random_masks(factored, 3)
     positions = torch.tensor([[2, 8], [0, -1], [5, 4]])
     for ablated in (random_ablated(factored, tokens), random_ablated(factored, tokens, 1)):
-        everything = factored.masked(tokens, masks, ablated, positions=positions)
+        everything = factored.masked(tiny.from_tokens(tokens, positions=positions), masks, ablated)
         own = everything[torch.arange(3), torch.arange(3)]
         for grad in (False, True):
             ours = factored.masked(
-                tokens,
+                tiny.from_tokens(tokens, positions=positions),
                 masks.clone().requires_grad_(grad),
                 ablated,
-                positions=positions,
                 per_example=True,
             )
             torch.testing.assert_close(ours.detach(), own, atol=bound(name), rtol=bound(name))
@@ -269,13 +289,16 @@ def test_one_mask_per_example(named_engine):
 def test_suffix_run_from_a_cached_prefix(named_engine):
     name, factored = named_engine
     tokens = tokens_for(factored)
-    ablated, clean = random_ablated(factored, tokens), factored.clean(tokens)
+    ablated, clean = random_ablated(factored, tokens), factored.clean(tiny.from_tokens(tokens))
     masks = random_masks(factored, 3)
     masks[:, : factored.graph.first_reader(1)] = 1
     start = Start(1, clean.writers[: factored.graph.first_writer(1)])
-    suffix = factored.masked(tokens, masks, ablated, start=start)
+    suffix = factored.masked(tiny.from_tokens(tokens), masks, ablated, start=start)
     torch.testing.assert_close(
-        suffix, factored.masked(tokens, masks, ablated), atol=bound(name), rtol=bound(name)
+        suffix,
+        factored.masked(tiny.from_tokens(tokens), masks, ablated),
+        atol=bound(name),
+        rtol=bound(name),
     )
 
 
@@ -284,11 +307,15 @@ def test_gradients_in_mask_and_reader_inputs_equal_finite_differences():
     tokens = tokens_for(factored, rows=2, length=4)
     ablated = random_ablated(factored, tokens)
     mask = random_masks(factored, 1)[0].double().requires_grad_()
-    prefix = factored.embed(tokens).detach().clone().requires_grad_()
+    prefix = factored.embed(tiny.from_tokens(tokens)).detach().clone().requires_grad_()
 
     def value(mask, prefix):
         return (
-            factored.masked(tokens, mask, ablated, start=Start(0, prefix))[:, -1, :3].pow(2).sum()
+            factored.masked(tiny.from_tokens(tokens), mask, ablated, start=Start(0, prefix))[
+                :, -1, :3
+            ]
+            .pow(2)
+            .sum()
         )
 
     assert torch.autograd.gradcheck(value, (mask, prefix), eps=1e-6, atol=1e-4)
@@ -302,12 +329,14 @@ def test_gradients_reach_the_weights():
     mask = torch.ones(factored.graph.exists.shape)
     model.bridge.requires_grad_()
     weight = model.bridge.blocks[0].attn.q.original_component.weight
-    ours = torch.autograd.grad(factored.masked(tokens, mask, ablated)[:, -1, 0].sum(), weight)[0]
+    ours = torch.autograd.grad(
+        factored.masked(tiny.from_tokens(tokens), mask, ablated)[:, -1, 0].sum(), weight
+    )[0]
     theirs = torch.autograd.grad(model.bridge(tokens)[:, -1, 0].sum(), weight)[0]
     torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         weight.mul_(2)
-    torch.testing.assert_close(factored.logits(tokens), model.bridge(tokens))
+    torch.testing.assert_close(factored.logits(tiny.from_tokens(tokens)), model.bridge(tokens))
 
 
 def test_gradients_reach_a_single_weight_that_is_trained():
@@ -316,7 +345,9 @@ def test_gradients_reach_a_single_weight_that_is_trained():
     tokens = tokens_for(factored)
     ablated = random_ablated(factored, tokens)
     weight = model.bridge.blocks[1].mlp.out.original_component.weight.requires_grad_()
-    logits = factored.masked(tokens, torch.ones(factored.graph.exists.shape), ablated)
+    logits = factored.masked(
+        tiny.from_tokens(tokens), torch.ones(factored.graph.exists.shape), ablated
+    )
     ours = torch.autograd.grad(logits[:, -1, 0].sum(), weight)[0]
     theirs = torch.autograd.grad(model.bridge(tokens)[:, -1, 0].sum(), weight)[0]
     torch.testing.assert_close(ours, theirs)
@@ -331,15 +362,18 @@ def test_right_padding_changes_nothing(named_engine):
     ablated = random_ablated(factored, padded, 1, 1)
     mask = random_masks(factored, 1)[0]
     clean, masked = (
-        factored.clean(padded, key_mask).logits,
-        factored.masked(padded, mask, ablated, key_mask=key_mask),
+        factored.clean(tiny.from_tokens(padded, key_mask)).logits,
+        factored.masked(tiny.from_tokens(padded, key_mask), mask, ablated),
     )
     for row, length in enumerate(lengths.tolist()):
         alone = tokens[row : row + 1, :length]
         torch.testing.assert_close(
-            clean[row, :length], factored.clean(alone).logits[0], atol=1e-6, rtol=1e-6
+            clean[row, :length],
+            factored.clean(tiny.from_tokens(alone)).logits[0],
+            atol=1e-6,
+            rtol=1e-6,
         )
-        only = factored.masked(alone, mask, ablated)
+        only = factored.masked(tiny.from_tokens(alone), mask, ablated)
         torch.testing.assert_close(masked[row, :length], only[0], atol=1e-6, rtol=1e-6)
 
 
@@ -347,8 +381,12 @@ def test_split_input_splits_token_and_position():
     whole, split = Engine(MODELS["gpt2"]), Engine(MODELS["gpt2"], split_input=True)
     tokens = tokens_for(whole)
     assert split.graph.writers[:2] == ("input.token", "input.position")
-    torch.testing.assert_close(split.embed(tokens).sum(0), whole.embed(tokens)[0])
-    torch.testing.assert_close(split.clean(tokens).logits, whole.clean(tokens).logits)
+    torch.testing.assert_close(
+        split.embed(tiny.from_tokens(tokens)).sum(0), whole.embed(tiny.from_tokens(tokens))[0]
+    )
+    torch.testing.assert_close(
+        split.clean(tiny.from_tokens(tokens)).logits, whole.clean(tiny.from_tokens(tokens)).logits
+    )
     with pytest.raises(ValueError, match="no position embedding"):
         Engine(MODELS["llama"], split_input=True)
 
@@ -356,7 +394,7 @@ def test_split_input_splits_token_and_position():
 def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_engine):
     name, factored = named_engine
     graph, tokens = factored.graph, tokens_for(factored, rows=2, length=5)
-    clean = factored.clean(tokens)
+    clean = factored.clean(tiny.from_tokens(tokens))
     differences = torch.randn_like(clean.writers)
     ablated = factored.ablated(clean.writers - differences)
     mask = torch.ones(graph.exists.shape, dtype=torch.float64, requires_grad=True)
@@ -364,10 +402,12 @@ def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_eng
     def objective(logits):
         return logits[:, -1, :4].pow(2).sum()
 
-    (by_mask,) = torch.autograd.grad(objective(factored.masked(tokens, mask, ablated)), mask)
+    (by_mask,) = torch.autograd.grad(
+        objective(factored.masked(tiny.from_tokens(tokens), mask, ablated)), mask
+    )
     ours = torch.zeros_like(by_mask)
     for first, gradients in factored.reader_gradients(
-        clean.writers[: graph.n_inputs].sum(0), objective
+        tiny.from_tokens(tokens), clean.writers[: graph.n_inputs].sum(0), objective
     ):
         upstream = graph.upstream[first]
         ours[first : first + len(gradients), :upstream] = (
@@ -377,8 +417,7 @@ def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_eng
     torch.testing.assert_close(ours / scale, by_mask / scale, atol=10 * bound(name), rtol=0)
 
 
-# ---- switching any feature off must be noticed
-# ------------------------------------------------------------------
+# ---- switching any feature off must be noticed ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,7 +432,9 @@ def test_switching_a_feature_off_is_noticed(name, feature, mutate, monkeypatch):
         assert "the engine and" in str(error) and "differ by" in str(error)
     else:
         tokens = MODELS[name].probe_tokens
-        difference = (mutated.logits(tokens) - MODELS[name].bridge(tokens)).abs().max()
+        difference = (
+            (mutated.logits(tiny.from_tokens(tokens)) - MODELS[name].bridge(tokens)).abs().max()
+        )
         assert difference > 10 * bound(name)
 
 
@@ -407,8 +448,7 @@ def test_key_bias_is_read_under_a_mask():
             Engine(MODELS["llama"])
 
 
-# ---- refusals
-# ---------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -448,10 +488,12 @@ def test_other_architectures_are_refused_by_name():
 def test_inputs_beyond_the_context_and_masks_of_another_graph_are_refused():
     factored = Engine(MODELS["gpt2"])
     with pytest.raises(ValueError, match="17 tokens, but the model's context is 16"):
-        factored.clean(torch.zeros(1, 17, dtype=torch.long))
+        factored.clean(tiny.from_tokens(torch.zeros(1, 17, dtype=torch.long)))
     tokens = tokens_for(factored)
     with pytest.raises(ValueError, match="the graph has"):
-        factored.masked(tokens, torch.ones(3, 4), random_ablated(factored, tokens))
+        factored.masked(
+            tiny.from_tokens(tokens), torch.ones(3, 4), random_ablated(factored, tokens)
+        )
 
 
 def test_weights_that_are_not_finite_are_refused():

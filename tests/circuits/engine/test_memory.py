@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation, writer_means
+from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation.means import writer_means
 from circuits.circuit import Circuit
 from circuits.discovery import EAP, EAPIG, eap, eap_ig
 from circuits.engine import Engine
@@ -26,8 +27,9 @@ from circuits.engine.memory import (
     parse_memory,
     written,
 )
+from circuits.faithfulness import faithfulness_scale
 from circuits.metrics import METRICS
-from circuits.objective import Objective, faithfulness_scale, prepare
+from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 from mad.benchmark.speed import peak_of_eap
 from mad.departure import departure
@@ -67,7 +69,7 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-7)
 
 
-# ---- as text ------------------------------------------------------------------------------------
+# ---- as text -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_default_is_the_same_everywhere():
         assert inspect.signature(function).parameters["memory"].default == "2GB", path
 
 
-# ---- how many fit -------------------------------------------------------------------------------
+# ---- how many fit --------------------------------------------------------------------------------
 
 
 def test_as_many_prompts_as_fit_and_never_more_than_64():
@@ -177,7 +179,7 @@ def test_a_prompt_that_takes_more_than_half_gets_all_of_it_and_nothing_is_kept()
         prepare(engine, PROMPTS, METRICS["kl"], fitted, memory=str(enough - 1))
 
 
-# ---- formulas against tensors -------------------------------------------------------------------
+# ---- formulas against tensors --------------------------------------------------------------------
 
 SHAPES: dict[str, Callable] = {
     "gpt2": lambda: tiny.gpt2(
@@ -268,15 +270,13 @@ def measured(request) -> dict[str, tuple[int, int]]:
     means = mean.values(engine, prompts)
 
     def plain():
-        logits = engine.logits(prompts.clean, prompts.key_mask, prompts.positions)
+        logits = engine.logits(prompts)
         return metric(logits, prompts, logits)
 
     @torch.enable_grad()
     def explanation():
         mask = (0.5 * graph.exists).repeat(count, *(1 for _ in graph.exists.shape)).requires_grad_()
-        logits = engine.masked(
-            prompts.clean, mask, means, positions=prompts.positions, per_example=True
-        )
+        logits = engine.masked(prompts, mask, means, per_example=True)
         return torch.autograd.grad(metric(logits, prompts, batch.clean.logits).sum(), mask)
 
     hosts, given = prompts.select(range(4)), prompts.select(range(4, 7))
@@ -358,7 +358,7 @@ def test_formulas_are_upper_bounds_and_not_far_above(measured, work):
     assert taken <= predicted <= (2.8 if shared else 2.2) * taken
 
 
-# ---- results do not depend on the budget --------------------------------------------------------
+# ---- results do not depend on the budget ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("ablation", ["counterfactual", "mean"])
@@ -376,7 +376,7 @@ def test_a_behaviour_measures_the_same_whatever_is_kept(engine, ablation):
         close(ours.measure(masks[0]), expected[0])
     close(some.measure_each(list(masks), "masks"), expected)
     one, other = (
-        faithfulness_scale(objective, ablation).faithfulness(masks[0]).value
+        faithfulness_scale(objective).faithfulness(masks[0]).value
         for objective in (some, everything)
     )
     assert one == pytest.approx(other, rel=1e-9)

@@ -108,15 +108,17 @@ class Notes:
             close(name, self.keys[node][number], seen[f"k{layer}"][head // graph.kv_group][rows])
 
 
-# ---- patterns of a plain run
-# ------------------------------------------------------------------------
+# ---- patterns of a plain run ---------------------------------------------------------------------
 
 
 def patterns(
     factored: Engine, tokens: Tensor, at: Tensor, key_mask: Tensor | None = None
 ) -> list[Tensor]:
     """[heads, B, P, S] of each layer."""
-    clean, architecture = factored.clean(tokens, key_mask, at, sides=True), factored.architecture
+    clean, architecture = (
+        factored.clean(tiny.from_tokens(tokens, key_mask, positions=at), sides=True),
+        factored.architecture,
+    )
     return [
         attention_scores(architecture, block.attention, q, k, key_mask, at=at).softmax(-1)
         for block, (q, k) in zip(architecture.blocks, clean.sides, strict=True)
@@ -167,36 +169,42 @@ def test_patterns_of_a_short_prompt_do_not_see_its_padding(named):
 def test_observing_a_plain_run_changes_nothing(named):
     _, factored = named
     ids = tokens(3, 9)
-    with_sides, without = factored.clean(ids, sides=True), factored.clean(ids)
+    with_sides, without = (
+        factored.clean(tiny.from_tokens(ids), sides=True),
+        factored.clean(tiny.from_tokens(ids)),
+    )
     assert torch.equal(with_sides.logits, without.logits) and torch.equal(
         with_sides.writers, without.writers
     )
     assert without.sides == ()
 
 
-# ---- nodes under masks
-# ------------------------------------------------------------------------------
+# ---- nodes under masks ---------------------------------------------------------------------------
 
 
 def test_nodes_under_masks_equal_the_computation_through_hooks(masked):
     name, factored, ids, masks = masked
-    clean = factored.clean(ids).writers
+    clean = factored.clean(tiny.from_tokens(ids)).writers
     ablated = factored.ablated(noise_like(clean))
     for upstream in (None, clean):
         together = Notes(factored, 3)
-        logits = factored.masked(ids, masks, ablated, upstream=upstream, observe=together)
-        assert torch.equal(factored.masked(ids, masks, ablated, upstream=upstream), logits), (
-            "observing changes nothing"
+        logits = factored.masked(
+            tiny.from_tokens(ids), masks, ablated, upstream=upstream, observe=together
         )
+        assert torch.equal(
+            factored.masked(tiny.from_tokens(ids), masks, ablated, upstream=upstream), logits
+        ), "observing changes nothing"
         own = Notes(factored, 3)
         by_example = factored.masked(
-            ids, masks, ablated, upstream=upstream, observe=own, per_example=True
+            tiny.from_tokens(ids), masks, ablated, upstream=upstream, observe=own, per_example=True
         )
         assert (
             together.written.keys() == own.written.keys()
             and together.queries.keys() == own.queries.keys()
         )
-        unseen = factored.masked(ids, masks, ablated, upstream=upstream, per_example=True)
+        unseen = factored.masked(
+            tiny.from_tokens(ids), masks, ablated, upstream=upstream, per_example=True
+        )
         assert torch.equal(unseen, by_example)
         for number, mask in enumerate(masks):
             seen: dict[str, Tensor] = {}
@@ -209,7 +217,11 @@ def test_nodes_under_masks_equal_the_computation_through_hooks(masked):
             own.equal(name, number, seen, slice(number, number + 1))
             alone = Notes(factored, 1)
             close(
-                name, factored.masked(ids, mask, ablated, upstream=upstream, observe=alone), theirs
+                name,
+                factored.masked(
+                    tiny.from_tokens(ids), mask, ablated, upstream=upstream, observe=alone
+                ),
+                theirs,
             )
             alone.equal(name, 0, seen)
 
@@ -218,13 +230,13 @@ def test_nodes_under_masks_equal_the_computation_through_hooks(masked):
 def test_all_readers_are_given_the_writers_of_another_run(name):
     """Its inputs too."""
     factored, (ids, others) = Engine(MODELS[name]), (tokens(2, 6), tokens(2, 6, seed=4))
-    other = factored.clean(others).writers
+    other = factored.clean(tiny.from_tokens(others)).writers
     ablated = factored.ablated(noise_like(other))
     mask = torch.rand(
         factored.graph.exists.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     notes, seen = Notes(factored, 1), {}
-    logits = factored.masked(ids, mask, ablated, upstream=other, observe=notes)
+    logits = factored.masked(tiny.from_tokens(ids), mask, ablated, upstream=other, observe=notes)
     close(
         name, logits, through_hooks(factored, ids, mask, ablated.writers, upstream=other, seen=seen)
     )
@@ -234,12 +246,12 @@ def test_all_readers_are_given_the_writers_of_another_run(name):
 def test_the_nodes_that_are_shown_are_those_that_the_logits_depend_on(named):
     _, factored = named
     ids, graph = tokens(2, 5), factored.graph
-    ablated = factored.ablated(noise_like(factored.clean(ids).writers))
+    ablated = factored.ablated(noise_like(factored.clean(tiny.from_tokens(ids)).writers))
     draw, sizes = torch.Generator().manual_seed(1), set()
     for _ in range(8):
         mask = (torch.rand(graph.exists.shape, generator=draw) < 0.15).double()
         notes = Notes(factored, 1)
-        factored.masked(ids, mask, ablated, observe=notes)
+        factored.masked(tiny.from_tokens(ids), mask, ablated, observe=notes)
         alive = [
             node
             for node, here in zip(
@@ -258,14 +270,14 @@ def test_the_nodes_that_are_shown_are_those_that_the_logits_depend_on(named):
 def test_each_living_head_is_shown_with_the_keys_that_it_reads(name, alive):
     factored = Engine(MODELS[name])
     ids, graph = tokens(2, 5), factored.graph
-    ablated = factored.ablated(noise_like(factored.clean(ids).writers))
+    ablated = factored.ablated(noise_like(factored.clean(tiny.from_tokens(ids)).writers))
     mask = torch.rand(
         graph.exists.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     mask[-1] = 0
     mask[-1, [graph.writer_index[f"a1.h{head}"] for head in alive]] = 1
     notes, seen = Notes(factored, 1), {}
-    factored.masked(ids, mask, ablated, observe=notes)
+    factored.masked(tiny.from_tokens(ids), mask, ablated, observe=notes)
     through_hooks(factored, ids, mask, ablated.writers, seen=seen)
     assert [node for node in notes.queries if node.startswith("a1.")] == [
         f"a1.h{head}" for head in alive
@@ -276,7 +288,7 @@ def test_each_living_head_is_shown_with_the_keys_that_it_reads(name, alive):
 def test_a_run_that_starts_later_shows_the_nodes_from_there(named):
     name, factored = named
     ids, graph = tokens(2, 7), factored.graph
-    clean = factored.clean(ids).writers
+    clean = factored.clean(tiny.from_tokens(ids)).writers
     ablated = factored.ablated(noise_like(clean))
     mask = torch.rand(
         graph.exists.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
@@ -284,9 +296,11 @@ def test_a_run_that_starts_later_shows_the_nodes_from_there(named):
     mask[: graph.first_reader(1)] = 1
     for upstream in (None, clean):
         whole, later = Notes(factored, 1), Notes(factored, 1)
-        factored.masked(ids, mask, ablated, observe=whole, upstream=upstream)
+        factored.masked(tiny.from_tokens(ids), mask, ablated, observe=whole, upstream=upstream)
         start = Start(1, clean[: graph.first_writer(1)])
-        factored.masked(ids, mask, ablated, start=start, observe=later, upstream=upstream)
+        factored.masked(
+            tiny.from_tokens(ids), mask, ablated, start=start, observe=later, upstream=upstream
+        )
         assert list(later.written) == list(graph.writers[graph.first_writer(1) :])
         for kind in ("written", "queries", "keys"):
             for node, values in getattr(later, kind).items():
@@ -295,12 +309,14 @@ def test_a_run_that_starts_later_shows_the_nodes_from_there(named):
 
 def test_with_all_edges_everything_is_as_in_the_clean_run(masked):
     name, factored, ids, _ = masked
-    clean, graph = factored.clean(ids, sides=True), factored.graph
+    clean, graph = factored.clean(tiny.from_tokens(ids), sides=True), factored.graph
     ablated = factored.ablated(noise_like(clean.writers))
     for upstream in (None, clean.writers):
         notes = Notes(factored, 1)
         ones = torch.ones(graph.exists.shape)
-        logits = factored.masked(ids, ones, ablated, upstream=upstream, observe=notes)
+        logits = factored.masked(
+            tiny.from_tokens(ids), ones, ablated, upstream=upstream, observe=notes
+        )
         close(name, logits, clean.logits)
         assert list(notes.written) == list(graph.writers[graph.n_inputs :])
         assert list(notes.queries) == [node for node in notes.written if node.startswith("a")]
@@ -314,7 +330,7 @@ def test_with_all_edges_everything_is_as_in_the_clean_run(masked):
 def test_gradients_of_what_nodes_one_step_from_the_model_do_equal_finite_differences(n_positions):
     factored = Engine(MODELS["gpt2"], n_positions=n_positions)
     ids, graph = tokens(2, 4), factored.graph
-    clean = factored.clean(ids)
+    clean = factored.clean(tiny.from_tokens(ids))
     ablated = factored.ablated(noise_like(clean.writers))
     draw = torch.Generator().manual_seed(2)
     mask = torch.rand(graph.exists.shape, generator=draw, dtype=torch.float64).requires_grad_()
@@ -332,7 +348,9 @@ def test_gradients_of_what_nodes_one_step_from_the_model_do_equal_finite_differe
                     + seen.keys.square().sum()
                 )
 
-        logits = factored.masked(ids, mask, ablated, upstream=clean.writers, observe=add)
+        logits = factored.masked(
+            tiny.from_tokens(ids), mask, ablated, upstream=clean.writers, observe=add
+        )
         return logits[..., :3].square().sum() + sum(sums)
 
     (gradient,) = torch.autograd.grad(value(mask), mask)

@@ -44,7 +44,7 @@ def folder(request, tmp_path_factory):
     return path, module
 
 
-# ---- TransformerLens files, made by hand --------------------------------------------------------
+# ---- TransformerLens files, made by hand ---------------------------------------------------------
 
 
 def legacy(bridge) -> dict[str, torch.Tensor]:
@@ -144,7 +144,9 @@ def test_transformer_lens_files_give_the_model_they_were_made_from(
         expected = bridge(TOKENS)
     assert expected.std() > 0.3
     torch.testing.assert_close(model.bridge(TOKENS), expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(Engine(model).logits(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        Engine(model).logits(tiny.from_tokens(TOKENS)), expected, atol=1e-4, rtol=1e-4
+    )
     assert model.weight_hash == weight_hash(state)
     assert (model.tokenizer, model.hf_config, model.prepend_bos) == (None, None, False)
     assert (model.context, model.vocabulary) == (16, 29)
@@ -242,7 +244,7 @@ def test_a_training_checkpoint_is_refused(tmp_path, content):
         load(write(tmp_path, content, config_of(bridge), ".pt"))
 
 
-# ---- HuggingFace folders ------------------------------------------------------------------------
+# ---- HuggingFace folders -------------------------------------------------------------------------
 
 
 def test_a_huggingface_folder_gives_the_model_it_was_saved_from(folder):
@@ -252,7 +254,9 @@ def test_a_huggingface_folder_gives_the_model_it_was_saved_from(folder):
         expected = module(TOKENS).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(model.bridge(TOKENS), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(Engine(model).logits(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        Engine(model).logits(tiny.from_tokens(TOKENS)), expected, atol=1e-4, rtol=1e-4
+    )
     assert model.weight_hash == weight_hash(module.state_dict()) == from_module(module).weight_hash
     assert model.path == str(path) and model.tokenizer is None and model.prepend_bos is False
     assert (model.context, model.vocabulary) == (16, 29)
@@ -359,7 +363,7 @@ def test_an_unknown_dtype_is_refused(folder):
         load(folder[0], dtype="int8")
 
 
-# ---- modules in memory --------------------------------------------------------------------------
+# ---- modules in memory ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -420,7 +424,7 @@ def test_the_probe_is_of_the_model_before_it_was_wrapped():
         )
 
 
-# ---- the hash -----------------------------------------------------------------------------------
+# ---- the hash ------------------------------------------------------------------------------------
 
 
 def test_the_hash_sees_one_bit_a_name_a_type_and_a_shape():
@@ -453,7 +457,7 @@ def test_the_hash_does_not_see_order_or_memory_layout():
     assert weight_hash({"a": one, "b": other}) == weight_hash({"b": other, "a": transposed})
 
 
-# ---- real models --------------------------------------------------------------------------------
+# ---- real models ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +467,10 @@ def stories(cases):
 
 def greedy(factored: Engine, tokens: list[int], count: int) -> list[int]:
     for _ in range(count):
-        tokens = [*tokens, int(factored.logits(torch.tensor([tokens]))[0, -1].argmax())]
+        tokens = [
+            *tokens,
+            int(factored.logits(tiny.from_tokens(torch.tensor([tokens])))[0, -1].argmax()),
+        ]
     return tokens
 
 
@@ -509,7 +516,7 @@ def test_induction_models_reach_their_known_accuracy(cases, name, accuracy):
     factored = Engine(load(folder / f"indhead_{name}.pt"))
     assert factored.graph.attention_only and factored.graph.n_edges == 12
     data = np.load(folder / "test.eval.npz", allow_pickle=False)
-    logits = factored.logits(torch.tensor(data["tokens"]))[:, data["answer_pos"]]
+    logits = factored.logits(tiny.from_tokens(torch.tensor(data["tokens"])))[:, data["answer_pos"]]
     right = logits.argmax(-1) == torch.tensor(data["labels"])
     assert right.double().mean().item() == pytest.approx(accuracy, abs=5e-4)
 
@@ -520,7 +527,9 @@ def test_compiled_programs_compute_their_labels(cases, program, edges):
     factored = Engine(load(folder / f"{program}.pt"))
     assert factored.graph.n_edges == edges and not factored.graph.causal
     data = np.load(folder / f"{program}.eval.npz", allow_pickle=False)
-    logits = factored.logits(torch.tensor(data["tokens"], dtype=torch.long))[:, data["answer_pos"]]
+    logits = factored.logits(tiny.from_tokens(torch.tensor(data["tokens"], dtype=torch.long)))[
+        :, data["answer_pos"]
+    ]
     labels = torch.tensor(data["labels"])
     if program == "reverse":
         assert torch.equal(logits.argmax(-1), labels)

@@ -44,10 +44,14 @@ def test_one_head_at_all_positions(name):
     engine = with_head(name, OutputHead(weight, bias))
     expected = hidden(name) @ weight.T + bias
     assert expected.abs().max() > 3.0  # beyond the cap
-    torch.testing.assert_close(engine.logits(TOKENS), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        engine.logits(tiny.from_tokens(TOKENS)), expected, atol=1e-4, rtol=1e-4
+    )
     ones = engine.graph.exists
-    ablated = engine.ablated(torch.zeros_like(engine.clean(TOKENS).writers))
-    torch.testing.assert_close(engine.masked(TOKENS, ones, ablated), expected, atol=1e-4, rtol=1e-4)
+    ablated = engine.ablated(torch.zeros_like(engine.clean(tiny.from_tokens(TOKENS)).writers))
+    torch.testing.assert_close(
+        engine.masked(tiny.from_tokens(TOKENS), ones, ablated), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_one_probe_for_each_sensor_at_its_position():
@@ -56,16 +60,16 @@ def test_one_probe_for_each_sensor_at_its_position():
     positions = torch.tensor([[2, 5], [1, 6], [6, 0]])
     at = hidden("codegen")[torch.arange(3)[:, None], positions]
     probes = (at * weight[:, 0]).sum(-1) + bias[:, 0]  # [prompts, sensors]
-    logits = engine.logits(TOKENS, positions=positions)
+    logits = engine.logits(tiny.from_tokens(TOKENS, positions=positions))
     assert logits.shape == (3, 2, 2)
     torch.testing.assert_close(logits.softmax(-1)[..., 1], probes.sigmoid(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        engine.clean(TOKENS, positions=positions[:, :1]).logits, logits[:, :1]
+        engine.clean(tiny.from_tokens(TOKENS, positions=positions[:, :1])).logits, logits[:, :1]
     )
     with pytest.raises(
         ValueError, match="the head has 2 places, but 7 positions are read; name 2 `positions`"
     ):
-        engine.logits(TOKENS)
+        engine.logits(tiny.from_tokens(TOKENS))
 
 
 def test_bad_heads_are_refused(tmp_path):
@@ -92,7 +96,9 @@ def test_a_sensor_model_goes_through_the_commands(tmp_path):
     places = [3, 4, 5]
     records = []
     for record in tiny.records(90, shortest=6, longest=9):
-        logits = engine.logits(torch.tensor([record["clean"]]), positions=torch.tensor([places]))[0]
+        logits = engine.logits(
+            tiny.from_tokens(torch.tensor([record["clean"]]), positions=torch.tensor([places]))
+        )[0]
         answers = logits.argmax(-1).tolist()
         records.append(
             {

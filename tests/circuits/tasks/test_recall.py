@@ -25,8 +25,8 @@ from circuits.tasks.recall import (
     tokens,
     vocabulary,
 )
-from mad.tasks import training as mad_train
 from mad.tasks import GROUPS, TASKS
+from mad.tasks import training as mad_train
 from mad.tasks.recall_redirect import RecallRedirect, gate_prompts, groups, mixture
 from mad.tasks.training import GateMissed, Train, check, command, complete, measure, run, train
 

@@ -49,8 +49,8 @@ def test_fast_is_the_deviation_of_model_and_circuit(context, deviation, ablation
     for row, score in enumerate(detector.score(new).tolist()):
         one = new.select([row])
         ablated = detector.ablation.values(engine, one)
-        model = engine.clean(one.clean).logits[0]
-        circuit = engine.masked(one.clean, context.circuit.mask, ablated)[0]
+        model = engine.clean(tiny.from_tokens(one.clean)).logits[0]
+        circuit = engine.masked(tiny.from_tokens(one.clean), context.circuit.mask, ablated)[0]
         parts = []
         for position in one.positions[0].tolist():
             p, q = model[position].log_softmax(-1), circuit[position].log_softmax(-1)
@@ -94,7 +94,7 @@ def test_max_probability(context):
     config, fit, _ = DETECTORS["max_probability"]
     detector = fit(config(), context, prompts(5, 0))
     new = prompts(5, 1)
-    logits = context.engine.logits(new.clean, new.key_mask)
+    logits = context.engine.logits(tiny.from_tokens(new.clean, new.key_mask))
     for row, score in enumerate(detector.score(new).tolist()):
         chosen = [logits[row, p].log_softmax(-1).max().item() for p in new.positions[row].tolist()]
         assert score == pytest.approx(-sum(chosen) / len(chosen), rel=1e-5)

@@ -145,8 +145,7 @@ def budget(
     return str(size.mask + pairs * (whole.clean + cost + size.prepared(True)))
 
 
-# ---- scores
-# -----------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def test_transplants_are_slow_runs_of_the_hosts(engine):
@@ -218,8 +217,7 @@ def test_scores_are_the_same_each_time(context):
     assert torch.equal(*scores)
 
 
-# ---- places
-# -----------------------------------------------------------------------------------------
+# ---- places --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,8 +259,7 @@ def test_what_all_hosts_share_stays_one_row():
     assert found.shape == (6, 2, 1, 7, 3) and torch.equal(found[:, :, 0], writers)
 
 
-# ---- memory
-# -----------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "bidirectional", "gpt2, positions"])
@@ -325,8 +322,7 @@ def test_logits_of_the_model_at_scored_positions(engine):
             torch.testing.assert_close(logits[row, : len(scored)], alone, atol=2e-5, rtol=2e-5)
 
 
-# ---- explanations
-# -----------------------------------------------------------------------------------
+# ---- explanations --------------------------------------------------------------------------------
 
 
 def fixed(name: str, steps: int, hosts: int = 3):
@@ -412,8 +408,7 @@ def test_a_score_of_nothing_has_no_shares(context):
     assert not explained.shares.any() and explained.residual.isfinite().all()
 
 
-# ---- several circuits
-# -------------------------------------------------------------------------------
+# ---- several circuits ----------------------------------------------------------------------------
 
 
 def with_circuits(detector, count: int):
@@ -508,8 +503,7 @@ def test_circuits_that_cannot_be_found_again_are_refused(extracted, context):
         fit_transplant(Strict(hosts=2, circuits=2), context, trusted)
 
 
-# ---- saved, and refused
-# -----------------------------------------------------------------------------
+# ---- saved, and refused --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2, positions"])
@@ -589,8 +583,10 @@ def test_a_transplant_is_the_counterfactual_ablation_of_the_host(context):
     ]
     twins = prompts_from_records(records)
     ablated = fit_ablation(AblationConfig("counterfactual"), engine, twins).values(engine, twins)
-    made = engine.masked(twins.clean, mask, ablated)[:, 4]
-    expected = [kl(engine.logits(twins.clean)[row, 4], made[row]) for row in range(3)]
+    made = engine.masked(tiny.from_tokens(twins.clean), mask, ablated)[:, 4]
+    expected = [
+        kl(engine.logits(tiny.from_tokens(twins.clean))[row, 4], made[row]) for row in range(3)
+    ]
     donors = prompts_from_records([{"clean": record["corrupt"]} for record in records])
     found = transplanted(engine, mask, twins, donors).diagonal()
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-5)

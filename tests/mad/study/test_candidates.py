@@ -77,8 +77,7 @@ def module():
     return tiny.gpt2_module().double()
 
 
-# ---- a slow run, edge by edge
-# -----------------------------------------------------------------------
+# ---- a slow run, edge by edge --------------------------------------------------------------------
 
 
 @dataclass
@@ -178,13 +177,15 @@ def tokens_of(prompts: Prompts) -> list[tuple[list[int], list[int]]]:
 def test_the_slow_run_is_the_model(module, lenses):
     engine = lenses["edges"].engine
     for tokens, _ in tokens_of(some(3, 5, same_length=False)):
-        clean, slow = engine.clean(torch.tensor([tokens])), run(module, engine.graph, tokens)
+        clean, slow = (
+            engine.clean(tiny.from_tokens(torch.tensor([tokens]))),
+            run(module, engine.graph, tokens),
+        )
         torch.testing.assert_close(slow.writers, clean.writers[:, 0])
         torch.testing.assert_close(slow.logits, module(torch.tensor([tokens])).logits[0].detach())
 
 
-# ---- departures
-# -------------------------------------------------------------------------------------
+# ---- departures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,8 +258,7 @@ def test_dropped_nodes_run_on_what_the_circuit_makes_of_their_inputs(module, len
         torch.testing.assert_close(every.nodes[row], gap.float(), atol=1e-5, rtol=1e-4)
 
 
-# ---- inputs of readers
-# ------------------------------------------------------------------------------
+# ---- inputs of readers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,8 +303,7 @@ def test_input_scores_are_the_largest_ratio_to_the_trusted_mean(lenses, kind):
         assert score[prompt].item() == pytest.approx(max(ratios).item(), rel=1e-5)
 
 
-# ---- effects
-# ----------------------------------------------------------------------------------------
+# ---- effects -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -345,8 +344,7 @@ def test_effect_scores_are_their_formulas(lenses, kind):
     torch.testing.assert_close(CANDIDATES["effect_share_tails"](lens)(new), torch.tensor(tails))
 
 
-# ---- donors and hosts
-# -------------------------------------------------------------------------------
+# ---- donors and hosts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -415,8 +413,7 @@ def test_a_prompt_transplanted_into_itself_changes_nothing(lenses, kind):
     )
 
 
-# ---- all of them
-# ------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

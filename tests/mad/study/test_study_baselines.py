@@ -52,8 +52,7 @@ def saved(tmp_path_factory) -> Subject:
     return subject(load_model(ModelConfig(path=str(folder), dtype="float64")))
 
 
-# ---- residual streams
-# ---------------------------------------------------------------------------------
+# ---- residual streams ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "gemma2"])
@@ -128,14 +127,13 @@ def test_scores_that_share_distances_run_the_model_once(plain, monkeypatch):
     assert len(once) == 2 * 5 and len(runs) == 1
 
 
-# ---- attributions
-# -------------------------------------------------------------------------------------
+# ---- attributions --------------------------------------------------------------------------------
 
 
 def lead(engine: Engine, means, prompts: Prompts, mask: torch.Tensor) -> torch.Tensor:
     """The lead of the model's first choice over its second, under a mask, for one prompt."""
-    logits = engine.masked(prompts.clean, mask, means.values(engine, prompts))[0]
-    clean = engine.logits(prompts.clean)[0]
+    logits = engine.masked(tiny.from_tokens(prompts.clean), mask, means.values(engine, prompts))[0]
+    clean = engine.logits(tiny.from_tokens(prompts.clean))[0]
     leads = []
     for position in prompts.positions[0].tolist():
         first, second = clean[position].topk(2).indices.tolist()
@@ -193,8 +191,7 @@ def test_attribution_mahalanobis_is_the_distance_of_attributions(plain):
     torch.testing.assert_close(attribution_mahalanobis(plain)(NEW), expected.float())
 
 
-# ---- the fine-tuned copy
-# ------------------------------------------------------------------------------
+# ---- the fine-tuned copy -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -216,7 +213,7 @@ def test_fine_tuned_kl_against_the_formula_and_again(saved):
     assert not torch.equal(score(NEW), fine_tuned_kl(replace(saved, seed=4), config)(NEW))
     for row, found in enumerate(score(NEW).tolist()):
         one, parts = NEW.select([row]), []
-        model = saved.engine.logits(one.clean)[0].log_softmax(-1)
+        model = saved.engine.logits(tiny.from_tokens(one.clean))[0].log_softmax(-1)
         copy = tuned(one.clean).logits[0].log_softmax(-1)
         for position in one.positions[0].tolist():
             parts.append(float((model[position].exp() * (model[position] - copy[position])).sum()))
@@ -227,7 +224,7 @@ def test_the_copy_learns_the_models_own_first_choice(saved):
     fit = saved.trusted["fit"]
     rows, positions = (fit.positions >= 0).nonzero(as_tuple=True)
     at = rows, fit.positions[rows, positions]
-    choice = saved.engine.logits(fit.clean, fit.key_mask)[at].argmax(-1)
+    choice = saved.engine.logits(tiny.from_tokens(fit.clean, fit.key_mask))[at].argmax(-1)
 
     def loss(steps: int) -> float:
         copy = fine_tune(saved, FineTuning(steps=steps, learning_rate=1e-2))
@@ -244,8 +241,7 @@ def test_a_model_that_is_in_no_folder_is_refused(plain):
         fine_tuned_kl(subject(tiny.native()))
 
 
-# ---- all of them
-# --------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 def test_all_are_finite_float32_and_equal_alone_and_shared(saved):

@@ -1,0 +1,65 @@
+"""What a removed edge carries instead of its writer's value.
+
+    zero              nothing
+    mean              the writer's mean over positions of a reference set; position 0 keeps its own
+                      mean, because attention sinks live there
+    positional_mean   the mean at each position
+    counterfactual    the writer's value on the prompt's own corrupt twin
+    resample          the writer's value on another prompt of the reference set, drawn at random
+
+Means leave padding out.  Fit once on a reference set, then ask for the values on each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from circuits.ablation.ablation import Ablation
+from circuits.ablation.means import Mean, PositionalMean
+from circuits.ablation.runs import Counterfactual, Resample
+from circuits.ablation.zero import Zero
+from circuits.engine.engine import Engine
+from circuits.prompts.prompts import Prompts
+
+ABLATIONS: dict[str, type[Ablation]] = {
+    kind.name: kind for kind in (Zero, Mean, PositionalMean, Counterfactual, Resample)
+}
+
+__all__ = ["ABLATIONS", "Ablation", "AblationConfig", "fit_ablation", "restore_ablation"]
+
+
+@dataclass
+class AblationConfig:
+    """What removed edges carry."""
+
+    name: str = "counterfactual"  # zero, mean, positional_mean, counterfactual or resample
+    seed: int = 0  # of the donors' draw, for resample
+
+
+def fit_ablation(
+    config: AblationConfig, engine: Engine, reference: Prompts, *, memory: str = "2GB"
+) -> Ablation:
+    """Returns an ablation fitted on reference prompts.
+
+    Raises:
+        ValueError: there is no such ablation.
+    """
+    return _kind(config.name).fit(engine, reference, seed=config.seed, memory=memory)
+
+
+def restore_ablation(name: str, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:
+    """Returns an ablation from its `state`.
+
+    Raises:
+        ValueError: there is no such ablation, or it keeps none.
+    """
+    return _kind(name).restore(engine, state)
+
+
+def _kind(name: str) -> type[Ablation]:
+    if name not in ABLATIONS:
+        raise ValueError(f"ablation={name!r}, but the ablations are {', '.join(ABLATIONS)}")
+    return ABLATIONS[name]

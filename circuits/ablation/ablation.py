@@ -1,0 +1,62 @@
+"""The protocol of an ablation.
+
+Shapes: prompts B, positions S, d_model D, writers W.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.engine.engine import Engine
+from circuits.engine.masked import Ablated
+from circuits.prompts.prompts import Prompts
+
+
+class Ablation(ABC):
+    """A fitted ablation."""
+
+    name: ClassVar[str]
+    per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Ablation:
+        """Returns the ablation fitted on reference prompts."""
+
+    @abstractmethod
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """What writers are taken to write on these prompts; B and S are 1 where rows are equal.
+
+        Raises:
+            ValueError: there is no value for one of the prompts.
+        """
+
+    def values(self, engine: Engine, prompts: Prompts) -> Ablated:
+        """What removed edges carry on these prompts, ready for `Engine.masked`.
+
+        Raises:
+            ValueError: there is no value for one of the prompts.
+        """
+        return engine.ablated(self.writers(engine, prompts))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors from which it can be restored.
+
+        Raises:
+            ValueError: it depends on the prompts themselves, and keeps none.
+        """
+        raise ValueError(f"ablation={self.name} keeps no tensors; it is fitted anew each time")
+
+    @classmethod
+    def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:
+        """The ablation from its `state`.
+
+        Raises:
+            ValueError: it keeps none.
+        """
+        raise ValueError(f"ablation={cls.name} keeps no tensors; it is fitted anew each time")

@@ -1,0 +1,122 @@
+"""Mean ablation: removed edges carry their writer's mean over a reference set.
+
+Shapes: prompts B, positions S, d_model D, writers W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.ablation.ablation import Ablation
+from circuits.batches import in_batches
+from circuits.engine.engine import Engine
+from circuits.prompts.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean output of every writer over a reference set.
+
+    `count[p]` is how many prompts reach position p; `rest` pools positions 1 and later.
+    """
+
+    first: Float[Tensor, "W D"]
+    rest: Float[Tensor, "W D"]
+    positional: Float[Tensor, "W S D"]
+    count: Int[Tensor, "S"]
+
+
+@torch.no_grad()
+def writer_means(engine: Engine, prompts: Prompts, *, memory: str = "2GB") -> Means:
+    """Returns every writer's mean over the real tokens of prompts, summed in float64.
+
+    Raises:
+        TooLittleMemory: a prompt takes more memory than there is.
+    """
+    longest = int(prompts.lengths.max())
+    shape = (len(engine.graph.writers), longest, engine.architecture.width)
+    total = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+    count = torch.zeros(longest, dtype=torch.int64, device=engine.device)
+    for batch in in_batches(
+        engine,
+        prompts,
+        lambda size: size.clean,
+        memory=memory,
+        shared=lambda _: 2 * total.nbytes,
+    ):
+        writers = engine.writers(batch)
+        length, real = batch.clean.shape[1], batch.key_mask[..., None]
+        for row in range(len(writers)):  # one at a time, since float64 takes twice as much
+            total[row, :length] += (writers[row].double() * real).sum(0)
+        count[:length] += batch.key_mask.sum(0)
+        del writers  # before the next run
+    positional = (total / count[:, None]).to(engine.dtype)
+    rest = (total[:, 1:].sum(1) / max(int(count[1:].sum()), 1)).to(engine.dtype)
+    return Means(positional[:, 0].clone(), rest, positional, count)
+
+
+class Mean(Ablation):
+    """The mean over positions; position 0 has its own."""
+
+    name = "mean"
+
+    def __init__(self, means: Means) -> None:
+        self.means = means
+
+    @classmethod
+    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Mean:
+        """Returns the ablation with means over reference prompts."""
+        return cls(writer_means(engine, reference, memory=memory))
+
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
+        """The means, for as many positions as the prompts have.
+
+        Raises:
+            ValueError: all reference prompts had one token, and these have more.
+        """
+        length = prompts.clean.shape[1]
+        if length > 1 and len(self.means.count) == 1:
+            raise ValueError(
+                f"ablation=mean: prompts have up to {length} tokens, but all reference prompts "
+                "have 1 token, so that there is no mean for later positions; use longer reference "
+                "prompts"
+            )
+        later = self.means.rest[:, None].expand(-1, length - 1, -1)
+        return torch.cat([self.means.first[:, None], later], 1)[:, None]
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The means."""
+        return dict(vars(self.means))
+
+    @classmethod
+    def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Mean:
+        """The ablation with saved means."""
+        tensors = {name: tensor.to(engine.device) for name, tensor in state.items()}
+        values = {name: tensors[name].to(engine.dtype) for name in ("first", "rest", "positional")}
+        return cls(Means(**values, count=tensors["count"]))
+
+
+class PositionalMean(Mean):
+    """The mean at each position."""
+
+    name = "positional_mean"
+
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
+        """The means at the positions that the prompts have.
+
+        Raises:
+            ValueError: no reference prompt was as long.
+        """
+        length, seen = prompts.clean.shape[1], int((self.means.count > 0).sum())
+        if length > seen:
+            raise ValueError(
+                f"ablation=positional_mean: prompts reach position {length - 1}, but the means "
+                f"were taken from prompts of at most {seen} tokens; use ablation=mean or longer "
+                "reference prompts"
+            )
+        return self.means.positional[:, None, :length]

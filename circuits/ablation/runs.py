@@ -1,0 +1,110 @@
+"""Ablations by another run: removed edges carry what writers write on another prompt.
+
+Shapes: prompts B, positions S, d_model D, writers W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.ablation.ablation import Ablation
+from circuits.engine.engine import Engine
+from circuits.prompts.prompts import Prompts
+
+
+class Counterfactual(Ablation):
+    """The writer's value on the prompt's own corrupt twin."""
+
+    name = "counterfactual"
+    per_prompt = True
+
+    @classmethod
+    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Counterfactual:
+        """Returns the ablation; there is nothing to fit."""
+        return cls()
+
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """What is written on the corrupt prompts.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if prompts.corrupt is None:
+            raise ValueError(
+                "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to "
+                "the prompts, or use ablation=mean"
+            )
+        return engine.writers(prompts.corrupted())
+
+
+class Resample(Ablation):
+    """The writer's value on another prompt: one at least as long, and not the prompt itself.
+
+    Which one depends on the seed and the prompt's tokens alone.
+    """
+
+    name = "resample"
+    per_prompt = True
+
+    def __init__(self, donors: Prompts, seed: int) -> None:
+        self.donors, self.seed = donors, seed
+        self._sequences = donors.sequences()
+        self._lengths = donors.lengths.cpu()
+
+    @classmethod
+    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Resample:
+        """Returns the ablation with reference prompts as donors."""
+        return cls(reference.to(engine.device), seed)
+
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """What is written on the donors.
+
+        Raises:
+            ValueError: no donor is as long as one of the prompts, or none but itself.
+        """
+        longest, length = int(self._lengths.max()), int(prompts.lengths.max())
+        if length > longest:
+            raise ValueError(
+                f"ablation=resample: a prompt has {length} tokens, but the longest donor has "
+                f"{longest}; use ablation=mean or longer reference prompts"
+            )
+        donors = self.donors.select(torch.stack([self._drawn(x) for x in prompts.sequences()]))
+        width = prompts.clean.shape[1]
+        # In a bidirectional model what comes later may matter.
+        return engine.writers(donors.cut(width) if engine.graph.causal else donors)[:, :, :width]
+
+    def _drawn(self, tokens: tuple[int, ...]) -> Tensor:
+        """The number of a prompt's donor."""
+        itself = torch.tensor([sequence == tokens for sequence in self._sequences])
+        able = ((self._lengths >= len(tokens)) & ~itself).nonzero()[:, 0]
+        if not len(able):
+            raise ValueError(
+                "ablation=resample: no reference prompt but itself is at least as long as a "
+                f"prompt of {len(tokens)} tokens; give more reference prompts, or use ablation=mean"
+            )
+        seed = mixed((self.seed, *tokens)) & 0x7FFF_FFFF
+        generator = torch.Generator().manual_seed(seed)
+        return able[torch.randint(len(able), (1,), generator=generator)][0]
+
+
+_WORD = (1 << 64) - 1
+_PRIMES = 11400714785074694791, 14029467366897019727, 2870177450012600261  # of xxHash
+
+
+def mixed(numbers: Sequence[int]) -> int:
+    """Returns 64 bits that depend on all of some non-negative numbers under 2^61 - 1.
+
+    They are those of CPython's `hash` of the tuple since 3.8 (a variant of Collet's xxHash), which
+    other versions and implementations of Python need not give.
+    """
+    first, second, fifth = _PRIMES
+    state = fifth
+    for number in numbers:
+        state = (state + number * second) & _WORD
+        state = ((state << 31) | (state >> 33)) & _WORD
+        state = (state * first) & _WORD
+    return (state + (len(numbers) ^ fifth ^ 3527539)) & _WORD

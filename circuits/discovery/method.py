@@ -1,0 +1,37 @@
+"""What a discovery method is, and what it returns.
+
+Shapes: writers W, readers R; `*S` positions, where edges are told apart by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.objective import Objective
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores of all edges and, from methods that decide themselves, the kept ones.
+
+    A positive score supports the behaviour.  Entries of edges that cannot exist are 0.
+    """
+
+    scores: Float[Tensor, "R W *S"]
+    kept: Bool[Tensor, "R W *S"] | None = None
+    details: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A discovery method: its configuration and what runs it."""
+
+    schema: type  # a dataclass, whose `name` is the method's
+    run: Callable[[Any, Objective], Found]
+    decides: bool = False  # which edges to keep, so that no selection follows
+    needs_slope: bool = False  # of the metric at the clean run, where KL has none
