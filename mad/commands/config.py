@@ -66,8 +66,8 @@ def register_group(group: str) -> None:
     if isinstance(schemas, type):
         register(group, group, schemas)
         return
-    for name, (schema, *_) in schemas.items():
-        register(group, name, schema)
+    for name, entry in schemas.items():
+        register(group, name, entry[0] if isinstance(entry, tuple) else entry.schema)
 
 
 def primary(command: str) -> dict[str, Any]:
