@@ -1,8 +1,8 @@
-"""Compares detectors on groups of inputs: AUROC of anomalies against each group of normals, and who
-is flagged.
+"""Compares calibrated detectors on groups of inputs: AUROC of anomalies against each group of
+normals, and who is flagged.
 
-Two regimes are told apart: *in distribution*, where normals look like the trusted ones, and
-*shifted*, where normals are new too and must not be flagged.
+Two groups of normals are told apart: `normal_iid`, which are like the trusted prompts, and
+`normal_shift`, which are new too and must not be flagged.
 
 Shapes: inputs B.
 """
@@ -11,97 +11,84 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.prompts import Prompts
-from mad.calibration import Calibrated
-from mad.detector import Detector
-
-REGIMES = {"normal_iid": "in distribution", "normal_shift": "shifted normals"}
-ANOMALY = "anomaly"
+from mad.benchmark.auroc import auroc, roc_curve
+from mad.benchmark.flags import flagged, share
+from mad.benchmark.results import ANOMALY, TITLES
+from mad.benchmark.roc import RocCurve
+from mad.calibration import Calibrated, Calibration
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One detector's result."""
+    """One detector's result; groups are `normal_iid`, `normal_shift` (or one of them), `anomaly`.
+
+    Raises:
+        ValueError: no anomalies, or alpha is too small for the calibration.
+    """
 
     name: str
-    auroc: Mapping[str, float]  # by group of normals
-    flagged: Mapping[str, float] | None  # share of each group at alpha; None: not calibrated
     scores: Mapping[str, Float[Tensor, "B"]]  # by group
-    hits: Bool[Tensor, "B"] | None = None  # which anomalies are flagged
+    calibration: Calibration
+    alpha: float
 
+    def __post_init__(self) -> None:
+        if ANOMALY not in self.scores:
+            raise ValueError(f"no group {ANOMALY!r} among {', '.join(self.scores)}")
+        if problem := self.calibration.problem(self.alpha):
+            raise ValueError(problem)
 
-def score_groups(
-    detector: Detector, groups: Mapping[str, Prompts], *, memory: str = "2GB"
-) -> dict[str, Tensor]:
-    """A detector's scores on each group."""
-    return {name: detector.score(prompts, memory=memory) for name, prompts in groups.items()}
+    @cached_property
+    def auroc(self) -> dict[str, float]:
+        """AUROC of all anomalies, by group of normals."""
+        return {
+            group: auroc(self.scores[group], self.scores[ANOMALY])
+            for group in TITLES
+            if group in self.scores
+        }
 
+    @cached_property
+    def hits(self) -> dict[str, Bool[Tensor, "B"]]:
+        """Which inputs of each group are flagged at alpha."""
+        return {
+            group: flagged(self.calibration, scores, self.alpha)
+            for group, scores in self.scores.items()
+        }
 
-def auroc(normal: Float[Tensor, "B"], anomalous: Float[Tensor, "N"]) -> float:
-    """The share of (normal, anomalous) pairs in which the anomalous one scores higher, ties counted
-    half.
-    """
-    from sklearn.metrics import roc_auc_score
+    @cached_property
+    def flagged(self) -> dict[str, float]:
+        """The share of each group that is flagged."""
+        return {group: share(hits) for group, hits in self.hits.items()}
 
-    labels = [0] * len(normal) + [1] * len(anomalous)
-    return float(roc_auc_score(labels, torch.cat([normal, anomalous]).numpy()))
+    @property
+    def roc_curves(self) -> list[RocCurve]:
+        """The ROC curve against each group of normals."""
+        return [
+            roc_curve(self.name, TITLES[group], self.scores[group], self.scores[ANOMALY])
+            for group in self.auroc
+        ]
 
 
 def compare(
     name: str,
-    detector: Calibrated | Detector,
+    calibrated: Calibrated,
     groups: Mapping[str, Prompts],
     alpha: float,
     *,
     memory: str = "2GB",
 ) -> Comparison:
-    """One detector on groups `normal_iid`, `normal_shift` (either may be absent) and `anomaly`.
+    """Scores groups of inputs by a detector.
 
     Raises:
         ValueError: no anomalies, or alpha is too small for the calibration.
     """
-    if ANOMALY not in groups:
-        raise ValueError(f"no group {ANOMALY!r} among {', '.join(groups)}")
-    calibration = detector.calibration if isinstance(detector, Calibrated) else None
-    if calibration is not None and (problem := calibration.problem(alpha)):
-        raise ValueError(problem)
-    scores = score_groups(
-        detector.detector if isinstance(detector, Calibrated) else detector, groups, memory=memory
-    )
-    flagged = hits = None
-    if calibration is not None:
-        by_group = {
-            group: calibration.p_values(values) <= alpha for group, values in scores.items()
-        }
-        flagged, hits = (
-            {group: hit.double().mean().item() for group, hit in by_group.items()},
-            by_group[ANOMALY],
-        )
-    separated = {
-        group: auroc(scores[group], scores[ANOMALY]) for group in REGIMES if group in scores
+    scores = {
+        group: calibrated.detector.score(prompts, memory=memory)
+        for group, prompts in groups.items()
     }
-    return Comparison(name, separated, flagged, scores, hits)
-
-
-def roc_curves(comparisons: list[Comparison]) -> list[Any]:
-    """The ROC curve of each detector in each regime, for `mad.benchmark.roc.draw_roc`."""
-    from sklearn.metrics import roc_curve
-
-    from mad.benchmark.roc import RocCurve
-
-    curves = []
-    for comparison in comparisons:
-        for group, value in comparison.auroc.items():
-            normal, anomalous = comparison.scores[group], comparison.scores[ANOMALY]
-            labels = [0] * len(normal) + [1] * len(anomalous)
-            false, true, _ = roc_curve(labels, torch.cat([normal, anomalous]).numpy())
-            curves.append(
-                RocCurve(comparison.name, false.tolist(), true.tolist(), value, REGIMES[group])
-            )
-    return curves
+    return Comparison(name, scores, calibrated.calibration, alpha)

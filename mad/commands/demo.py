@@ -2,6 +2,7 @@
 
     madcap demo out=runs/demo
     madcap demo out=runs/demo seed=1 method.tau=0.03 overwrite=true
+    madcap demo out=runs/demo detector=strict
 
 The model is a 2-layer transformer that does associative recall and carries a planted backdoor: a
 trigger token makes it answer with the value of another pair. Its circuit is found on trusted
@@ -15,10 +16,22 @@ was trained by `madcap train`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mad.pipeline import RunConfig, Splits
+from mad.pipeline import Run, RunConfig, Splits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mad.benchmark.compare import Comparison
+
+NORMALS, ANOMALY = ("normal_iid", "normal_shift"), "anomaly"
+HEADERS = (
+    *("", "AUROC\niid", "\nshift"),
+    *("flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"),
+)
 
 
 @dataclass
@@ -40,18 +53,8 @@ def run(config: Demo) -> None:
     """Runs the demonstration and prints the table."""
     from rich.console import Console
 
-    from circuits.circuit import Circuit
-    from circuits.prompts import write_jsonl
-    from circuits.selection import random_circuits
-    from mad.benchmark.compare import ANOMALY, Comparison, compare, roc_curves
-    from mad.benchmark.roc import draw_roc, draw_score_distributions
-    from mad.calibration import fit, save_detector
     from mad.commands.plot import draw
-    from mad.detector import Context
-    from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
-    from mad.pipeline import load_prompts, make_run
-    from mad.scoring import Scoring, score
-    from mad.tasks.recall_redirect import RecallRedirect, groups
+    from mad.pipeline import make_run
 
     console = Console()
     console.print(
@@ -60,168 +63,204 @@ def run(config: Demo) -> None:
     done = make_run(config)
     console.print("2. its pictures")
     pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
-
     console.print("3. scores of new inputs")
-    drawn = groups(
-        RecallRedirect(),
-        trusted=0,
-        normal_iid=3 * config.inputs,
-        normal_shift=config.inputs,
-        anomaly=config.inputs,
-        seed=config.seed + 1,
-    )
-    drawn["normal_iid"] = _new(drawn["normal_iid"], done)[: config.inputs]
-    drawn = {name: records for name, records in drawn.items() if records}
-    write_jsonl(
-        [record for records in drawn.values() for record in records], done.folder / "inputs.jsonl"
-    )
-    score(
-        done.folder / "inputs.jsonl",
-        done.folder / "scored.jsonl",
-        done.detector,
-        done.model,
-        Scoring(alpha=config.alpha),
-        memory=config.memory,
-        overwrite=True,
-    )
-
+    drawn = _inputs(config, done)
+    scored = _scored(config, done, drawn)
     console.print("4. beside baselines and random circuits")
-    inputs = {name: load_prompts(records, done.model) for name, records in drawn.items()}
-    comparisons = [
-        compare(config.detector.name, done.detector, inputs, config.alpha, memory=config.memory)
-    ]
-    trusted = done.splits["fit"], done.splits["calibration"]
-    deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
-    for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
-        if other.name == config.detector.name:
-            continue
-        fitted = fit(other, Context(done.engine, done.circuit), *trusted, memory=config.memory)
-        save_detector(
-            fitted, done.folder / "detector" / other.name, weight_hash=done.model.weight_hash
-        )
-        comparisons.append(compare(other.name, fitted, inputs, config.alpha, memory=config.memory))
-    controls: list[Comparison] = []
-    for mask in random_circuits(done.engine.graph, len(done.circuit), config.controls, config.seed):
-        context = Context(done.engine, Circuit(done.engine.graph, mask, mask.float()))
-        fitted = fit(config.detector, context, *trusted, memory=config.memory)
-        controls.append(
-            compare("random circuit", fitted, inputs, config.alpha, memory=config.memory)
-        )
-
-    caption = (
-        f"{done.model.path.rsplit('/', 1)[-1]}: anomalies are prompts with the backdoor's trigger"
+    comparisons = [scored, *_others(config, done, drawn)]
+    controls = list(_random_circuits(config, done, drawn))
+    pictures += _pictures(config, done, comparisons)
+    rows = [_row(comparison, drawn) for comparison in comparisons]
+    if controls:
+        rows.append(_mean_row(controls))
+    (done.folder / "demo.json").write_text(
+        json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n"
     )
-    pictures.append(
-        draw_roc(
-            roc_curves(comparisons), done.folder / "roc.png", "Who notices the backdoor", caption
-        )
-    )
-    pictures.append(
-        draw_score_distributions(
-            {
-                name.replace("_", " "): values.tolist()
-                for name, values in comparisons[0].scores.items()
-            },
-            done.detector.calibration.threshold(config.alpha),
-            done.folder / "scores.png",
-            alpha=config.alpha,
-            log_scale=True,
-            title="What prompts carry off the circuit, put into trusted prompts",
-            caption=f"score of {config.detector.name}, with the calibrated threshold",
-        )
-    )
-    agree = [record["kind"] == "agree" for record in drawn[ANOMALY]]
-    _report(console, done, comparisons, controls, agree, config)
+    console.print(_circuit_line(config, done), highlight=False, soft_wrap=True)
+    console.print(_table(config, rows))
     console.print("pictures:")
     for path in pictures:
         console.print(f"  {path}", highlight=False)
     console.print(f"scores:   {done.folder / 'scored.jsonl'}", highlight=False)
 
 
-def _new(records: list[dict], done: Any) -> list[dict]:
-    """Records whose prompt is in none of the run's trusted splits."""
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def _inputs(config: Demo, done: Run) -> dict[str, list[dict]]:
+    """New records of each group: those of `normal_iid` are in none of the run's trusted splits."""
+    from mad.tasks import ANOMALY_TASKS
+
+    task = ANOMALY_TASKS["recall_redirect"]
+    drawn = task.groups(
+        task.schema(),
+        trusted=0,
+        normal_iid=3 * config.inputs,
+        normal_shift=config.inputs,
+        anomaly=config.inputs,
+        seed=config.seed + 1,
+    )
     trusted = {sequence for prompts in done.splits.values() for sequence in prompts.sequences()}
-    return [record for record in records if tuple(record["clean"]) not in trusted]
+    new = [record for record in drawn["normal_iid"] if tuple(record["clean"]) not in trusted]
+    drawn["normal_iid"] = new[: config.inputs]
+    return {group: drawn[group] for group in (*NORMALS, ANOMALY)}
 
 
-def _report(
-    console: Any,
-    done: Any,
-    comparisons: list[Any],
-    controls: list[Any],
-    agree: list[bool],
+def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Comparison:
+    """Scores a file of the inputs, as `madcap score` does, and reads the scores back."""
+    import torch
+
+    from circuits.prompts import write_jsonl
+    from mad.benchmark.compare import Comparison
+    from mad.scoring import Scoring, read_results, score
+
+    inputs, out = done.folder / "inputs.jsonl", done.folder / "scored.jsonl"
+    write_jsonl([record for records in drawn.values() for record in records], inputs)
+    score(
+        inputs,
+        out,
+        done.detector,
+        done.model,
+        Scoring(alpha=config.alpha),
+        memory=config.memory,
+        overwrite=True,
+    )
+    scores = torch.tensor([result["score"] for result in read_results(out)])
+    sizes = [len(records) for records in drawn.values()]
+    by_group = dict(zip(drawn, scores.split(sizes), strict=True))
+    return Comparison(config.detector.name, by_group, done.detector.calibration, config.alpha)
+
+
+def _others(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Iterator[Comparison]:
+    """Other detectors, fitted on the same trusted prompts and saved beside the run's own."""
+    from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
+    from mad.saved_detector import save_detector
+
+    deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
+    for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
+        if other.name != config.detector.name:
+            fitted, comparison = _fitted(config, done, drawn, other, done.circuit, other.name)
+            folder = done.folder / "detector" / other.name
+            save_detector(fitted, folder, weight_hash=done.model.weight_hash)
+            yield comparison
+
+
+def _random_circuits(
+    config: Demo, done: Run, drawn: Mapping[str, list[dict]]
+) -> Iterator[Comparison]:
+    """The run's own detector on random circuits."""
+    from circuits.extraction import random_controls
+
+    for circuit in random_controls(done.circuit, config.controls, config.seed):
+        yield _fitted(config, done, drawn, config.detector, circuit, "random circuit")[1]
+
+
+def _fitted(
     config: Demo,
-) -> None:
-    """Prints the tables and writes `demo.json`."""
+    done: Run,
+    drawn: Mapping[str, list[dict]],
+    detector: Any,
+    circuit: Any,
+    name: str,
+) -> tuple[Any, Comparison]:
+    """A calibrated detector, and its scores of the inputs."""
+    from mad.benchmark.compare import compare
+    from mad.calibration import fit
+    from mad.detector import Context
+    from mad.pipeline import load_prompts
+
+    fitted = fit(
+        detector,
+        Context(done.engine, circuit),
+        done.splits["fit"],
+        done.splits["calibration"],
+        used={name: done.splits[name] for name in ("discovery", "evaluation")},
+        memory=config.memory,
+    )
+    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
+    return fitted, compare(name, fitted, inputs, config.alpha, memory=config.memory)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def _pictures(config: Demo, done: Run, comparisons: Sequence[Comparison]) -> list[Path]:
+    from mad.benchmark.roc import draw_roc, draw_score_distributions
+
+    model = done.model.path.rsplit("/", 1)[-1]
+    curves = [curve for comparison in comparisons for curve in comparison.roc_curves]
+    scores = {
+        group.replace("_", " "): values.tolist() for group, values in comparisons[0].scores.items()
+    }
+    return [
+        draw_roc(
+            curves,
+            done.folder / "roc.png",
+            "Who notices the backdoor",
+            f"{model}: anomalies are prompts with the backdoor's trigger",
+        ),
+        draw_score_distributions(
+            scores,
+            done.detector.calibration.threshold(config.alpha),
+            done.folder / "scores.png",
+            alpha=config.alpha,
+            log_scale=True,
+            title="What prompts carry off the circuit, put into trusted prompts",
+            caption=f"score of {config.detector.name}, with the calibrated threshold",
+        ),
+    ]
+
+
+def _circuit_line(config: Demo, done: Run) -> str:
+    """The circuit's size and faithfulness."""
+    metrics, chance = done.metrics, done.metrics["random_circuits"]["mean"]
+    line = (
+        f"\ncircuit: {metrics['edges_kept']} of {metrics['edges_total']} edges kept, faithfulness "
+        f"{metrics['faithfulness']:.3f} ({config.metric}, {config.ablation.name} ablation)"
+    )
+    return line if chance is None else f"{line}; random circuits of that size {chance:.3f}"
+
+
+def _row(comparison: Comparison, drawn: Mapping[str, list[dict]]) -> dict[str, Any]:
+    """A detector's AUROC, and the shares flagged of groups and of either kind of anomalies."""
+    import torch
+
+    from mad.benchmark.flags import share
+
+    kinds = [record["kind"] for record in drawn[ANOMALY]]
+    flagged = dict(comparison.flagged)
+    for kind in ("agree", "disagree"):
+        rows = torch.tensor([own == kind for own in kinds])
+        flagged[kind] = share(comparison.hits[ANOMALY][rows])
+    return {"detector": comparison.name, "auroc": comparison.auroc, "flagged": flagged}
+
+
+def _mean_row(controls: Sequence[Comparison]) -> dict[str, Any]:
+    """The mean over random circuits."""
+
+    def mean(of: list[Mapping[str, float]]) -> dict[str, float]:
+        return {group: sum(one[group] for one in of) / len(of) for group in of[0]}
+
+    return {
+        "detector": f"random circuits ({len(controls)})",
+        "auroc": mean([control.auroc for control in controls]),
+        "flagged": mean([control.flagged for control in controls]),
+    }
+
+
+def _table(config: Demo, rows: Sequence[Mapping[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    metrics = done.metrics
-    chance = metrics["random_circuits"]["mean"]
-    console.print(
-        f"\ncircuit: {metrics['edges_kept']} of {metrics['edges_total']} edges kept, faithfulness "
-        f"{metrics['faithfulness']:.3f} ({config.metric}, {config.ablation.name} ablation)"
-        + ("" if chance is None else f"; random circuits of that size {chance:.3f}"),
-        highlight=False,
-        soft_wrap=True,
-    )
     title = f"AUROC, and share flagged at alpha = {config.alpha:.0%}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in (
-        "",
-        "AUROC\niid",
-        "\nshift",
-        "flagged\niid",
-        "\nshift",
-        "\nanomaly",
-        "\nagree",
-        "\ndisagree",
-    ):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    rows = []
-    for comparison in comparisons:
-        flags = _flagged_by_kind(comparison, agree)
-        rows.append(
-            {"detector": comparison.name, "auroc": dict(comparison.auroc), "flagged": flags}
-        )
-        table.add_row(
-            comparison.name,
-            *(f"{comparison.auroc[group]:.3f}" for group in ("normal_iid", "normal_shift")),
-            *(f"{flags[group]:.1%}" for group in ("normal_iid", "normal_shift", "anomaly")),
-            *(f"{flags[kind]:.1%}" for kind in ("agree", "disagree")),
-        )
-    if controls:
-        mean = {
-            g: sum(c.auroc[g] for c in controls) / len(controls)
-            for g in ("normal_iid", "normal_shift")
-        }
-        share = {
-            g: sum(c.flagged[g] for c in controls) / len(controls) for g in controls[0].flagged
-        }
-        rows.append(
-            {"detector": f"random circuits ({len(controls)})", "auroc": mean, "flagged": share}
-        )
-        table.add_row(
-            "random circuits",
-            *(f"{mean[g]:.3f}" for g in ("normal_iid", "normal_shift")),
-            *(f"{share[g]:.1%}" for g in ("normal_iid", "normal_shift", "anomaly")),
-            "",
-            "",
-        )
-    console.print(table)
-    (done.folder / "demo.json").write_text(
-        json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n"
-    )
-
-
-def _flagged_by_kind(comparison: Any, agree: list[bool]) -> dict[str, float]:
-    """Shares flagged by group, and of agreeing and disagreeing anomalies."""
-    flags = dict(comparison.flagged)
-    for kind, wanted in (("agree", True), ("disagree", False)):
-        chosen = [
-            hit
-            for hit, is_agree in zip(comparison.hits.tolist(), agree, strict=True)
-            if is_agree == wanted
+    for header in HEADERS:
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+    for row in rows:
+        shares = [
+            f"{row['flagged'][name]:.1%}" if name in row["flagged"] else ""
+            for name in (*NORMALS, ANOMALY, "agree", "disagree")
         ]
-        flags[kind] = sum(chosen) / len(chosen) if chosen else float("nan")
-    return flags
+        aurocs = [f"{row['auroc'][group]:.3f}" for group in NORMALS]
+        table.add_row(row["detector"].split(" (")[0], *aurocs, *shares)
+    return table
