@@ -26,13 +26,7 @@ from tqdm.auto import tqdm
 from circuits.extraction import random_controls
 from mad.benchmark.plan import Benchmark, Entry, entries
 from mad.benchmark.results import FOLDER, FOUND, NONE
-from mad.benchmark.subject import (
-    Subject,
-    circuit_engine,
-    find_circuit,
-    load_subject,
-    random_controls,
-)
+from mad.benchmark.subject import Subject, circuit_engine, find_circuit, load_subject
 from mad.benchmark.workers import worker_pool
 from mad.detector import Context
 from mad.detectors import DETECTORS

@@ -68,7 +68,7 @@ class Summary:
 
     @cached_property
     def shown(self) -> tuple[Scorer, ...]:
-        """All but random circuits and single layers; complete ones first, best worst case on top."""
+        """All but random circuits and single layers: complete ones first, by worst case."""
 
         def rank(scorer: Scorer) -> tuple[bool, float, Scorer]:
             return self.counts[scorer] < self.everywhere, -self.worst[scorer].auroc, scorer

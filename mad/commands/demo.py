@@ -25,7 +25,12 @@ from mad.pipeline import Run, RunConfig, Splits
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.table import Table
+
+    from circuits.circuit import Circuit
+    from circuits.prompts import Prompts
     from mad.benchmark.compare import Comparison
+    from mad.calibration import Calibrated
 
 NORMALS, ANOMALY = ("normal_iid", "normal_shift"), "anomaly"
 HEADERS = (
@@ -54,7 +59,7 @@ def run(config: Demo) -> None:
     from rich.console import Console
 
     from mad.commands.plot import draw
-    from mad.pipeline import make_run
+    from mad.pipeline import load_prompts, make_run
 
     console = Console()
     console.print(
@@ -65,10 +70,11 @@ def run(config: Demo) -> None:
     pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
     console.print("3. scores of new inputs")
     drawn = _inputs(config, done)
+    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
     scored = _scored(config, done, drawn)
     console.print("4. beside baselines and random circuits")
-    comparisons = [scored, *_others(config, done, drawn)]
-    controls = list(_random_circuits(config, done, drawn))
+    comparisons = [scored, *_others(config, done, inputs)]
+    controls = list(_random_circuits(config, done, inputs))
     pictures += _pictures(config, done, comparisons)
     rows = [_row(comparison, drawn) for comparison in comparisons]
     if controls:
@@ -131,7 +137,7 @@ def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Compari
     return Comparison(config.detector.name, by_group, done.detector.calibration, config.alpha)
 
 
-def _others(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Iterator[Comparison]:
+def _others(config: Demo, done: Run, inputs: Mapping[str, Prompts]) -> Iterator[Comparison]:
     """Other detectors, fitted on the same trusted prompts and saved beside the run's own."""
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
     from mad.saved_detector import save_detector
@@ -139,35 +145,34 @@ def _others(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Iterato
     deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
     for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
         if other.name != config.detector.name:
-            fitted, comparison = _fitted(config, done, drawn, other, done.circuit, other.name)
+            fitted, comparison = _fitted(config, done, inputs, other, done.circuit, other.name)
             folder = done.folder / "detector" / other.name
             save_detector(fitted, folder, weight_hash=done.model.weight_hash)
             yield comparison
 
 
 def _random_circuits(
-    config: Demo, done: Run, drawn: Mapping[str, list[dict]]
+    config: Demo, done: Run, inputs: Mapping[str, Prompts]
 ) -> Iterator[Comparison]:
     """The run's own detector on random circuits."""
     from circuits.extraction import random_controls
 
     for circuit in random_controls(done.circuit, config.controls, config.seed):
-        yield _fitted(config, done, drawn, config.detector, circuit, "random circuit")[1]
+        yield _fitted(config, done, inputs, config.detector, circuit, "random circuit")[1]
 
 
 def _fitted(
     config: Demo,
     done: Run,
-    drawn: Mapping[str, list[dict]],
+    inputs: Mapping[str, Prompts],
     detector: Any,
-    circuit: Any,
+    circuit: Circuit,
     name: str,
-) -> tuple[Any, Comparison]:
+) -> tuple[Calibrated, Comparison]:
     """A calibrated detector, and its scores of the inputs."""
     from mad.benchmark.compare import compare
     from mad.calibration import fit
     from mad.detector import Context
-    from mad.pipeline import load_prompts
 
     fitted = fit(
         detector,
@@ -177,7 +182,6 @@ def _fitted(
         used={name: done.splits[name] for name in ("discovery", "evaluation")},
         memory=config.memory,
     )
-    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
     return fitted, compare(name, fitted, inputs, config.alpha, memory=config.memory)
 
 
@@ -248,7 +252,7 @@ def _mean_row(controls: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def _table(config: Demo, rows: Sequence[Mapping[str, Any]]) -> Any:
+def _table(config: Demo, rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
