@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from circuits.prompts.encoding import EncodedPrompt, encode_record
+from circuits.prompts.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,12 +100,12 @@ class Prompts:
         """Refuses prompts of another length than edges are told apart by position for.
 
         Raises:
-            ValueError: there are such prompts; None allows any length.
+            InputError: there are such prompts; None allows any length.
         """
         if n_positions is None:
             return
         if others := sorted(set(self.lengths.tolist()) - {n_positions}):
-            raise ValueError(
+            raise InputError(
                 f"prompts of {others[0]} tokens, but edges are told apart by position for prompts "
                 f"of exactly {n_positions}"
             )

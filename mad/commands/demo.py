@@ -179,7 +179,7 @@ def _fitted(
         Context(done.engine, circuit),
         done.splits["fit"],
         done.splits["calibration"],
-        used={name: done.splits[name] for name in ("discovery", "evaluation")},
+        used={split: done.splits[split] for split in ("discovery", "evaluation")},
         memory=config.memory,
     )
     return fitted, compare(name, fitted, inputs, config.alpha, memory=config.memory)
