@@ -120,7 +120,8 @@ def model_folder(out: Path, task: str, seed: int) -> Path:
 
 def _train(job: Job) -> bool:
     """Trains a model unless it is there; returns whether it has learnt its task."""
-    from mad.tasks.training import GateMissed, Train
+    from circuits.training import GateMissed
+    from mad.tasks.training import Train
     from mad.tasks.training import run as train
 
     missed = job.model.with_suffix(".missed")

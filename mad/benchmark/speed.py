@@ -27,7 +27,7 @@ from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import EAP, EAPIG, eap, eap_ig
 from circuits.engine import Engine
 from circuits.metrics import metric_named
-from circuits.model.load import from_module
+from circuits.model.load import LoadedModel, from_module
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import select
@@ -88,8 +88,7 @@ class Timing:
 
 def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> list[Timing]:
     """Times masked runs, EAP, EAP-IG and scoring against a circuit with a share of the edges."""
-    module = _module(shape, seed)
-    model = from_module(module)
+    module, model = _model(shape, seed)
     engine = Engine(model)
     prompts = _prompts(shape, seed)
     work = _work(engine, prompts, circuit_share)
@@ -135,7 +134,7 @@ def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
 
 def _eap_here(shape: Shape, memory: str) -> int:
     """The peak of this process, in bytes, after EAP."""
-    engine = Engine(from_module(_module(shape, seed=0)))
+    engine = Engine(_model(shape, seed=0)[1])
     prompts = _prompts(shape, seed=0)
     ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
     eap(EAP(), prepare(engine, prompts, metric_named("logit_diff"), ablation, memory=memory))
@@ -151,14 +150,15 @@ def _eap_here(shape: Shape, memory: str) -> int:
     )
 
 
-def _module(shape: Shape, seed: int) -> Any:
-    """A HuggingFace model with random weights.  The caller's random state is left as it was."""
+def _model(shape: Shape, seed: int) -> tuple[Any, LoadedModel]:
+    """A HuggingFace model with random weights, and the same wrapped."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-    model: Any = LlamaForCausalLM if shape.family == "llama" else GPT2LMHeadModel
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
+    family: Any = LlamaForCausalLM if shape.family == "llama" else GPT2LMHeadModel
+    with torch.random.fork_rng(devices=[]):  # of the CPU; wrapping draws weights, too
         torch.manual_seed(seed)
-        return model(_config(shape)).eval()
+        module = family(_config(shape)).eval()
+        return module, from_module(module)
 
 
 def _config(shape: Shape) -> Any:

@@ -19,9 +19,9 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    import torch
-
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch  # takes a while: the thread above is watching already
+
     torch.set_num_threads(1)
 
 
