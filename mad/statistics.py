@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from torch import Tensor
 ROUNDING = 1e-6  # a deviation below this share of the largest is no more than float32's rounding
 
 
+@runtime_checkable
 class Usual(Protocol):
     """What trusted rows are like; its fields are tensors."""
 
@@ -67,7 +68,8 @@ def standard(rows: Float[Tensor, "n c"]) -> Standard:
     """
     _check_enough(len(rows))
     rows = rows.double()
-    mean, deviation = rows.mean(0), rows.std(0)
+    mean = rows.mean(0)
+    deviation = ((rows - mean).square().sum(0) / (len(rows) - 1)).sqrt()
     largest = deviation.max() if rows.shape[1] else 0.0
     varies = deviation > ROUNDING * largest
     return Standard(mean, torch.where(varies, 1 / deviation, 0.0))

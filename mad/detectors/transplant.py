@@ -217,7 +217,7 @@ def _pairs(
 
 @torch.no_grad()
 def _with_hosts(
-    engine: Engine, hosts: Prompts, columns: Sequence[Int[Tensor, "k"]], prompts: Prompts
+    engine: Engine, hosts: Prompts, columns: Sequence[Tensor], prompts: Prompts
 ) -> Pairs:
     """Yields what edges off the circuit carry in runs of some hosts, for all of some prompts."""
     writers = engine.writers(prompts)
