@@ -36,7 +36,7 @@ BOUNDS = (0.025, 0.975)  # quantiles of the draws
 
 def wins(normal: Float[Tensor, "N"], anomalous: Float[Tensor, "A"]) -> Float[Tensor, "A"]:
     """Returns the share of normals that each anomaly scores above, ties counted half; float64."""
-    below, up_to = _ranks(normal.sort().values, anomalous)
+    below, up_to = ranks(normal.sort().values, anomalous)
     return (below + up_to).double() / (2 * len(normal))
 
 
@@ -129,14 +129,14 @@ def auroc_draws(
     ordered, order = parts[group].sort()
     drawn = counts[group][order].cumsum(0)
     sums = torch.cat([torch.zeros(1, drawn.shape[1]), drawn])
-    below, up_to = _ranks(ordered, parts[ANOMALY])
+    below, up_to = ranks(ordered, parts[ANOMALY])
     won = (sums[below] + sums[up_to]) * counts[ANOMALY]
     pairs = 2 * len(ordered)
     return torch.stack([won[own].sum(0) / (pairs * len(own)) for own in rows.values()])
 
 
-def _ranks(ordered: Float[Tensor, "N"], values: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of some sorted scores are below each value, and how many are not above it."""
+def ranks(ordered: Float[Tensor, "N"], values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how many of some sorted scores are below each value, and how many not above it."""
     return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, side="right")
 
 

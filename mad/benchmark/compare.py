@@ -26,22 +26,12 @@ from mad.calibration import Calibrated, Calibration
 
 @dataclass(frozen=True)
 class Comparison:
-    """One detector's result; groups are `normal_iid`, `normal_shift` (or one of them), `anomaly`.
-
-    Raises:
-        ValueError: no anomalies, or alpha is too small for the calibration.
-    """
+    """One detector's result on `normal_iid`, `normal_shift` (or one of them) and `anomaly`."""
 
     name: str
     scores: Mapping[str, Float[Tensor, "B"]]  # by group
     calibration: Calibration
     alpha: float
-
-    def __post_init__(self) -> None:
-        if ANOMALY not in self.scores:
-            raise ValueError(f"no group {ANOMALY!r} among {', '.join(self.scores)}")
-        if problem := self.calibration.problem(self.alpha):
-            raise ValueError(problem)
 
     @cached_property
     def auroc(self) -> dict[str, float]:
@@ -87,8 +77,9 @@ def compare(
     Raises:
         ValueError: no anomalies, or alpha is too small for the calibration.
     """
-    scores = {
-        group: calibrated.detector.score(prompts, memory=memory)
-        for group, prompts in groups.items()
-    }
+    if ANOMALY not in groups:
+        raise ValueError(f"no group {ANOMALY!r} among {', '.join(groups)}")
+    if problem := calibrated.calibration.problem(alpha):
+        raise ValueError(problem)
+    scores = {group: calibrated.score(prompts, memory=memory) for group, prompts in groups.items()}
     return Comparison(name, scores, calibrated.calibration, alpha)

@@ -5,7 +5,7 @@ Shapes: prompts B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
@@ -36,7 +36,13 @@ class Flag:
 def flagged(
     calibration: Calibration, scores: Float[Tensor, "B"], alpha: float
 ) -> Bool[Tensor, "B"]:
-    """Returns which prompts are flagged at alpha."""
+    """Returns which prompts are flagged.
+
+    Raises:
+        ValueError: the calibration is too small for alpha.
+    """
+    if problem := calibration.problem(alpha):
+        raise ValueError(problem)
     return calibration.p_values(scores) <= alpha
 
 
@@ -49,32 +55,27 @@ def flags(results: Results, alphas: Sequence[float] = ALPHAS) -> tuple[Flag, ...
     """Who is flagged by every score, but for those through random circuits.
 
     Raises:
-        ValueError: an alpha that the calibration is too small for.
+        ValueError: an alpha that a calibration is too small for.
     """
-    found = []
+    return tuple(_flags(results, alphas))
+
+
+def _flags(results: Results, alphas: Sequence[float]) -> Iterator[Flag]:
     for subject in results.subjects:
         rows = {group: subject.rows(group) for group in subject.strata}
         for scorer, parts in sorted(subject.parts.items()):
             if scorer.random:
                 continue
             calibration = Calibration.of(parts[CALIBRATION])
-            for alpha in alphas:
-                if problem := calibration.problem(alpha):
-                    raise ValueError(f"{scorer} on {subject.name}: {problem}")
             for group, strata in rows.items():
-                hits = {alpha: flagged(calibration, parts[group], alpha) for alpha in alphas}
-                found += [
-                    Flag(
-                        scorer,
-                        Place(subject.task, subject.seed, group, stratum),
-                        alpha,
-                        share(hits[alpha][own]),
-                        prompts=len(own),
-                    )
-                    for stratum, own in strata.items()
-                    for alpha in alphas
-                ]
-    return tuple(found)
+                try:
+                    hits = {a: flagged(calibration, parts[group], a) for a in alphas}
+                except ValueError as error:
+                    raise ValueError(f"{scorer} on {subject.name}: {error}") from error
+                for stratum, own in strata.items():
+                    place = Place(subject.task, subject.seed, group, stratum)
+                    for alpha in alphas:
+                        yield Flag(scorer, place, alpha, share(hits[alpha][own]), len(own))
 
 
 def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag]:

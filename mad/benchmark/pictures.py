@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuits.plot.style import (
-    FAINT_INK,
-    INK,
-    NEGATIVE,
-    POSITIVE,
-    SERIES_COLOURS,
-    saved_figure,
-)
-from mad.benchmark.auroc import Separation
-from mad.benchmark.flags import Flag
+from circuits.plot.style import FAINT_INK, INK, NEGATIVE, POSITIVE, SERIES_COLOURS, saved_figure
+from mad.benchmark.auroc import Separation, ranks
+from mad.benchmark.report import ALARM, Summary
 from mad.benchmark.results import (
     ANOMALY,
     CALIBRATION,
@@ -38,8 +31,7 @@ from mad.benchmark.results import (
     Results,
     Scorer,
 )
-from mad.benchmark.summary import ALARM, Summary
-from mad.benchmark.worst_case import by_scorer
+from mad.benchmark.worst_case import grouped
 from mad.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -54,6 +46,8 @@ LANES = {  # up or down from the middle of a row
     ("normal_shift", "disagree"): -0.27,
 }
 BAND, BAR, STRIPE, GUIDE = "#C9C9C9", "#ECECEC", "#F5F5F5", "#9A9A9A"
+MARKS: dict[str, Any] = {"linestyle": "", "markeredgewidth": 0, "zorder": 5, "clip_on": False}
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8.5}
 FALSE_ALARM_LINE = 0.05
 PANELS_ABREAST = 4
 BINS = 40
@@ -92,70 +86,46 @@ def draw_worst(summary: Summary, path: Path, title: str = "") -> Path:
     if not summary.separations:
         raise ValueError("0 tasks with anomalies to draw; score at least one")
     rows = sorted(summary.shown, key=lambda scorer: (summary.worst[scorer].auroc, scorer))
-    own = by_scorer(summary.separations)
-    height = 1.25 + 0.36 * len(rows) + (0.3 if title else 0)
-    with saved_figure(path, (8.2, height), title, "") as figure:
+    own = grouped(summary.separations, lambda one: one.scorer)
+    with saved_figure(
+        path, (8.2, 1.25 + 0.36 * len(rows) + 0.3 * bool(title)), title, ""
+    ) as figure:
         axes = figure.add_subplot(xlabel="AUROC of anomalies against normals", xlim=(-0.02, 1.02))
         axes.axvline(0.5, color=GUIDE, linewidth=0.8, linestyle=":", zorder=1)
+        for group, colour in GROUP_COLOURS.items():
+            for kind, marker in MARKERS.items():
+                label = f"{TITLES[group]}, {kind}"
+                axes.plot([], [], linestyle="", marker=marker, color=colour, label=label)
+        axes.plot([], [], linestyle="", marker="|", color=INK, markersize=10, label="worst case")
+        band = {"color": BAND, "edgecolor": BAND, "linewidth": 1.5, "height": 0.84, "zorder": 2}
+        label = "random circuits' worst cases"
         for y, scorer in enumerate(rows):
             _draw_row(axes, y, own[scorer], summary.worst[scorer].auroc)
             if (control := summary.worst_controls.get(scorer)) is not None:
-                band = {"color": BAND, "edgecolor": BAND, "linewidth": 1.5, "height": 0.84}
-                axes.barh(y, control.high - control.low, left=control.low, zorder=2, **band)
-        _beside(axes, "worst", (1, 1), axes.transAxes, (6, 2), va="bottom", color=FAINT_INK)
+                width = control.high - control.low
+                axes.barh(y, width, left=control.low, label=label, **band)
+                label = None  # the legend has it
+        axes.text(1.01, 1, "worst", transform=axes.transAxes, size=8.5, color=FAINT_INK)
         axes.set_yticks(range(len(rows)), [_label(summary, scorer) for scorer in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.tick_params(axis="y", length=0)
         for tick, scorer in zip(axes.get_yticklabels(), rows, strict=True):
             tick.set_color(FAINT_INK if scorer.circuit == ORACLE else INK)
             tick.set_fontweight("bold" if scorer.circuit == FOUND else "normal")
-        handles = _worst_legend(bool(summary.worst_controls))
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
+        figure.legend(ncols=4, **LEGEND)
     return Path(path)
 
 
 def _draw_row(axes: Axes, y: int, own: Sequence[Separation], worst: float) -> None:
     axes.barh(y, worst, height=0.84, color=BAR, linewidth=0, zorder=0.5)
     axes.vlines(worst, y - 0.42, y + 0.42, color=INK, linewidth=1.8, zorder=4)
-    _beside(axes, f"{worst:.3f}", (1, y), axes.get_yaxis_transform(), (6, 0), va="center")
+    beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    axes.text(1.01, y, f"{worst:.3f}", size=8.5, **beside)
     for one in own:
-        group, kind = one.place.group, one.place.stratum.split()[-1]
-        kind = "agree" if kind == "agree" else "disagree"
-        _marks(
-            axes,
-            [one.auroc],
-            [y + LANES[group, kind]],
-            color=GROUP_COLOURS[group],
-            marker=MARKERS[kind],
-            markersize=4.2,
-            alpha=0.8,
-        )
-
-
-def _marks(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    axes.plot(x, y, linestyle="", markeredgewidth=0, zorder=5, clip_on=False, **style)
-
-
-def _beside(
-    axes: Axes, text: str, at: tuple[float, float], transform: Any, offset: tuple, **style: Any
-) -> None:
-    place = {"xycoords": transform, "xytext": offset, "textcoords": "offset points"}
-    axes.annotate(text, at, size=8.5, annotation_clip=False, **place, **style)
-
-
-def _worst_legend(randoms: bool) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = [
-        Line2D([], [], ls="", marker=marker, color=colour, label=f"{TITLES[group]}, {kind}")
-        for group, colour in GROUP_COLOURS.items()
-        for kind, marker in MARKERS.items()
-    ]
-    handles.append(Line2D([], [], ls="", marker="|", color=INK, ms=10, label="worst case"))
-    if randoms:
-        handles.append(Patch(color=BAND, label="random circuits' worst cases"))
-    return handles
+        kind = "agree" if one.place.stratum.split()[-1] == "agree" else "disagree"
+        style = {"color": GROUP_COLOURS[one.place.group], "marker": MARKERS[kind]}
+        lane = y + LANES[one.place.group, kind]
+        axes.plot([one.auroc], [lane], markersize=4.2, alpha=0.8, **style, **MARKS)
 
 
 def _label(summary: Summary, scorer: Scorer) -> str:
@@ -174,8 +144,7 @@ def _words(name: str) -> str:
 def draw_false_alarms(
     summary: Summary, detectors: Sequence[str], path: Path, title: str = ""
 ) -> Path:
-    """Return the file drawn: the share of each benign stratum that is flagged at 1 %, a mark per
-    detector and seed.
+    """Return the file drawn: the share of each benign stratum flagged at 1 %, a mark per seed.
 
     Lines stand at the 1 % that calibration promises on prompts like the trusted ones, and at 5 %.
 
@@ -190,31 +159,27 @@ def draw_false_alarms(
     with saved_figure(path, (7.6, height), title, "") as figure:
         axes = figure.add_subplot(xlabel="flagged at \N{GREEK SMALL LETTER ALPHA} = 1 %")
         axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
-        for level, style in ((ALARM, ":"), (FALSE_ALARM_LINE, (0, (4, 2)))):
-            axes.axvline(level, color=FAINT_INK, linewidth=0.9, linestyle=style, zorder=1)
+        for level, dashes in ((ALARM, ":"), (FALSE_ALARM_LINE, (0, (4, 2)))):
+            axes.axvline(level, color=FAINT_INK, linewidth=0.9, linestyle=dashes, zorder=1)
         for y in range(0, len(rows), 2):
             axes.axhspan(y - 0.5, y + 0.5, color=STRIPE, linewidth=0, zorder=0)
         for index, scorer in enumerate(scorers):
             own = [flag for flag in found if flag.scorer == scorer]
             lane = 0.36 - 0.72 * (index + 0.5) / len(scorers)
-            _draw_alarms(axes, index, own, [rows.index(_stratum(f.place)) + lane for f in own])
+            ys = [rows.index(_stratum(flag.place)) + lane for flag in own]
+            again, colour = divmod(index, len(SERIES_COLOURS))
+            style = {"color": SERIES_COLOURS[colour], "marker": "osD^v"[again % 5]}
+            label = _words(scorer.detector)
+            shares = [flag.share for flag in own]
+            axes.plot(shares, ys, markersize=4.5, alpha=0.85, label=label, **style, **MARKS)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.01, 0.05, 0.2, 1], ["0", "1 %", "5 %", "20 %", "100 %"])
         axes.minorticks_off()
         axes.set_ylim(-0.5, len(rows) - 0.5)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(axis="y", length=0, pad=7)
-        ncols = min(3, len(scorers))
-        figure.legend(loc="outside lower center", ncols=ncols, fontsize=8.5)
+        figure.legend(ncols=min(3, len(scorers)), **LEGEND)
     return Path(path)
-
-
-def _draw_alarms(axes: Axes, index: int, own: Sequence[Flag], ys: Sequence[float]) -> None:
-    round_, colour = divmod(index, len(SERIES_COLOURS))
-    style = {"color": SERIES_COLOURS[colour], "marker": "osD^v"[round_ % 5]}
-    _marks(axes, [flag.share for flag in own], ys, markersize=4.5, alpha=0.85, **style)
-    label = _words(own[0].scorer.detector)
-    axes.plot([], [], linestyle="", markersize=5, label=label, **style)  # for the legend
 
 
 def _stratum(place: Place) -> str:
@@ -233,8 +198,7 @@ def draw_agree(
     *,
     task: str = "recall_redirect",
 ) -> Path:
-    """Return the file drawn: where each group's prompts stand among all, a panel per detector and a
-    row per group.
+    """Return the file drawn: where prompts stand among all, a panel per detector, a row per group.
 
     A prompt's place is its rank among the calibration prompts and all that are drawn, from 0 to 1:
     detectors with different units share an axis, and nothing else of their scale is left.  A dashed
@@ -251,28 +215,24 @@ def draw_agree(
         raise ValueError(f"{subject.name} has no anomalies to draw; choose another task")
     if missing := [scorer for scorer in scorers if scorer not in subject.parts]:
         raise ValueError(f"{missing[0]} has no scores on {subject.name}; draw what it has")
-    rows: dict[str, tuple[str, Any]] = {
-        "normal, iid": ("normal_iid", slice(None)),
-        "normal, shifted": ("normal_shift", slice(None)),
-    }
-    for stratum, own in subject.rows(ANOMALY).items():
-        rows[_words(f"anomaly, {stratum}")] = (ANOMALY, own)
+    kinds = subject.rows(ANOMALY)
     down = math.ceil(len(scorers) / PANELS_ABREAST)
     across = math.ceil(len(scorers) / down)
-    size = (1.5 + 2.3 * across, down * (0.55 + 0.42 * len(rows)) + 0.35 + 0.3 * bool(title))
-    with saved_figure(path, size, title, "") as figure:
-        panels = figure.subplots(down, across, squeeze=False, sharex=True).flat
+    height = down * (0.55 + 0.42 * (2 + len(kinds))) + 0.35 + 0.3 * bool(title)
+    with saved_figure(path, (1.5 + 2.3 * across, height), title, "") as figure:
+        panels = figure.subplots(down, across, squeeze=False, sharex=True).flatten()
         for index, (scorer, axes) in enumerate(zip(scorers, panels)):
             parts = subject.parts[scorer]
-            drawn = {name: parts[group][own] for name, (group, own) in rows.items()}
-            _draw_ridges(axes, parts[CALIBRATION], drawn)
+            rows = {"normal, iid": parts["normal_iid"], "normal, shifted": parts["normal_shift"]}
+            rows |= {_words(f"anomaly, {kind}"): parts[ANOMALY][own] for kind, own in kinds.items()}
+            _draw_ridges(axes, parts[CALIBRATION], rows)
             axes.set_title(_words(scorer.detector), size=9.5, loc="left")
             lowest = index + across >= len(scorers)  # nothing is drawn below
             axes.tick_params(axis="x", labelbottom=lowest)
             axes.set_xlabel("rank among all prompts" if lowest else "", size=8.5)
             if index % across:
                 axes.set_yticklabels([])
-        for axes in figure.axes[len(scorers) :]:
+        for axes in panels[len(scorers) :]:
             axes.set_visible(False)
     return Path(path)
 
@@ -280,17 +240,17 @@ def draw_agree(
 def _draw_ridges(axes: Axes, calibration: Tensor, rows: Mapping[str, Tensor]) -> None:
     """A histogram per row, of ranks among all prompts; what is flagged is red."""
     everyone = torch.cat([calibration, *rows.values()]).sort().values
-    threshold = Calibration.of(calibration).threshold(ALARM)
-    at = torch.searchsorted(everyone, torch.tensor(threshold, dtype=everyone.dtype), side="right")
-    line = (at / len(everyone)).item()
+    threshold = torch.tensor(Calibration.of(calibration).threshold(ALARM), dtype=everyone.dtype)
+    line = (torch.searchsorted(everyone, threshold, side="right") / len(everyone)).item()
     regular = [i / BINS for i in range(BINS + 1)]
     apart = [edge for edge in regular if abs(edge - line) > 0.006]
     edges = sorted({0.0, *apart, line, 1.0})  # no bin is half flagged
     widths = torch.tensor([right - left for left, right in pairwise(edges)])
     colours = [NEGATIVE if left >= line else POSITIVE for left in edges[:-1]]
     for y, values in enumerate(reversed(rows.values())):
-        ranks = _ranks(everyone, values).double()
-        heights = torch.histogram(ranks, torch.tensor(edges, dtype=torch.float64)).hist / widths
+        below, up_to = ranks(everyone, values)
+        middle = ((below + up_to) / 2 / len(everyone)).double()
+        heights = torch.histogram(middle, torch.tensor(edges, dtype=torch.float64)).hist / widths
         heights = 0.86 * heights / heights.max()
         style = {"align": "edge", "color": colours, "linewidth": 0, "alpha": 0.85}
         axes.bar(edges[:-1], heights.tolist(), width=widths.tolist(), bottom=y, **style)
@@ -303,19 +263,11 @@ def _draw_ridges(axes: Axes, calibration: Tensor, rows: Mapping[str, Tensor]) ->
     axes.spines["left"].set_visible(False)
 
 
-def _ranks(everyone: Tensor, values: Tensor) -> Tensor:
-    """The share of all sorted scores that is lower than each value, ties half."""
-    below, up_to = (torch.searchsorted(everyone, values, side=side) for side in ("left", "right"))
-    return (below + up_to) / 2 / len(everyone)
-
-
 def _chosen(results: Results, detectors: Sequence[str]) -> list[Scorer]:
     """Each detector, through its circuit if it has one."""
     if not detectors:
         raise ValueError("0 detectors to draw; name at least one")
-    there = {
-        scorer.detector: scorer for scorer in results.scorers if scorer.circuit in (NONE, FOUND)
-    }
+    there = {s.detector: s for s in results.scorers if s.circuit in (NONE, FOUND)}
     if unknown := [name for name in detectors if name not in there]:
         raise ValueError(f"detector={unknown[0]!r}, but there are {', '.join(there)}")
     return [there[name] for name in detectors]

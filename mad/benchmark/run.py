@@ -170,7 +170,7 @@ def _measure(benchmark: Benchmark, job: Job, out: Path) -> None:
 class Measured:
     """What is measured on one subject."""
 
-    circuit: dict[str, Any] = field(default_factory=dict)  # its recipe, size and cost
+    circuit: dict[str, Any]  # its recipe, size and cost
     detectors: dict[str, dict[str, Any]] = field(default_factory=dict)  # settings, by entry
     scores: dict[str, Tensor] = field(default_factory=dict)  # by DETECTOR|CIRCUIT|PART
     seconds: dict[str, float] = field(default_factory=dict)  # by DETECTOR|CIRCUIT
@@ -181,8 +181,7 @@ class Measured:
         kind, trusted = DETECTORS[entry.config.name], subject.part(*entry.trusted)
         detector = kind.fit(entry.config, context, trusted, memory=MEMORY)
         for part, prompts in subject.scored.items():
-            key = f"{entry.name}|{name}|{part}"
-            self.scores[key] = detector.score(prompts, memory=MEMORY)
+            self.scores[f"{entry.name}|{name}|{part}"] = detector.score(prompts, memory=MEMORY)
         taken = time.perf_counter() - started
         self.seconds[f"{entry.name}|{name}"] = taken
         self.detectors[entry.name] = asdict(entry.config)
@@ -191,17 +190,12 @@ class Measured:
 
 def measure(subject: Subject, benchmark: Benchmark) -> Measured:
     """Returns the scores of every entry, through the circuit that is found and random ones."""
-    engine = circuit_engine(subject, benchmark.circuit)
     started = time.perf_counter()
+    engine = circuit_engine(subject, benchmark.circuit)
     circuit = find_circuit(subject, engine, benchmark.circuit)
-    measured = Measured(
-        circuit=asdict(benchmark.circuit)
-        | {
-            "edges": len(circuit),
-            "edges_total": engine.graph.n_edges,
-            "seconds": time.perf_counter() - started,
-        }
-    )
+    size = {"edges": len(circuit), "edges_total": engine.graph.n_edges}
+    taken = {"seconds": time.perf_counter() - started}
+    measured = Measured(asdict(benchmark.circuit) | size | taken)
     controls = random_controls(circuit, benchmark.controls, subject.seed)
     random = {f"random{number}": control for number, control in enumerate(controls)}
     for entry in entries(
@@ -212,7 +206,6 @@ def measure(subject: Subject, benchmark: Benchmark) -> Measured:
         if not entry.circuit:
             measured.add(entry, NONE, Context(subject.engine), subject)
             continue
-        through = {FOUND: circuit} | (random if entry.controlled else {})
-        for name, one in through.items():
+        for name, one in ({FOUND: circuit} | (random if entry.controlled else {})).items():
             measured.add(entry, name, Context(engine, one), subject)
     return measured

@@ -7,35 +7,35 @@ Shapes: bootstrap draws D.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mad.benchmark.auroc import BOUNDS, DRAWS, Separation, auroc_draws, redraw, separations
-from mad.benchmark.results import ANOMALY, FOUND, NORMALS, ORACLE, Place, Results, Scorer, Scores
+from mad.benchmark.results import ANOMALY, FOUND, NORMALS, ORACLE, Place, Results, Scorer
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-def places(found: Iterable[Separation]) -> set[Place]:
-    """Every place that any score has."""
-    return {one.place for one in found}
-
-
-def by_scorer(found: Iterable[Separation]) -> dict[Scorer, list[Separation]]:
-    """Each scorer's separations."""
-    own: dict[Scorer, list[Separation]] = {}
+def grouped(
+    found: Iterable[Separation], key: Callable[[Separation], Key]
+) -> dict[Key, list[Separation]]:
+    """Separations by what they have in common."""
+    groups: dict[Key, list[Separation]] = {}
     for one in found:
-        own.setdefault(one.scorer, []).append(one)
-    return own
+        groups.setdefault(key(one), []).append(one)
+    return groups
 
 
 def worst_cases(found: Iterable[Separation]) -> dict[Scorer, Separation]:
     """Each scorer's smallest AUROC; the first place of several."""
     return {
         scorer: min(own, key=lambda one: (one.auroc, one.place))
-        for scorer, own in by_scorer(found).items()
+        for scorer, own in grouped(found, lambda one: one.scorer).items()
     }
 
 
@@ -45,7 +45,8 @@ def best_baseline(found: Sequence[Separation]) -> Scorer | None:
     Distances at one layer and oracle rows, which pick the layer by looking at anomalies, do not
     count.  The choice among baselines is itself made by looking, which favours the baselines.
     """
-    everywhere, own, worst = len(places(found)), by_scorer(found), worst_cases(found)
+    everywhere = len({one.place for one in found})
+    own, worst = grouped(found, lambda one: one.scorer), worst_cases(found)
     complete = sorted(s for s in worst if s.baseline and len(own[s]) == everywhere)
     return max(complete, key=lambda scorer: worst[scorer].auroc, default=None)
 
@@ -78,25 +79,18 @@ def difference(
     """
     if draws < 2:
         raise ValueError(f"draws={draws}, but an interval needs at least 2")
-    subjects = [subject for subject in results.subjects if subject.anomalous]
-    if not subjects:
+    both = Results(tuple(s for s in results.subjects if s.anomalous)).of([ours, theirs])
+    if not both.subjects:
         raise ValueError("0 subjects with anomalies; a worst case needs at least one")
-    both = dict.fromkeys((ours, theirs))
-    for subject in subjects:
-        if missing := [scorer for scorer in both if scorer not in subject.parts]:
+    for subject in both.subjects:
+        if missing := [scorer for scorer in (ours, theirs) if scorer not in subject.parts]:
             raise ValueError(
                 f"{missing[0]} has no scores on {subject.name}; compare over subjects that both "
                 "have"
             )
-    lowest = {scorer: torch.full((draws,), torch.inf) for scorer in both}
-    for subject in subjects:
-        counts = redraw(subject, draws, seed)
-        for scorer in both:
-            samples = _worst_draws(subject, subject.parts[scorer], counts)
-            lowest[scorer] = torch.minimum(lowest[scorer], samples)
-    worst = worst_cases(separations(Results(tuple(subjects)).of([*both]), draws=draws, seed=seed))
-    differences = lowest[ours] - lowest[theirs]
+    differences = _worst_draws(both, ours, draws, seed) - _worst_draws(both, theirs, draws, seed)
     low, high = torch.quantile(differences, torch.tensor(BOUNDS)).tolist()
+    worst = worst_cases(separations(both, draws=draws, seed=seed))
     return Difference(
         worst[ours],
         worst[theirs],
@@ -108,29 +102,29 @@ def difference(
     )
 
 
-def _worst_draws(
-    subject: Scores, parts: Mapping[str, Tensor], counts: Mapping[str, Tensor]
-) -> Float[Tensor, "D"]:
-    """A score's smallest AUROC on a subject in each draw."""
-    rows = subject.rows(ANOMALY)
-    return torch.cat([auroc_draws(parts, group, rows, counts) for group in NORMALS]).amin(0)
+def _worst_draws(results: Results, scorer: Scorer, draws: int, seed: int) -> Float[Tensor, "D"]:
+    """A scorer's smallest AUROC in each draw."""
+    lowest = []
+    for subject in results.subjects:
+        parts, rows = subject.parts[scorer], subject.rows(ANOMALY)
+        counts = redraw(subject, draws, seed)
+        lowest += [auroc_draws(parts, group, rows, counts) for group in NORMALS]
+    return torch.cat(lowest).amin(0)
 
 
 def oracle(found: Iterable[Separation]) -> tuple[Separation, ...]:
-    """What picking the layer in each place by its AUROC would reach: no detector, since it looks at
-    anomalies.
+    """What picking the layer in each place by its AUROC would reach: no detector, since it looks.
 
     One row for each family of baselines `FAMILY, layer 0`, `FAMILY, layer 1`, ..., with `oracle` as
     its circuit.
     """
-    best: dict[tuple[str, Place], Separation] = {}
-    for one in found:
-        if (family := one.scorer.family) is None:
-            continue
-        key = (family, one.place)
-        if key not in best or one.auroc > best[key].auroc:
-            best[key] = replace(one, scorer=Scorer(f"{family}, best layer", ORACLE))
-    return tuple(best[key] for key in sorted(best))
+    layers = grouped(
+        (one for one in found if one.scorer.family), lambda one: (one.scorer.family, one.place)
+    )
+    return tuple(
+        replace(max(own, key=lambda one: one.auroc), scorer=Scorer(f"{family}, best layer", ORACLE))
+        for (family, _), own in sorted(layers.items())
+    )
 
 
 @dataclass(frozen=True)
@@ -142,26 +136,25 @@ class Control:
     high: float
     circuits: int
 
-    @classmethod
-    def of(cls, aurocs: Sequence[float]) -> Control:
-        """That of each circuit's AUROC."""
-        return cls(sum(aurocs) / len(aurocs), min(aurocs), max(aurocs), len(aurocs))
-
 
 def controls(found: Iterable[Separation]) -> dict[tuple[Scorer, Place], Control]:
     """The random circuits of each scorer in each place."""
-    values: dict[tuple[Scorer, Place], list[float]] = {}
-    for one in found:
-        if one.scorer.random:
-            scorer = Scorer(one.scorer.detector, FOUND)
-            values.setdefault((scorer, one.place), []).append(one.auroc)
-    return {key: Control.of(own) for key, own in values.items()}
+    return _controls(found, lambda one: (_extracted(one), one.place))
 
 
 def worst_controls(found: Iterable[Separation]) -> dict[Scorer, Control]:
     """The worst cases of each scorer's random circuits: each of them has its own worst case."""
-    values: dict[Scorer, list[float]] = {}
-    for scorer, one in worst_cases(found).items():
-        if scorer.random:
-            values.setdefault(Scorer(scorer.detector, FOUND), []).append(one.auroc)
-    return {scorer: Control.of(own) for scorer, own in values.items()}
+    return _controls(worst_cases(found).values(), _extracted)
+
+
+def _extracted(one: Separation) -> Scorer:
+    return Scorer(one.scorer.detector, FOUND)
+
+
+def _controls(found: Iterable[Separation], key: Callable[[Separation], Key]) -> dict[Key, Control]:
+    groups = grouped((one for one in found if one.scorer.random), key)
+    values = {key: [one.auroc for one in own] for key, own in groups.items()}
+    return {
+        key: Control(sum(own) / len(own), min(own), max(own), len(own))
+        for key, own in values.items()
+    }

@@ -22,14 +22,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mad.benchmark.plan import Benchmark
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mad.benchmark.summary import Summary
 
 
 @dataclass
@@ -56,8 +50,9 @@ def _detectors(config: Bench) -> None:
     from rich.console import Console
 
     from mad.benchmark.pictures import draw_all
-    from mad.benchmark.report import write
+    from mad.benchmark.report import HEADERS, headline_rows, write
     from mad.benchmark.run import is_trained, run_benchmark
+    from mad.benchmark.tables import terminal_table
 
     if config.out is None:
         raise ValueError(
@@ -71,30 +66,17 @@ def _detectors(config: Bench) -> None:
     if natural and config.benchmark.natural is not None:
         write(folder, tasks=natural, stem="natural")
     pictures = draw_all(summary, folder)
-    Console().print(_worst_cases(summary))
+    # The terminal has room for some of the headline's columns.
+    headers, rows = HEADERS.split(","), headline_rows(summary)
+    shown = [0, 1, 2, 4, 5]
+    table = terminal_table(
+        "worst case over tasks, groups of normals, strata and seeds",
+        [headers[column] for column in shown],
+        [[row[column].strip("*") for column in shown] for row in rows],
+        left=("detector", "where"),
+    )
+    Console().print(table)
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
-
-
-def _worst_cases(summary: Summary) -> Table:
-    """Each detector's worst case, its random circuits' and its worst false alarms."""
-    from mad.benchmark.tables import terminal_table
-
-    rows = []
-    for scorer in summary.shown:
-        worst, flag = summary.worst[scorer], summary.alarms.get(scorer)
-        control = summary.worst_controls.get(scorer)
-        rows.append(
-            (
-                scorer.detector,
-                f"{worst.auroc:.3f}",
-                str(worst.place),
-                "" if control is None else f"{control.mean:.3f}",
-                "" if flag is None else f"{flag.share:.1%}",
-            )
-        )
-    title = "worst case over tasks, groups of normals, strata and seeds"
-    headers = ("detector", "AUROC", "in", "random circuits", "false alarms at 1 %")
-    return terminal_table(title, headers, rows, left=("detector", "in"))
 
 
 def _engine(config: Bench) -> None:

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from circuits.circuit import Circuit
     from circuits.prompts import Prompts
     from mad.benchmark.compare import Comparison
-    from mad.calibration import Calibrated
 
 NORMALS, ANOMALY = ("normal_iid", "normal_shift"), "anomaly"
 HEADERS = (
@@ -70,18 +68,16 @@ def run(config: Demo) -> None:
     pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
     console.print("3. scores of new inputs")
     drawn = _inputs(config, done)
-    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
-    scored = _scored(config, done, drawn)
+    comparisons = [_scored(config, done, drawn)]
     console.print("4. beside baselines and random circuits")
-    comparisons = [scored, *_others(config, done, inputs)]
+    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
+    comparisons += _others(config, done, inputs)
     controls = list(_random_circuits(config, done, inputs))
     pictures += _pictures(config, done, comparisons)
-    rows = [_row(comparison, drawn) for comparison in comparisons]
-    if controls:
-        rows.append(_mean_row(controls))
-    (done.folder / "demo.json").write_text(
-        json.dumps({"rows": rows, "alpha": config.alpha}, indent=1) + "\n"
-    )
+    rows = [_row(comparison, drawn[ANOMALY]) for comparison in comparisons]
+    rows += [_mean_row(controls)] if controls else []
+    data = {"rows": rows, "alpha": config.alpha}
+    (done.folder / "demo.json").write_text(json.dumps(data, indent=1) + "\n")
     console.print(_circuit_line(config, done), highlight=False, soft_wrap=True)
     console.print(_table(config, rows))
     console.print("pictures:")
@@ -98,13 +94,9 @@ def _inputs(config: Demo, done: Run) -> dict[str, list[dict]]:
     from mad.tasks import ANOMALY_TASKS
 
     task = ANOMALY_TASKS["recall_redirect"]
+    sizes = {"normal_iid": 3 * config.inputs, "normal_shift": config.inputs}
     drawn = task.groups(
-        task.schema(),
-        trusted=0,
-        normal_iid=3 * config.inputs,
-        normal_shift=config.inputs,
-        anomaly=config.inputs,
-        seed=config.seed + 1,
+        task.schema(), trusted=0, **sizes, anomaly=config.inputs, seed=config.seed + 1
     )
     trusted = {sequence for prompts in done.splits.values() for sequence in prompts.sequences()}
     new = [record for record in drawn["normal_iid"] if tuple(record["clean"]) not in trusted]
@@ -122,33 +114,29 @@ def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Compari
 
     inputs, out = done.folder / "inputs.jsonl", done.folder / "scored.jsonl"
     write_jsonl([record for records in drawn.values() for record in records], inputs)
-    score(
-        inputs,
-        out,
-        done.detector,
-        done.model,
-        Scoring(alpha=config.alpha),
-        memory=config.memory,
-        overwrite=True,
-    )
+    settings = Scoring(alpha=config.alpha)
+    score(inputs, out, done.detector, done.model, settings, memory=config.memory, overwrite=True)
     scores = torch.tensor([result["score"] for result in read_results(out)])
-    sizes = [len(records) for records in drawn.values()]
-    by_group = dict(zip(drawn, scores.split(sizes), strict=True))
+    by_group = dict(zip(drawn, scores.split([len(records) for records in drawn.values()])))
     return Comparison(config.detector.name, by_group, done.detector.calibration, config.alpha)
 
 
 def _others(config: Demo, done: Run, inputs: Mapping[str, Prompts]) -> Iterator[Comparison]:
     """Other detectors, fitted on the same trusted prompts and saved beside the run's own."""
+    from mad.benchmark.compare import compare
+    from mad.calibration import fit
+    from mad.detector import Context
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
     from mad.saved_detector import save_detector
 
+    context = Context(done.engine, done.circuit)
     deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
     for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
         if other.name != config.detector.name:
-            fitted, comparison = _fitted(config, done, inputs, other, done.circuit, other.name)
+            fitted = fit(other, context, **_trusted(config, done))
             folder = done.folder / "detector" / other.name
             save_detector(fitted, folder, weight_hash=done.model.weight_hash)
-            yield comparison
+            yield compare(other.name, fitted, inputs, config.alpha, memory=config.memory)
 
 
 def _random_circuits(
@@ -156,33 +144,24 @@ def _random_circuits(
 ) -> Iterator[Comparison]:
     """The run's own detector on random circuits."""
     from circuits.extraction import random_controls
-
-    for circuit in random_controls(done.circuit, config.controls, config.seed):
-        yield _fitted(config, done, inputs, config.detector, circuit, "random circuit")[1]
-
-
-def _fitted(
-    config: Demo,
-    done: Run,
-    inputs: Mapping[str, Prompts],
-    detector: Any,
-    circuit: Circuit,
-    name: str,
-) -> tuple[Calibrated, Comparison]:
-    """A calibrated detector, and its scores of the inputs."""
     from mad.benchmark.compare import compare
     from mad.calibration import fit
     from mad.detector import Context
 
-    fitted = fit(
-        detector,
-        Context(done.engine, circuit),
-        done.splits["fit"],
-        done.splits["calibration"],
-        used={split: done.splits[split] for split in ("discovery", "evaluation")},
-        memory=config.memory,
-    )
-    return fitted, compare(name, fitted, inputs, config.alpha, memory=config.memory)
+    for circuit in random_controls(done.circuit, config.controls, config.seed):
+        context = Context(done.engine, circuit)
+        fitted = fit(config.detector, context, **_trusted(config, done))
+        yield compare("random circuit", fitted, inputs, config.alpha, memory=config.memory)
+
+
+def _trusted(config: Demo, done: Run) -> dict[str, Any]:
+    """What every detector is fitted and calibrated on."""
+    return {
+        "trusted": done.splits["fit"],
+        "calibration": done.splits["calibration"],
+        "used": {split: done.splits[split] for split in ("discovery", "evaluation")},
+        "memory": config.memory,
+    }
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -193,9 +172,7 @@ def _pictures(config: Demo, done: Run, comparisons: Sequence[Comparison]) -> lis
 
     model = done.model.path.rsplit("/", 1)[-1]
     curves = [curve for comparison in comparisons for curve in comparison.roc_curves]
-    scores = {
-        group.replace("_", " "): values.tolist() for group, values in comparisons[0].scores.items()
-    }
+    own = comparisons[0].scores.items()
     return [
         draw_roc(
             curves,
@@ -204,7 +181,7 @@ def _pictures(config: Demo, done: Run, comparisons: Sequence[Comparison]) -> lis
             f"{model}: anomalies are prompts with the backdoor's trigger",
         ),
         draw_score_distributions(
-            scores,
+            {group.replace("_", " "): values.tolist() for group, values in own},
             done.detector.calibration.threshold(config.alpha),
             done.folder / "scores.png",
             alpha=config.alpha,
@@ -225,16 +202,15 @@ def _circuit_line(config: Demo, done: Run) -> str:
     return line if chance is None else f"{line}; random circuits of that size {chance:.3f}"
 
 
-def _row(comparison: Comparison, drawn: Mapping[str, list[dict]]) -> dict[str, Any]:
+def _row(comparison: Comparison, anomalies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A detector's AUROC, and the shares flagged of groups and of either kind of anomalies."""
     import torch
 
     from mad.benchmark.flags import share
 
-    kinds = [record["kind"] for record in drawn[ANOMALY]]
     flagged = dict(comparison.flagged)
     for kind in ("agree", "disagree"):
-        rows = torch.tensor([own == kind for own in kinds])
+        rows = torch.tensor([record["kind"] == kind for record in anomalies])
         flagged[kind] = share(comparison.hits[ANOMALY][rows])
     return {"detector": comparison.name, "auroc": comparison.auroc, "flagged": flagged}
 
@@ -242,7 +218,7 @@ def _row(comparison: Comparison, drawn: Mapping[str, list[dict]]) -> dict[str, A
 def _mean_row(controls: Sequence[Comparison]) -> dict[str, Any]:
     """The mean over random circuits."""
 
-    def mean(of: list[Mapping[str, float]]) -> dict[str, float]:
+    def mean(of: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return {group: sum(one[group] for one in of) / len(of) for group in of[0]}
 
     return {
@@ -261,10 +237,9 @@ def _table(config: Demo, rows: Sequence[Mapping[str, Any]]) -> Table:
     for header in HEADERS:
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for row in rows:
-        shares = [
-            f"{row['flagged'][name]:.1%}" if name in row["flagged"] else ""
-            for name in (*NORMALS, ANOMALY, "agree", "disagree")
-        ]
+        name, flagged = row["detector"].split(" (")[0], row["flagged"]
         aurocs = [f"{row['auroc'][group]:.3f}" for group in NORMALS]
-        table.add_row(row["detector"].split(" (")[0], *aurocs, *shares)
+        groups = (*NORMALS, ANOMALY, "agree", "disagree")
+        shares = [f"{flagged[group]:.1%}" if group in flagged else "" for group in groups]
+        table.add_row(name, *aurocs, *shares)
     return table

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mad.benchmark.report import Summary, summarise
 from mad.benchmark.results import Results, Scorer, read
-from mad.benchmark.summary import Summary, summarise
 from tests.mad.benchmark.made_up import drawn, found, leave, subject
 
 # How far anomalies lie beyond normals, and shifted normals beyond others.

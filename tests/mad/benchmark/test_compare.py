@@ -54,7 +54,9 @@ def test_a_detector_is_compared_by_its_scores():
 
 
 def test_comparisons_are_refused():
+    prompts = Prompts.from_tokens(torch.tensor([[1]]))
+    detector = Calibrated(FirstToken(), CALIBRATION, {})
     with pytest.raises(ValueError, match="no group 'anomaly' among normal_iid"):
-        Comparison("a", {"normal_iid": SCORES["normal_iid"]}, CALIBRATION, alpha=0.05)
+        compare("a", detector, {"normal_iid": prompts}, alpha=0.05)
     with pytest.raises(ValueError, match="alpha=0.01 needs at least 99"):
-        Comparison("a", SCORES, CALIBRATION, alpha=0.01)
+        compare("a", detector, {"anomaly": prompts}, alpha=0.01)

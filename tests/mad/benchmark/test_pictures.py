@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mad.benchmark.pictures import draw_agree, draw_false_alarms, draw_worst
-from mad.benchmark.summary import summarise
+from mad.benchmark.report import summarise
 
 PICTURES = {
     "worst": lambda summary, path: draw_worst(summary, path, "Worst cases"),

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from mad.benchmark.report import flag_table, full_table, headline, model_table, write
+from mad.benchmark.report import flag_table, full_table, headline, model_table, summarise, write
 from mad.benchmark.results import Results, Scorer
-from mad.benchmark.summary import summarise
 from tests.mad.benchmark.made_up import found
 
 ROUTING = found("routing")
@@ -109,7 +108,7 @@ def test_written_files(made_up_run):
     first = [file.read_bytes() for file in files]
     text, data = first[0].decode(), json.loads(first[1])
     assert "Passed over, since they did not learn their task: recall_redirect 5." in text
-    assert "recall_redirect (seeds 3, 4)" in text
+    assert "recall_redirect-3, recall_redirect-4" in text
     assert data["best_baseline"] == "steady" and data["missed"] == ["recall_redirect 5"]
     worst = {tuple(own["scorer"].values()): own for own in data["worst"]}
     routing = worst["routing", "found"]
