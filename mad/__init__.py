@@ -26,7 +26,6 @@ _WHERE = {
     "Scoring": "mad.scoring",
     "Strict": "mad.detectors",
     "TokenCount": "mad.detectors",
-    "compare": "mad.benchmark.compare",
     "fit": "mad.calibration",
     "make_run": "mad.pipeline",
     "open_run": "mad.pipeline",

@@ -7,6 +7,6 @@ results      the scores that a run leaves
 auroc        how well scores separate anomalies from normals; flags: whom they flag
 worst_case   the smallest AUROC over all places, of detectors, baselines and random circuits
 summary      all of it; report, tables and pictures show it
-compare      calibrated detectors side by side on some inputs; roc: their pictures
+roc          ROC curves and scores of a few detectors
 speed        time and memory
 """

@@ -1,15 +1,9 @@
-"""Whom a detector flags: prompts with a conformal p-value of at most alpha.
-
-Shapes: prompts B.
-"""
+"""Whom a detector flags: prompts with a conformal p-value of at most alpha."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from mad.benchmark.results import ANOMALY, CALIBRATION, Place, Results, Scorer
 from mad.calibration import Calibration
@@ -33,49 +27,32 @@ class Flag:
         return self.place.group != ANOMALY
 
 
-def flagged(
-    calibration: Calibration, scores: Float[Tensor, "B"], alpha: float
-) -> Bool[Tensor, "B"]:
-    """Returns which prompts are flagged.
-
-    Raises:
-        ValueError: the calibration is too small for alpha.
-    """
-    if problem := calibration.problem(alpha):
-        raise ValueError(problem)
-    return calibration.p_values(scores) <= alpha
-
-
-def share(flagged: Bool[Tensor, "B"]) -> float:
-    """Returns the share that is flagged; NaN of no prompts."""
-    return flagged.double().mean().item()
-
-
-def flags(results: Results, alphas: Sequence[float] = ALPHAS) -> tuple[Flag, ...]:
+def flags(results: Results, alphas: Sequence[float] = ALPHAS) -> list[Flag]:
     """Who is flagged by every score, but for those through random circuits.
 
     Raises:
         ValueError: an alpha that a calibration is too small for.
     """
-    return tuple(_flags(results, alphas))
-
-
-def _flags(results: Results, alphas: Sequence[float]) -> Iterator[Flag]:
+    found = []
     for subject in results.subjects:
-        rows = {group: subject.rows(group) for group in subject.strata}
+        places = [
+            (Place(subject.task, subject.seed, group, stratum), own)
+            for group in subject.strata
+            for stratum, own in subject.rows(group).items()
+        ]
         for scorer, parts in sorted(subject.parts.items()):
             if scorer.random:
                 continue
             calibration = Calibration.of(parts[CALIBRATION])
-            for group, strata in rows.items():
-                try:
-                    hits = {a: flagged(calibration, parts[group], a) for a in alphas}
-                except ValueError as error:
-                    raise ValueError(f"{scorer} on {subject.name}: {error}") from error
-                for stratum, own in strata.items():
-                    place = Place(subject.task, subject.seed, group, stratum)
-                    for alpha in alphas:
-                        yield Flag(scorer, place, alpha, share(hits[alpha][own]), len(own))
+            for alpha in alphas:
+                if problem := calibration.problem(alpha):
+                    raise ValueError(f"{scorer} on {subject.name}: {problem}")
+            p_values = {group: calibration.p_values(parts[group]) for group in subject.strata}
+            for place, own in places:
+                values = p_values[place.group][own]
+                shares = {alpha: (values <= alpha).double().mean().item() for alpha in alphas}
+                found += [Flag(scorer, place, *one, len(own)) for one in shares.items()]
+    return found
 
 
 def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag]:

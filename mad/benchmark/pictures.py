@@ -209,7 +209,7 @@ def draw_agree(
         ValueError: no detectors, one that is not there, or no such model, or one without anomalies.
     """
     scorers = _chosen(summary.results, detectors)
-    there = summary.results.select(tasks=[task])
+    there = summary.results.select([task])
     subject = min(there.subjects, key=lambda subject: subject.seed)
     if not subject.anomalous:
         raise ValueError(f"{subject.name} has no anomalies to draw; choose another task")

@@ -110,7 +110,7 @@ def write(
     """
     results = read(folder)
     if tasks is not None:
-        results = results.select(tasks=tasks)
+        results = results.select(tasks)
     files = sorted((folder / "models").glob("*/*.missed"))
     missed = [f"{file.parent.name} {file.stem}" for file in files]
     summary = summarise(results, draws=draws, missed=missed)

@@ -130,22 +130,16 @@ class Results:
         """All that any subject has, random circuits too, in alphabetical order."""
         return tuple(sorted({scorer for subject in self.subjects for scorer in subject.parts}))
 
-    def select(
-        self, *, tasks: Sequence[str] | None = None, seeds: Sequence[int] | None = None
-    ) -> Results:
-        """Only the subjects of some tasks, or of some seeds.
+    def select(self, tasks: Sequence[str]) -> Results:
+        """Only the subjects of some tasks.
 
         Raises:
             ValueError: none is left.
         """
-        left = tuple(
-            subject
-            for subject in self.subjects
-            if (tasks is None or subject.task in tasks) and (seeds is None or subject.seed in seeds)
-        )
+        left = tuple(subject for subject in self.subjects if subject.task in tasks)
         if not left:
             there = ", ".join(subject.name for subject in self.subjects)
-            raise ValueError(f"0 subjects with tasks={tasks} and seeds={seeds}; there are {there}")
+            raise ValueError(f"0 subjects with tasks={[*tasks]}; there are {there}")
         return Results(left)
 
     def of(self, scorers: Sequence[Scorer]) -> Results:

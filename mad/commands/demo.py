@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mad.pipeline import Run, RunConfig, Splits
@@ -26,15 +26,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.table import Table
+    from torch import Tensor
 
+    from circuits.circuit import Circuit
     from circuits.prompts import Prompts
-    from mad.benchmark.compare import Comparison
+    from mad.benchmark.results import Scorer, Scores
+    from mad.calibration import Calibrated
 
 NORMALS, ANOMALY = ("normal_iid", "normal_shift"), "anomaly"
 HEADERS = (
     *("", "AUROC\niid", "\nshift"),
     *("flagged\niid", "\nshift", "\nanomaly", "\nagree", "\ndisagree"),
 )
+Parts = dict[str, "Tensor"]  # scores of the calibration inputs and of each group
 
 
 @dataclass
@@ -56,6 +60,7 @@ def run(config: Demo) -> None:
     """Runs the demonstration and prints the table."""
     from rich.console import Console
 
+    from mad.benchmark.results import Scorer
     from mad.commands.plot import draw
     from mad.pipeline import load_prompts, make_run
 
@@ -68,14 +73,14 @@ def run(config: Demo) -> None:
     pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
     console.print("3. scores of new inputs")
     drawn = _inputs(config, done)
-    comparisons = [_scored(config, done, drawn)]
+    parts = {Scorer(config.detector.name): _scored(config, done, drawn)}
     console.print("4. beside baselines and random circuits")
     inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
-    comparisons += _others(config, done, inputs)
-    controls = list(_random_circuits(config, done, inputs))
-    pictures += _pictures(config, done, comparisons)
-    rows = [_row(comparison, drawn[ANOMALY]) for comparison in comparisons]
-    rows += [_mean_row(controls)] if controls else []
+    parts |= _others(config, done, inputs)
+    random = dict(_random_circuits(config, done, inputs))
+    pictures += _pictures(config, done, parts)
+    rows = table_rows(_subject(config, drawn, parts), config.alpha)
+    rows += _mean_row(table_rows(_subject(config, drawn, random), config.alpha))
     data = {"rows": rows, "alpha": config.alpha}
     (done.folder / "demo.json").write_text(json.dumps(data, indent=1) + "\n")
     console.print(_circuit_line(config, done), highlight=False, soft_wrap=True)
@@ -104,12 +109,11 @@ def _inputs(config: Demo, done: Run) -> dict[str, list[dict]]:
     return {group: drawn[group] for group in (*NORMALS, ANOMALY)}
 
 
-def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Comparison:
+def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Parts:
     """Scores a file of the inputs, as `madcap score` does, and reads the scores back."""
     import torch
 
     from circuits.prompts import write_jsonl
-    from mad.benchmark.compare import Comparison
     from mad.scoring import Scoring, read_results, score
 
     inputs, out = done.folder / "inputs.jsonl", done.folder / "scored.jsonl"
@@ -117,62 +121,85 @@ def _scored(config: Demo, done: Run, drawn: Mapping[str, list[dict]]) -> Compari
     settings = Scoring(alpha=config.alpha)
     score(inputs, out, done.detector, done.model, settings, memory=config.memory, overwrite=True)
     scores = torch.tensor([result["score"] for result in read_results(out)])
-    by_group = dict(zip(drawn, scores.split([len(records) for records in drawn.values()])))
-    return Comparison(config.detector.name, by_group, done.detector.calibration, config.alpha)
+    by_group = zip(drawn, scores.split([len(records) for records in drawn.values()]))
+    return {"calibration": done.detector.calibration.scores, **dict(by_group)}
 
 
-def _others(config: Demo, done: Run, inputs: Mapping[str, Prompts]) -> Iterator[Comparison]:
+def _others(config: Demo, done: Run, inputs: Mapping[str, Prompts]) -> dict[Scorer, Parts]:
     """Other detectors, fitted on the same trusted prompts and saved beside the run's own."""
-    from mad.benchmark.compare import compare
-    from mad.calibration import fit
-    from mad.detector import Context
+    from mad.benchmark.results import Scorer
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
     from mad.saved_detector import save_detector
 
-    context = Context(done.engine, done.circuit)
+    parts = {}
     deviation = Deviation(ablation="positional_mean" if config.positions else "mean")
     for other in (Strict(), deviation, MaxProbability(), Mahalanobis()):
         if other.name != config.detector.name:
-            fitted = fit(other, context, **_trusted(config, done))
+            fitted, scores = _fitted(config, done, inputs, other, done.circuit)
             folder = done.folder / "detector" / other.name
             save_detector(fitted, folder, weight_hash=done.model.weight_hash)
-            yield compare(other.name, fitted, inputs, config.alpha, memory=config.memory)
+            parts[Scorer(other.name)] = scores
+    return parts
 
 
 def _random_circuits(
     config: Demo, done: Run, inputs: Mapping[str, Prompts]
-) -> Iterator[Comparison]:
+) -> Iterator[tuple[Scorer, Parts]]:
     """The run's own detector on random circuits."""
     from circuits.extraction import random_controls
-    from mad.benchmark.compare import compare
+    from mad.benchmark.results import Scorer
+
+    controls = random_controls(done.circuit, config.controls, config.seed)
+    for number, circuit in enumerate(controls):
+        scores = _fitted(config, done, inputs, config.detector, circuit)[1]
+        yield Scorer(f"random circuit {number}"), scores
+
+
+def _fitted(
+    config: Demo, done: Run, inputs: Mapping[str, Prompts], detector: Any, circuit: Circuit
+) -> tuple[Calibrated, Parts]:
+    """A calibrated detector, and its scores of the inputs."""
     from mad.calibration import fit
     from mad.detector import Context
 
-    for circuit in random_controls(done.circuit, config.controls, config.seed):
-        context = Context(done.engine, circuit)
-        fitted = fit(config.detector, context, **_trusted(config, done))
-        yield compare("random circuit", fitted, inputs, config.alpha, memory=config.memory)
+    fitted = fit(
+        detector,
+        Context(done.engine, circuit),
+        done.splits["fit"],
+        done.splits["calibration"],
+        used={split: done.splits[split] for split in ("discovery", "evaluation")},
+        memory=config.memory,
+    )
+    scores = {group: fitted.score(own, memory=config.memory) for group, own in inputs.items()}
+    return fitted, {"calibration": fitted.calibration.scores, **scores}
 
 
-def _trusted(config: Demo, done: Run) -> dict[str, Any]:
-    """What every detector is fitted and calibrated on."""
-    return {
-        "trusted": done.splits["fit"],
-        "calibration": done.splits["calibration"],
-        "used": {split: done.splits[split] for split in ("discovery", "evaluation")},
-        "memory": config.memory,
-    }
+def _subject(
+    config: Demo, drawn: Mapping[str, list[dict]], parts: Mapping[Scorer, Parts]
+) -> Scores:
+    """The scores as the benchmark has them; anomalies are told apart by kind."""
+    from mad.benchmark.results import Scores
+
+    strata = {group: [group] * len(drawn[group]) for group in NORMALS}
+    strata[ANOMALY] = [record["kind"] for record in drawn[ANOMALY]]
+    return Scores("recall_redirect", config.seed, strata, {}, parts)
 
 
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def _pictures(config: Demo, done: Run, comparisons: Sequence[Comparison]) -> list[Path]:
+def _pictures(config: Demo, done: Run, parts: Mapping[Scorer, Parts]) -> list[Path]:
+    from mad.benchmark.auroc import roc_curve
+    from mad.benchmark.results import TITLES
     from mad.benchmark.roc import draw_roc, draw_score_distributions
 
-    model = done.model.path.rsplit("/", 1)[-1]
-    curves = [curve for comparison in comparisons for curve in comparison.roc_curves]
-    own = comparisons[0].scores.items()
+    model, name = done.model.path.rsplit("/", 1)[-1], config.detector.name
+    curves = [
+        roc_curve(scorer.detector, title, scores[group], scores[ANOMALY])
+        for scorer, scores in parts.items()
+        for group, title in TITLES.items()
+    ]
+    own = next(iter(parts.values()))
     return [
         draw_roc(
             curves,
@@ -181,13 +208,13 @@ def _pictures(config: Demo, done: Run, comparisons: Sequence[Comparison]) -> lis
             f"{model}: anomalies are prompts with the backdoor's trigger",
         ),
         draw_score_distributions(
-            {group.replace("_", " "): values.tolist() for group, values in own},
+            {group.replace("_", " "): own[group].tolist() for group in (*NORMALS, ANOMALY)},
             done.detector.calibration.threshold(config.alpha),
             done.folder / "scores.png",
             alpha=config.alpha,
             log_scale=True,
             title="What prompts carry off the circuit, put into trusted prompts",
-            caption=f"score of {config.detector.name}, with the calibrated threshold",
+            caption=f"score of {name}, with the calibrated threshold",
         ),
     ]
 
@@ -202,30 +229,34 @@ def _circuit_line(config: Demo, done: Run) -> str:
     return line if chance is None else f"{line}; random circuits of that size {chance:.3f}"
 
 
-def _row(comparison: Comparison, anomalies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A detector's AUROC, and the shares flagged of groups and of either kind of anomalies."""
-    import torch
+def table_rows(subject: Scores, alpha: float) -> list[dict[str, Any]]:
+    """Each detector's AUROC of all anomalies, and the shares flagged: of groups, and of each kind
+    of anomalies.
+    """
+    from mad.benchmark.auroc import separations
+    from mad.benchmark.flags import flags
+    from mad.benchmark.results import Results
 
-    from mad.benchmark.flags import share
+    pooled = {group: [group] * len(names) for group, names in subject.strata.items()}
+    whole = replace(subject, strata=pooled)
+    rows = {s: {"detector": s.detector, "auroc": {}, "flagged": {}} for s in subject.parts}
+    for one in separations(Results((whole,)), draws=0):
+        rows[one.scorer]["auroc"][one.place.group] = one.auroc
+    for flag in flags(Results((whole, subject)), [alpha]):
+        rows[flag.scorer]["flagged"][flag.place.stratum] = flag.share
+    return list(rows.values())
 
-    flagged = dict(comparison.flagged)
-    for kind in ("agree", "disagree"):
-        rows = torch.tensor([record["kind"] == kind for record in anomalies])
-        flagged[kind] = share(comparison.hits[ANOMALY][rows])
-    return {"detector": comparison.name, "auroc": comparison.auroc, "flagged": flagged}
 
+def _mean_row(controls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The mean over random circuits; no row where there are none."""
+    if not controls:
+        return []
 
-def _mean_row(controls: Sequence[Comparison]) -> dict[str, Any]:
-    """The mean over random circuits."""
+    def mean(what: str, groups: Sequence[str]) -> dict[str, float]:
+        return {g: sum(row[what][g] for row in controls) / len(controls) for g in groups}
 
-    def mean(of: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {group: sum(one[group] for one in of) / len(of) for group in of[0]}
-
-    return {
-        "detector": f"random circuits ({len(controls)})",
-        "auroc": mean([control.auroc for control in controls]),
-        "flagged": mean([control.flagged for control in controls]),
-    }
+    name, flagged = f"random circuits ({len(controls)})", mean("flagged", (*NORMALS, ANOMALY))
+    return [{"detector": name, "auroc": mean("auroc", NORMALS), "flagged": flagged}]
 
 
 def _table(config: Demo, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -43,7 +43,7 @@ def test_pictures_say_the_numbers(tmp_path, summary):
 
 def test_pictures_are_refused(tmp_path, results, summary):
     with pytest.raises(ValueError, match="0 tasks with anomalies"):
-        draw_worst(summarise(results.select(tasks=["shift_only"]), draws=2), tmp_path / "x.png")
+        draw_worst(summarise(results.select(["shift_only"]), draws=2), tmp_path / "x.png")
     with pytest.raises(ValueError, match="0 detectors to draw"):
         draw_false_alarms(summary, [], tmp_path / "x.png")
     with pytest.raises(ValueError, match="detector='nobody'.*distance, layer 0"):

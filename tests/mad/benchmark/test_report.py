@@ -122,7 +122,7 @@ def test_written_files(made_up_run):
 
 
 def test_no_anomalies_and_no_circuits(results):
-    (shift_only,) = results.of([Scorer("steady")]).select(tasks=["shift_only"]).subjects
+    (shift_only,) = results.of([Scorer("steady")]).select(["shift_only"]).subjects
     alone = Results((replace(shift_only, about={}),))
     summary = summarise(alone, draws=2)
     assert headline(summary) == "No task with anomalies was scored."

@@ -28,12 +28,10 @@ def test_what_is_read_is_what_was_left(tmp_path):
 
 
 def test_subjects_are_selected():
-    results = Results((ALONE, subject({"a": drawn(1)}, seed=4)))
-    assert results.select(seeds=[4]).subjects == results.subjects[1:]
-    with pytest.raises(
-        ValueError, match=r"0 subjects with tasks=None and seeds=\[9\]; there are recall_redirect-3"
-    ):
-        results.select(seeds=[9])
+    results = Results((ALONE, subject({"a": drawn(1)}, task="shift_only")))
+    assert results.select(["shift_only"]).subjects == results.subjects[1:]
+    with pytest.raises(ValueError, match=r"tasks=\['x'\]; there are recall_redirect-3, shift"):
+        results.select(["x"])
 
 
 def test_nothing_or_half_is_refused(tmp_path):

@@ -98,14 +98,14 @@ def test_every_registered_detector_is_measured_under_names_of_its_own():
 
 
 def test_benchmarks_that_cannot_be_run_are_refused():
-    for changes, message in (
-        ({"tasks": ["recall"]}, "'recall', but the tasks are"),
-        ({"models": 0}, "models=0"),
-        ({"workers": 0}, "workers=0"),
-        ({"controls": -1}, "controls=-1"),
+    for benchmark, message in (
+        (Benchmark(tasks=["recall"]), "'recall', but the tasks are"),
+        (Benchmark(models=0), "models=0"),
+        (Benchmark(workers=0), "workers=0"),
+        (Benchmark(controls=-1), "controls=-1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Benchmark(**changes).check()
+            benchmark.check()
 
 
 # --- runs -----------------------------------------------------------------------------------------
