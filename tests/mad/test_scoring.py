@@ -151,9 +151,9 @@ def test_an_interrupted_run_resumes_to_the_same_file(
 
 def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_path, monkeypatch):
     again, calibrated = opened(run)
-    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    source, scoring = inputs(tmp_path, 24), Scoring(alpha=ALPHA, chunk=8, explain="all")
     size = footprint(again.engine, tiny.prompts(1, shortest=6, longest=6))
-    few = str(size.shared(False) + size.mask + 3 * (size.plain + explanation_bytes(size)))
+    few = str(size.shared(False) + size.mask + 8 * (size.plain + explanation_bytes(size)))
     whole, parts, mixed = (tmp_path / f"{name}.jsonl" for name in ("whole", "parts", "mixed"))
     score(source, whole, calibrated, again.model, scoring)
     score(source, parts, calibrated, again.model, scoring, memory=few)
