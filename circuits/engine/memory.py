@@ -168,9 +168,9 @@ class Footprint:
         taken = self.clean + self._bytes(self.layers * (self.sides + 3 * self.width))
         scores = 4 * self.query_heads * self.scored * self.tokens + 2 * self.heads * self.tokens
         rows = 3 * self.query_heads * self.scored * self.width
-        compared = (
-            self.masked() + self.element * (scores + rows) + self._bytes(self.layers * self.sides)
-        )
+        masked = self.masked() - self._metric  # no metric is taken
+        held = self._bytes(self.layers * self.sides)
+        compared = masked + self.element * (scores + rows) + held
         return max(taken, self.prepared(False) + compared)
 
     @property
