@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits.plot.circuit import draw_circuit, edge_style
+from circuits.plot import FaithfulnessCurve, RandomBand, draw_circuit, draw_faithfulness_curve
+from circuits.plot.circuit import edge_style
 from circuits.plot.layout import lay_out, parse_edges, strengths
-from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
 
 SMALL = [
     ("input->a0.h0<q>", 0.4),
