@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.plot.style import (
-    FAINT_INK,
-    SERIES_COLOURS,
-    annotate_figure,
-    plot_style,
-    save_figure,
-    wrapped,
-)
+from circuits.plot.style import FAINT_INK, SERIES_COLOURS, saved_figure, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +61,7 @@ def draw_faithfulness_curve(
             not finite.
     """
     _check(curves, random_band)
-    from matplotlib.figure import Figure
-
-    with plot_style():
-        figure = Figure(figsize=(6.6, _height(curves, random_band)), layout="constrained")
+    with saved_figure(path, (6.6, _height(curves, random_band)), title, caption) as figure:
         axes = figure.add_subplot(xscale="log", xlabel="edges kept", ylabel="faithfulness")
         for level in (0.0, 1.0):
             axes.axhline(level, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
@@ -83,8 +73,6 @@ def draw_faithfulness_curve(
             _draw_whole_graph(axes, edges_total)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.legend(loc="outside right upper", fontsize=8.5)
-        annotate_figure(figure, title, caption)
-        save_figure(figure, [Path(path)])
     return Path(path)
 
 

@@ -14,14 +14,7 @@ import torch
 
 from circuits.circuit import Circuit
 from circuits.names import LOGITS, split_reader
-from circuits.plot.style import (
-    FAINT_INK,
-    NEGATIVE,
-    POSITIVE,
-    annotate_figure,
-    plot_style,
-    save_figure,
-)
+from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, saved_figure
 
 
 def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: str = "") -> Path:
@@ -36,7 +29,6 @@ def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: st
             "this circuit does not tell edges apart by position; extract it with positions=true"
         )
     from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
-    from matplotlib.figure import Figure
 
     nodes, values = _into_nodes(circuit)
     if not nodes:  # logits alone, reading nothing
@@ -44,17 +36,14 @@ def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: st
     largest = max(float(values.nan_to_num().abs().max()), 1e-12)
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#F4F4F4", POSITIVE])
     norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
-    with plot_style():
-        size = (2.2 + 0.32 * n_positions, 1.7 + 0.2 * len(nodes))
-        figure = Figure(figsize=size, layout="constrained")
+    size = (2.2 + 0.32 * n_positions, 1.7 + 0.2 * len(nodes))
+    with saved_figure(path, size, title, caption) as figure:
         axes = figure.add_subplot(xlabel="position")
         shown = axes.imshow(values.numpy(), cmap=colours, norm=norm, aspect="auto", origin="lower")
         axes.set_yticks(range(len(nodes)), nodes, fontsize=7.5)
         axes.set_xticks(range(n_positions))
         bar = figure.colorbar(shown, ax=axes, pad=0.02, ticks=[-largest, 0, largest], format="%.2g")
         bar.set_label("sum of scores", color=FAINT_INK, size=8)
-        annotate_figure(figure, title, caption)
-        save_figure(figure, [Path(path)])
     return Path(path)
 
 

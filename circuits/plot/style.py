@@ -1,9 +1,7 @@
 """What every figure of madcap shares: colours, matplotlib style, title, caption and saving.
 
-    with plot_style():
-        figure = Figure(layout="constrained")
-        annotate_figure(figure, "Induction", "9 of 110 edges")
-        save_figure(figure, [Path("out/figure.svg")])
+    with saved_figure(Path("out/figure.svg"), (6.4, 4), "Induction", "9 of 110 edges") as figure:
+        figure.add_subplot().plot([0, 1], [0, 1])
 
 The format is the path's suffix: .svg, .png or .pdf. Files carry no dates: same input, same bytes.
 """
@@ -12,8 +10,8 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +63,24 @@ def plot_style() -> AbstractContextManager[None]:
         if not key.startswith("backend")
     }
     return matplotlib.rc_context(defaults | _STYLE)
+
+
+@contextmanager
+def saved_figure(
+    path: Path, size: tuple[float, float], title: str, caption: str, layout: Any = "constrained"
+) -> Iterator[Figure]:
+    """Give a figure of a size in inches to draw on; title, caption and the file come at the end.
+
+    Raises:
+        ValueError: as `save_figure`.
+    """
+    from matplotlib.figure import Figure
+
+    with plot_style():
+        figure = Figure(figsize=size, layout=layout)
+        yield figure
+        annotate_figure(figure, title, caption)
+        save_figure(figure, [Path(path)])
 
 
 def save_figure(figure: Figure, paths: Sequence[Path]) -> None:
