@@ -22,7 +22,7 @@ Shapes: writers W, readers R, candidate masks K; `*S` positions, or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -102,7 +102,7 @@ class Graph:
     def readers_per_block(self) -> int:
         return self.n_heads + 2 * self.kv_heads + (not self.attention_only)
 
-    # ---- names ----------------------------------------------------------------------------------
+    # ---- names -----------------------------------------------------------------------------------
 
     @cached_property
     def writers(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class Graph:
         """Index of the first reader of block `layer`; `layer = n_layers` gives that of `logits`."""
         return layer * self.readers_per_block
 
-    # ---- edges ----------------------------------------------------------------------------------
+    # ---- edges -----------------------------------------------------------------------------------
 
     @cached_property
     def exists(self) -> Bool[Tensor, "R W *S"]:
@@ -166,12 +166,9 @@ class Graph:
     def n_edges(self) -> int:
         return sum(self.upstream) * (self.n_positions or 1)
 
-    def edges(self) -> Iterator[tuple[int, ...]]:
+    def edges(self) -> list[tuple[int, ...]]:
         """All edges as (reader, writer) or (reader, writer, position) indices, in forward order."""
-        places = [()] if self.n_positions is None else [(at,) for at in range(self.n_positions)]
-        for reader, count in enumerate(self.upstream):
-            for writer, place in product(range(count), places):
-                yield reader, writer, *place
+        return [tuple(edge) for edge in self.exists.nonzero().tolist()]
 
     def edge_name(self, reader: int, writer: int, position: int | None = None) -> str:
         return edge_name(self.writers[writer], self.readers[reader], position)
@@ -227,7 +224,7 @@ class Graph:
 
         Layer descending; logits > mlp > v > k > q; head, writer and position descending.
         """
-        return list(self.edges())[::-1]
+        return self.edges()[::-1]
 
     def networkx(self, kept: Bool[Tensor, "R W *S"] | None = None) -> nx.MultiDiGraph:
         """The (kept) edges between nodes; parallel ones are keyed by reader (and position)."""
@@ -239,7 +236,7 @@ class Graph:
                 view.add_edge(self.writers[writer], node, key=key)
         return view
 
-    # ---- what a circuit leaves connected --------------------------------------------------------
+    # ---- what a circuit leaves connected ---------------------------------------------------------
 
     def without_dead_ends(self, kept: Bool[Tensor, "R W *S"]) -> Bool[Tensor, "R W *S"]:
         """The kept edges that lie on a path of kept edges from an input to `logits`."""

@@ -212,7 +212,7 @@ def _box(corner: Point, width: float, height: float, kind: str, *, rounding: int
     return FancyBboxPatch(corner, width, height, boxstyle=shape, clip_on=False, **colours, **style)
 
 
-# ---- legend -------------------------------------------------------------------------------------
+# ---- legend --------------------------------------------------------------------------------------
 
 # A line's height, and how to draw it around (x, y).
 LegendLine = tuple[float, Callable[["Axes", float, float], None]]

@@ -63,10 +63,7 @@ def draw_faithfulness_curve(
     _check(curves, random_band)
     with saved_figure(path, (6.6, _height(curves, random_band)), title, caption) as figure:
         axes = figure.add_subplot(xscale="log", xlabel="edges kept", ylabel="faithfulness")
-        for level in (0.0, 1.0):
-            axes.axhline(level, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
-        if random_band is not None:
-            _draw_band(axes, random_band)
+        _draw_bounds(axes, random_band)
         for index, curve in enumerate(curves):
             _draw_curve(axes, curve, SERIES_COLOURS[index % len(SERIES_COLOURS)])
         if edges_total is not None:
@@ -76,24 +73,26 @@ def draw_faithfulness_curve(
     return Path(path)
 
 
-def _draw_band(axes: Axes, band: RandomBand) -> None:
-    edges, low, high = _rising(band.edges, band.low, band.high)
-    label = _legend_name(band.name)
-    axes.fill_between(
-        edges, low, high, color="#D9D9D9", linewidth=0, label=label, gid="random band"
-    )
-
-
-def _draw_curve(axes: Axes, curve: FaithfulnessCurve, colour: str) -> None:
-    edges, faithfulness = _rising(curve.edges, curve.faithfulness)
-    label, gid = _legend_name(curve.name), f"curve:{curve.name}"
-    axes.plot(edges, faithfulness, color=colour, marker="o", markersize=3.5, label=label, gid=gid)
+def _draw_bounds(axes: Axes, band: RandomBand | None) -> None:
+    """Draw what curves are read against: nothing kept, everything kept, random circuits."""
+    for level in (0.0, 1.0):
+        axes.axhline(level, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
+    if band is not None:
+        points = _rising(band.edges, band.low, band.high)
+        style = {"color": "#D9D9D9", "linewidth": 0, "gid": "random band"}
+        axes.fill_between(*points, label=_legend_name(band.name), **style)
 
 
 def _draw_whole_graph(axes: Axes, edges_total: int) -> None:
     axes.axvline(edges_total, color=RULE, linewidth=0.8, zorder=1)
     place = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
     axes.annotate("all edges", (edges_total, 0), size=8, color=FAINT_INK, rotation=90, **place)
+
+
+def _draw_curve(axes: Axes, curve: FaithfulnessCurve, colour: str) -> None:
+    edges, faithfulness = _rising(curve.edges, curve.faithfulness)
+    style = {"color": colour, "marker": "o", "markersize": 3.5, "gid": f"curve:{curve.name}"}
+    axes.plot(edges, faithfulness, label=_legend_name(curve.name), **style)
 
 
 def _rising(edges: Sequence[int], *values: Sequence[float]) -> list[tuple[float, ...]]:
@@ -116,18 +115,22 @@ def _height(curves: Sequence[FaithfulnessCurve], band: RandomBand | None) -> flo
 def _check(curves: Sequence[FaithfulnessCurve], band: RandomBand | None) -> None:
     if not curves:
         raise ValueError("there are 0 curves to draw; pass at least one")
-    series = [(curve.name, curve.edges, curve.faithfulness) for curve in curves]
+    for curve in curves:
+        _check_series(curve.name, curve.edges, curve.faithfulness)
     if band is not None:
-        series += [(band.name, band.edges, band.low), (band.name, band.edges, band.high)]
-    for name, edges, values in series:
-        if len(edges) != len(values):
+        _check_series(band.name, band.edges, band.low)
+        _check_series(band.name, band.edges, band.high)
+
+
+def _check_series(name: str, edges: Sequence[int], values: Sequence[float]) -> None:
+    if len(edges) != len(values):
+        raise ValueError(
+            f"{name!r} has {len(edges)} edge counts but {len(values)} values; give one value per "
+            "count"
+        )
+    for count, value in zip(edges, values, strict=True):
+        if count < 0 or not math.isfinite(value):
             raise ValueError(
-                f"{name!r} has {len(edges)} edge counts but {len(values)} values; give one value "
-                "per count"
+                f"{name!r} has value {value} at {count} edges; counts must be >= 0 and values "
+                "finite"
             )
-        for count, value in zip(edges, values, strict=True):
-            if count < 0 or not math.isfinite(value):
-                raise ValueError(
-                    f"{name!r} has value {value} at {count} edges; counts must be >= 0 and values "
-                    "finite"
-                )

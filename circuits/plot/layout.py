@@ -41,7 +41,7 @@ FAN_STEP, BUNDLE_STEP = 4.0, 2.5
 LOGITS_ROW = 10**9
 
 
-# ---- what the names say -------------------------------------------------------------------------
+# ---- what the names say --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def row_label(row: int) -> str:
     return f"{('k v', 'attn', 'mlp')[row % 3]} {row // 3}"
 
 
-# ---- how strong an edge is ----------------------------------------------------------------------
+# ---- how strong an edge is -----------------------------------------------------------------------
 
 
 def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
@@ -132,7 +132,7 @@ def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
     return [math.sqrt(min(1.0, size / top)) for size in sizes], top
 
 
-# ---- layout: dot --------------------------------------------------------------------------------
+# ---- layout: dot ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _without_spikes(points: Curve) -> Curve:
     return tuple(kept)
 
 
-# ---- edges that share a way or an end -----------------------------------------------------------
+# ---- edges that share a way or an end ------------------------------------------------------------
 
 
 def _fan_out(edges: Sequence[DrawnEdge], routes: Mapping[Pair, Curve]) -> dict[str, Curve]:

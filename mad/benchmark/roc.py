@@ -54,18 +54,11 @@ def draw_roc(curves: Sequence[RocCurve], path: Path, title: str = "", caption: s
         ValueError: no curves, a detector twice in one group, fewer than two points, lengths that
             differ, a rate or AUROC outside [0, 1], or rates that fall.
     """
-    if not curves:
-        raise ValueError("there are 0 curves to draw; pass at least one")
-    for curve in curves:
-        _check_roc(curve)
+    _check_roc(curves)
+    names = list(dict.fromkeys(curve.name for curve in curves))
     groups: dict[str, list[RocCurve]] = {}
     for curve in curves:
         groups.setdefault(curve.group, []).append(curve)
-    names = list(dict.fromkeys(curve.name for curve in curves))
-    if len({(curve.group, curve.name) for curve in curves}) < len(curves):
-        raise ValueError(
-            "a detector has two curves in one group; give each curve of a group its own name"
-        )
     below = 52 + 13 * (max(map(len, groups.values())) + 1) + (30 if caption else 0)
     above = 22 + (26 if title else 0)
     width, height = 46 + len(groups) * (PANEL + PANEL_GAP), below + PANEL + above  # points
@@ -79,7 +72,18 @@ def draw_roc(curves: Sequence[RocCurve], path: Path, title: str = "", caption: s
     return Path(path)
 
 
-def _check_roc(curve: RocCurve) -> None:
+def _check_roc(curves: Sequence[RocCurve]) -> None:
+    if not curves:
+        raise ValueError("there are 0 curves to draw; pass at least one")
+    for curve in curves:
+        _check_rates(curve)
+    if len({(curve.group, curve.name) for curve in curves}) < len(curves):
+        raise ValueError(
+            "a detector has two curves in one group; give each curve of a group its own name"
+        )
+
+
+def _check_rates(curve: RocCurve) -> None:
     label = f"{curve.name!r} in group {curve.group!r}" if curve.group else repr(curve.name)
     false, true = list(curve.false_positive_rate), list(curve.true_positive_rate)
     if len(false) != len(true) or len(false) < 2:
@@ -177,13 +181,18 @@ def _check_scores(
         if len(values) == 0:
             raise ValueError(f"group {group!r} has 0 scores; leave it out or pass at least one")
     for owner, values in {"the threshold": [threshold], **scores}.items():
-        if strange := [value for value in values if not math.isfinite(value)]:
-            raise ValueError(f"{owner} has the score {strange[0]}; scores must be finite")
-        if log_scale and min(values) <= 0:
-            raise ValueError(
-                f"{owner} has the score {min(values)}; scores must be positive with "
-                "log_scale=True; draw with log_scale=False"
-            )
+        for value in values:
+            _check_score(owner, value, log_scale=log_scale)
+
+
+def _check_score(owner: str, value: float, *, log_scale: bool) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{owner} has the score {value}; scores must be finite")
+    if log_scale and value <= 0:
+        raise ValueError(
+            f"{owner} has the score {value}; scores must be positive with log_scale=True; draw "
+            "with log_scale=False"
+        )
 
 
 def _bin_edges(values: Sequence[float], threshold: float, *, log_scale: bool) -> list[float]:
