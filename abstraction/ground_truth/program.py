@@ -233,8 +233,7 @@ class Program:
         assert size is not None, f"{name} is numerical"
         return size
 
-    # ---- what each step computes
-    # ----------------------------------------------------------------------
+    # ---- what each step computes -----------------------------------------------------------------
 
     @cached_property
     def tables(self) -> Mapping[str, Int[Tensor, "..."]]:

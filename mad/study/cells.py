@@ -137,8 +137,7 @@ class Results:
         return Results(left)
 
 
-# --- reading
-# ----------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Results:
@@ -271,8 +270,7 @@ def _read_parts(file: Path, strata: Mapping[str, Sequence[str]]) -> dict[Scorer,
     return parts
 
 
-# --- AUROC
-# ------------------------------------------------------------------------------------------------------
+# --- AUROC ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -392,8 +390,7 @@ def _redraw(subject: Scores, draws: int, seed: int) -> dict[str, Float[Tensor, "
     return counts
 
 
-# --- worst cases
-# ------------------------------------------------------------------------------------------------
+# --- worst cases ----------------------------------------------------------------------------------
 
 
 def places(found: Sequence[Cell]) -> set[tuple[str, int, str, str]]:
@@ -548,8 +545,7 @@ def _control(values: Sequence[float]) -> Control:
     return Control(sum(values) / len(values), min(values), max(values), len(values))
 
 
-# --- flags
-# ------------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -623,8 +619,7 @@ def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag
     return worst
 
 
-# --- combinations
-# -----------------------------------------------------------------------------------------------
+# --- combinations ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
