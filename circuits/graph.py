@@ -158,9 +158,9 @@ class Graph:
     def exists(self) -> Bool[Tensor, "R W *S"]:
         """True where writer w comes before reader r, so that the edge can exist."""
         before = torch.arange(len(self.writers)) < torch.tensor(self.upstream)[:, None]
-        return (
-            before if self.n_positions is None else before[..., None].repeat(1, 1, self.n_positions)
-        )
+        if self.n_positions is None:
+            return before
+        return before[..., None].repeat(1, 1, self.n_positions)
 
     @cached_property
     def n_edges(self) -> int:
@@ -186,9 +186,7 @@ class Graph:
             positions.index(edge.position)  # ValueError: one too many, too few, or too late
         except (ValueError, KeyError):
             example = self.edge_name(len(self.readers) - 1, 0, positions[0])
-            tokens = (
-                "" if self.n_positions is None else f", per position of {len(positions)} tokens"
-            )
+            tokens = f", per position of {self.n_positions} tokens" if self.n_positions else ""
             raise ValueError(
                 f"edge {name!r} is not in this graph of {self.n_layers} layers, {self.n_heads} "
                 f"heads and {self.kv_heads} key-value heads{tokens}; edges look like {example!r}"

@@ -45,23 +45,16 @@ class Node:
 
 @dataclass(frozen=True)
 class EdgeName:
-    """An edge's name taken apart; `str` puts it together.
-
-    >>> str(EdgeName("a0.h3", "a1.h2", "q", 5))
-    'a0.h3->a1.h2<q>@5'
-    """
+    """An edge's name taken apart; `node` and `port` are its reader's."""
 
     writer: str
-    node: str  # the reader's node: several readers, such as a head's q, k and v, share one
-    port: str = ""  # "q", "k", "v", or "" where a node reads once
-    position: int | None = None
+    node: str  # several readers, such as a head's q, k and v, share one
+    port: str  # "q", "k", "v", or "" where a node reads once
+    position: int | None
 
     @property
     def reader(self) -> str:
         return reader_name(self.node, self.port)
-
-    def __str__(self) -> str:
-        return edge_name(self.writer, self.reader, self.position)
 
 
 def head_name(layer: int, head: int) -> str:
@@ -80,7 +73,7 @@ def mlp_name(layer: int) -> str:
 
 
 def reader_name(node: str, port: str = "") -> str:
-    """Return the name of what a node reads through a port, such as `a1.h2<q>`."""
+    """Return the name of a node's reader at a port, such as `a1.h2<q>`."""
     return f"{node}<{port}>" if port else node
 
 
@@ -91,6 +84,9 @@ def edge_name(writer: str, reader: str, position: int | None = None) -> str:
 
 def parse_node(name: str) -> Node:
     """Return what a node's name says.
+
+    >>> parse_node("a0.h3")
+    Node(kind='head', layer=0, head=3)
 
     Raises:
         ValueError: the name is none of a node.
@@ -109,6 +105,9 @@ def split_reader(reader: str) -> tuple[str, str]:
 
 def parse_edge(name: str) -> EdgeName:
     """Return an edge's name taken apart.
+
+    >>> parse_edge("a0.h3->a1.h2<q>@5")
+    EdgeName(writer='a0.h3', node='a1.h2', port='q', position=5)
 
     Raises:
         ValueError: the name is not of the form writer->reader or writer->reader@position.

@@ -16,7 +16,8 @@ order of the edges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from circuits.plot.layout import (
 )
 from circuits.plot.style import (
     FAINT_INK,
+    INK,
     NEGATIVE,
     POSITIVE,
     plot_style,
@@ -56,9 +58,7 @@ KIND_NAMES = {"input": "input", "head": "attention head", "mlp": "MLP", "logits"
 LINK: dict[str, Any] = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
 CENTRED = {"ha": "center", "va": "center_baseline"}
 
-# Points: the margins of the graph, and the legend's lines.
-LEFT, RIGHT, LEGEND_WIDTH, MARGIN = 58.0, 26.0, 112.0, 14.0
-LEGEND_LINE, LEGEND_GAP = 14.0, 8.0
+LEFT, RIGHT, LEGEND_WIDTH, MARGIN = 58.0, 26.0, 112.0, 14.0  # points
 
 
 def edge_style(score: float, strength: float) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def _laid_out(
     if len(edges) > maximum_edges:
         raise ValueError(
             f"the circuit has {len(edges)} edges, but a picture holds at most "
-            f"maximum_edges={maximum_edges}; "
-            "keep fewer edges (selection.edges when extracting), or raise maximum_edges"
+            f"maximum_edges={maximum_edges}; keep fewer edges (selection.edges when extracting), "
+            "or raise maximum_edges"
         )
     drawn = parse_edges(edges)
     return drawn, lay_out(drawn, kv_group=kv_group)
@@ -129,7 +129,7 @@ def circuit_figure(
     from matplotlib.figure import Figure
 
     legend = _legend(drawn, layout.nodes)
-    legend_height = sum(height for height, _ in legend)
+    legend_height = sum(line.height for line in legend)
     graph_width, graph_height = max(layout.width, 120.0), max(layout.height, legend_height)
     width = LEFT + graph_width + RIGHT + LEGEND_WIDTH + MARGIN
     title_text, title_height = wrapped(title, 12, 0.88 * width - 2 * MARGIN)
@@ -147,10 +147,8 @@ def circuit_figure(
     if not drawn:
         middle = x + layout.width / 2, y + layout.height / 2
         axes.text(*middle, "no edges kept", ha="center", va="center", color=FAINT_INK)
-    legend_top = MARGIN + caption_height + graph_height
-    for line_height, draw in legend:
-        draw(axes, LEFT + graph_width + RIGHT, legend_top - line_height / 2)
-        legend_top -= line_height
+    top = MARGIN + caption_height + graph_height
+    _draw_legend(axes, legend, LEFT + graph_width + RIGHT, top)
     axes.text(MARGIN, height - MARGIN, title_text, va="top", size=12, weight="bold", gid="title")
     axes.text(MARGIN, MARGIN, caption_text, va="bottom", size=9, color=FAINT_INK, gid="caption")
     return figure
@@ -214,30 +212,50 @@ def _box(corner: Point, width: float, height: float, kind: str, *, rounding: int
 
 # ---- legend --------------------------------------------------------------------------------------
 
-# A line's height, and how to draw it around (x, y).
-LegendLine = tuple[float, Callable[["Axes", float, float], None]]
+
+@dataclass(frozen=True)
+class LegendLine:
+    """A text after a box or a stroke, at the left if it has neither."""
+
+    text: str = ""
+    kind: str = ""  # of node: the box has its colour
+    stroke: Mapping[str, Any] | None = None
+    height: float = 14.0  # points
+
+
+GAP = LegendLine(height=8.0)
+
+
+def _draw_legend(axes: Axes, lines: Sequence[LegendLine], x: float, top: float) -> None:
+    for line in lines:
+        y = top - line.height / 2
+        top -= line.height
+        marked = line.kind or line.stroke
+        if line.kind:
+            axes.add_patch(_box((x + 3, y - 4), 16, 8, line.kind, rounding=2, linewidth=0.7))
+        if line.stroke:
+            axes.plot([x, x + 22], [y, y], solid_capstyle="butt", clip_on=False, **line.stroke)
+        if line.text:
+            style = {"size": 8.5, "va": "center_baseline", "color": INK if marked else FAINT_INK}
+            axes.text(x + 28 if marked else x, y, line.text, **style)
 
 
 def _legend(drawn: Sequence[DrawnEdge], nodes: Iterable[str]) -> list[LegendLine]:
     """Return the legend from top to bottom: node kinds, signs, what score a line width means."""
     present = {kind(node) for node in nodes}
-    lines = [_kind_line(each) for each in KIND_NAMES if each in present]
+    lines = [LegendLine(name, kind=each) for each, name in KIND_NAMES.items() if each in present]
     if any(map(is_key_value, nodes)):
-        lines.append(_stroke_line("serves", LINK))
+        lines.append(LegendLine("serves", stroke=LINK))
     scores = [edge.score for edge in drawn]
     return lines + _sign_lines(scores) + _width_lines(scores)
 
 
 def _sign_lines(scores: Sequence[float]) -> list[LegendLine]:
-    present = {
-        "score > 0": (1, any(score > 0 for score in scores)),
-        "score < 0": (-1, any(score < 0 for score in scores)),
-        "score = 0": (0, 0.0 in scores),
-    }
-    lines = [
-        _stroke_line(text, edge_style(sign, 0.6)) for text, (sign, here) in present.items() if here
-    ]
-    return [_gap(), *lines] if lines else []
+    lines = [GAP]
+    for sign, text in ((1, "score > 0"), (-1, "score < 0"), (0, "score = 0")):
+        if any((score > 0) - (score < 0) == sign for score in scores):
+            lines.append(LegendLine(text, stroke=edge_style(sign, 0.6)))
+    return lines if scores else []
 
 
 def _width_lines(scores: Sequence[float]) -> list[LegendLine]:
@@ -245,37 +263,10 @@ def _width_lines(scores: Sequence[float]) -> list[LegendLine]:
     if len(sizes) < 2:
         return []
     _, top = strengths(scores)
-    lines = [_gap(), _heading_line("|score|")]
+    lines = [GAP, LegendLine("|score|")]
     for fraction in (1.0, 0.25, 0.01):
         shared = fraction == 1 and top < max(sizes)  # by all larger scores
         bound = "\N{GREATER-THAN OR EQUAL TO} " if shared else ""
         style = edge_style(0, math.sqrt(fraction)) | {"color": "#333333"}
-        lines.append(_stroke_line(f"{bound}{fraction * top:.2g}", style))
+        lines.append(LegendLine(f"{bound}{fraction * top:.2g}", stroke=style))
     return lines
-
-
-def _gap() -> LegendLine:
-    return LEGEND_GAP, lambda axes, x, y: None
-
-
-def _kind_line(kind: str) -> LegendLine:
-    def draw(axes: Axes, x: float, y: float) -> None:
-        axes.add_patch(_box((x + 3, y - 4), 16, 8, kind, rounding=2, linewidth=0.7))
-        axes.text(x + 28, y, KIND_NAMES[kind], va="center_baseline", size=8.5)
-
-    return LEGEND_LINE, draw
-
-
-def _stroke_line(text: str, style: Mapping[str, Any]) -> LegendLine:
-    def draw(axes: Axes, x: float, y: float) -> None:
-        axes.plot([x, x + 22], [y, y], solid_capstyle="butt", clip_on=False, **style)
-        axes.text(x + 28, y, text, va="center_baseline", size=8.5)
-
-    return LEGEND_LINE, draw
-
-
-def _heading_line(text: str) -> LegendLine:
-    def draw(axes: Axes, x: float, y: float) -> None:
-        axes.text(x, y, text, va="center_baseline", size=8.5, color=FAINT_INK)
-
-    return LEGEND_LINE, draw

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
@@ -162,23 +162,23 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
     graph = _dot_graph(nodes, weights, links)
     graph.layout(prog="dot")
 
+    centres = {node: _points(graph.get_node(node))[0] for node in nodes}
     routes = {pair: _without_spikes(_points(graph.get_edge(*pair))) for pair in weights}
     curves = _fan_out(edges, routes)
-    centres = {node: _points(graph.get_node(node))[0] for node in nodes}
-    half_width = {node: NODE_WIDTH[kind(node)] / 2 for node in nodes}
-    on_curves = [x for points in curves.values() for x, _ in points]
-    left = min([centres[node][0] - half_width[node] for node in nodes] + on_curves)
-    right = max([centres[node][0] + half_width[node] for node in nodes] + on_curves)
+    xs = [x for points in curves.values() for x, _ in points]
+    for node, (x, _) in centres.items():
+        xs += [x - NODE_WIDTH[kind(node)] / 2, x + NODE_WIDTH[kind(node)] / 2]
+    left = min(xs)
 
     def shifted(points: Curve) -> Curve:
         return tuple((x - left, y) for x, y in points)
 
     return Layout(
-        nodes=dict(zip(nodes, shifted(tuple(centres.values())), strict=True)),
+        nodes={node: (x - left, y) for node, (x, y) in centres.items()},
         edges={name: shifted(points) for name, points in curves.items()},
         links={pair: shifted(_points(graph.get_edge(*pair))) for pair in links},
-        rows={row_label(row): _points(graph.get_node(_anchor(row)))[0][1] for row in _rows(nodes)},
-        width=right - left,
+        rows={row_label(row_of(node)): y for node, (_, y) in centres.items()},
+        width=max(xs) - left,
         height=float(graph.graph_attr["bb"].split(",")[3]),
     )
 
@@ -187,7 +187,6 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     """Return the graph that dot lays out."""
     import pygraphviz
 
-    rows = _rows(nodes)
     graph: Any = pygraphviz.AGraph(
         strict=False, directed=True, rankdir="BT", nodesep=0.03, ranksep=0.55
     )
@@ -196,12 +195,12 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
     for node in nodes:  # 12 points wider than drawn, so that edges keep clear
         graph.add_node(node, width=(NODE_WIDTH[kind(node)] + 12) / 72)
+    rows = {f"row {row}": list(beside) for row, beside in groupby(nodes, key=row_of)}
     for below, above in pairwise(rows):  # a chain of invisible anchors forces the ranks
-        graph.add_edge(_anchor(below), _anchor(above), style="invis", weight=0)
-    for row in rows:
-        graph.get_node(_anchor(row)).attr.update(style="invis", width=0.01, height=0.01)
-        beside = [node for node in nodes if row_of(node) == row]
-        graph.add_subgraph([_anchor(row), *beside], rank="same")
+        graph.add_edge(below, above, style="invis", weight=0)
+    for anchor, beside in rows.items():
+        graph.get_node(anchor).attr.update(style="invis", width=0.01, height=0.01)
+        graph.add_subgraph([anchor, *beside], rank="same")
     for pair, strength in sorted(weights.items()):
         graph.add_edge(*pair, weight=1 + round(4 * strength))
     for pair in links:
@@ -209,15 +208,8 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     return graph
 
 
-def _anchor(row: int) -> str:
-    return f"row {row}"
-
-
-def _rows(nodes: Sequence[str]) -> list[int]:
-    return sorted({row_of(node) for node in nodes})
-
-
 def _nodes(edges: Sequence[DrawnEdge]) -> list[str]:
+    """Return the nodes from row to row, from left to right as dot begins."""
     nodes = {LOGITS} | {edge.writer for edge in edges} | {edge.node for edge in edges}
     if all(kind(node) != "input" for node in nodes):
         nodes.add(INPUT)
