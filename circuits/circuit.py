@@ -64,17 +64,18 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Names and scores of the kept edges, in forward order."""
-        names = (self.graph.edge_name(*edge) for edge in self.kept.nonzero().tolist())
-        return list(zip(names, self.scores[self.kept].tolist(), strict=True))
+        return self._named(self.kept, self.scores)
 
     @property
     def edges_over_positions(self) -> list[tuple[str, float]]:
         """The kept edges without their positions, each with the sum of its kept scores."""
         if self.graph.n_positions is None:
             return self.edges
-        kept, sums = self.kept.any(-1), (self.scores * self.kept).sum(-1)
+        return self._named(self.kept.any(-1), (self.scores * self.kept).sum(-1))
+
+    def _named(self, kept: Tensor, scores: Tensor) -> list[tuple[str, float]]:
         names = (self.graph.edge_name(*edge) for edge in kept.nonzero().tolist())
-        return list(zip(names, sums[kept].tolist(), strict=True))
+        return list(zip(names, scores[kept].tolist(), strict=True))
 
     @property
     def mask(self) -> Float[Tensor, "R W *S"]:

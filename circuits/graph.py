@@ -183,7 +183,8 @@ class Graph:
         try:
             edge = parse_edge(name)
             reader, writer = self.reader_index[edge.reader], self.writer_index[edge.writer]
-            positions.index(edge.position)  # ValueError: one too many, too few, or too late
+            if edge.position not in positions:
+                raise KeyError(edge.position)
         except (ValueError, KeyError):
             example = self.edge_name(len(self.readers) - 1, 0, positions[0])
             tokens = f", per position of {self.n_positions} tokens" if self.n_positions else ""

@@ -20,6 +20,6 @@ _WHERE = {
     "draw_positions": "circuits.plot.positions",
 }
 
-__all__ = [*_WHERE]
+__all__ = [*_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 __getattr__ = lazy(__name__, _WHERE)

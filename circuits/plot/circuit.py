@@ -40,6 +40,7 @@ from circuits.plot.style import (
     INK,
     NEGATIVE,
     POSITIVE,
+    Style,
     plot_style,
     save_figure,
     svg_text,
@@ -55,13 +56,13 @@ MAXIMUM_EDGES = 800  # dot takes .3 s for 500, a minute for 2000
 UNSCORED, RULE, OUTLINE = "#8A8A8A", "#ECECEC", "#4A4A4A"
 KIND_COLOURS = {"input": "#F3D06B", "head": "#D6E9F5", "mlp": "#CDE8DC", "logits": "#EBCFE0"}
 KIND_NAMES = {"input": "input", "head": "attention head", "mlp": "MLP", "logits": "logits"}
-LINK: dict[str, Any] = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
-CENTRED = {"ha": "center", "va": "center_baseline"}
+LINK: Style = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
+CENTRED: Style = {"ha": "center", "va": "center_baseline"}
 
 LEFT, RIGHT, LEGEND_WIDTH, MARGIN = 58.0, 26.0, 112.0, 14.0  # points
 
 
-def edge_style(score: float, strength: float) -> dict[str, Any]:
+def edge_style(score: float, strength: float) -> Style:
     """Return the line style of an edge: colour by sign, width (points) and opacity by strength."""
     colour = POSITIVE if score > 0 else NEGATIVE if score < 0 else UNSCORED
     return {"color": colour, "linewidth": 0.5 + 3.0 * strength, "alpha": 0.22 + 0.68 * strength}
@@ -169,8 +170,9 @@ def _draw_links_and_edges(
     strength, _ = strengths([edge.score for edge in drawn])
     weak_to_strong = sorted(zip(strength, drawn, strict=True), key=lambda pair: pair[0])
     for rank, (size, edge) in enumerate(weak_to_strong):  # the strongest lies on top
-        style = edge_style(edge.score, size) | {"zorder": 2 + rank / (len(drawn) + 1)}
-        axes.add_patch(_curve(layout.edges[edge.name], x, y, gid=f"edge:{edge.name}", **style))
+        style = edge_style(edge.score, size) | {"gid": f"edge:{edge.name}"}
+        zorder = 2 + rank / (len(drawn) + 1)
+        axes.add_patch(_curve(layout.edges[edge.name], x, y, zorder=zorder, **style))
 
 
 def _curve(points: Sequence[Point], x: float, y: float, *, color: str, **style):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.plot.style import FAINT_INK, SERIES_COLOURS, saved_figure, wrapped
+from circuits.plot.style import FAINT_INK, SERIES_COLOURS, Style, saved_figure, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +78,9 @@ def _draw_bounds(axes: Axes, band: RandomBand | None) -> None:
     for level in (0.0, 1.0):
         axes.axhline(level, color=RULE, linewidth=0.8, linestyle=":", zorder=1)
     if band is not None:
-        points = _rising(band.edges, band.low, band.high)
-        style = {"color": "#D9D9D9", "linewidth": 0, "gid": "random band"}
-        axes.fill_between(*points, label=_legend_name(band.name), **style)
+        edges, low, high = _rising(band.edges, band.low, band.high)
+        style: Style = {"color": "#D9D9D9", "linewidth": 0, "gid": "random band"}
+        axes.fill_between(edges, low, high, label=_legend_name(band.name), **style)
 
 
 def _draw_whole_graph(axes: Axes, edges_total: int) -> None:

@@ -23,7 +23,9 @@ POSITIVE, NEGATIVE = "#0072B2", "#D5402B"
 SERIES_COLOURS = tuple("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #7A6A00".split())
 INK, FAINT_INK = "#1A1A1A", "#5F5F5F"
 
-_STYLE = {
+Style = dict[str, Any]  # matplotlib's keyword arguments
+
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "madcap",
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
@@ -41,11 +43,7 @@ _STYLE = {
     "ytick.color": "#4A4A4A",
 }
 # Without dates: same figure, same bytes.
-_UNDATED: dict[str, dict[str, None]] = {
-    ".svg": {"Date": None},
-    ".png": {},
-    ".pdf": {"CreationDate": None},
-}
+_UNDATED: dict[str, Style] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 
 
 def plot_style() -> AbstractContextManager[None]:
@@ -111,7 +109,7 @@ def svg_text(figure: Figure) -> str:
 def annotate_figure(figure: Figure, title: str, caption: str) -> None:
     """Put a bold title at the top left of a constrained figure, a grey caption at the bottom."""
     width = figure.get_figwidth() * 72 - 12
-    left: dict[str, Any] = {"x": 0.01, "ha": "left"}
+    left: Style = {"x": 0.01, "ha": "left"}
     if title:
         figure.suptitle(wrapped(title, 11, width)[0], size=11, weight="bold", **left)
     if caption:

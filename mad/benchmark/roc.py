@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, SERIES_COLOURS, saved_figure
+from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, SERIES_COLOURS, Style, saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,7 +212,7 @@ def _draw_group(
     passed = [value for value in values if not value > threshold]
     as_strip = len(values) <= STRIP_LIMIT
     for part, colour, name in ((passed, POSITIVE, "passed"), (flagged, NEGATIVE, "flagged")):
-        style = {"color": colour, "gid": f"{name}:{group}"}
+        style: Style = {"color": colour, "gid": f"{name}:{group}"}
         if as_strip:
             axes.vlines(part, 0, 1, linewidth=1.4, alpha=0.75, **style)
         elif part:
