@@ -195,17 +195,22 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
     for node in nodes:  # 12 points wider than drawn, so that edges keep clear
         graph.add_node(node, width=(NODE_WIDTH[kind(node)] + 12) / 72)
-    rows = {f"row {row}": list(beside) for row, beside in groupby(nodes, key=row_of)}
-    for below, above in pairwise(rows):  # a chain of invisible anchors forces the ranks
-        graph.add_edge(below, above, style="invis", weight=0)
-    for anchor, beside in rows.items():
-        graph.get_node(anchor).attr.update(style="invis", width=0.01, height=0.01)
-        graph.add_subgraph([anchor, *beside], rank="same")
+    _force_ranks(graph, nodes)
     for pair, strength in sorted(weights.items()):
         graph.add_edge(*pair, weight=1 + round(4 * strength))
     for pair in links:
         graph.add_edge(*pair, weight=8)
     return graph
+
+
+def _force_ranks(graph: Any, nodes: Sequence[str]) -> None:
+    """Put each row on a rank of its own, by a chain of invisible anchors."""
+    rows = {f"row {row}": list(beside) for row, beside in groupby(nodes, key=row_of)}
+    for below, above in pairwise(rows):
+        graph.add_edge(below, above, style="invis", weight=0)
+    for anchor, beside in rows.items():
+        graph.get_node(anchor).attr.update(style="invis", width=0.01, height=0.01)
+        graph.add_subgraph([anchor, *beside], rank="same")
 
 
 def _nodes(edges: Sequence[DrawnEdge]) -> list[str]:

@@ -180,13 +180,17 @@ def _check_scores(
     if empty := [group for group, values in scores.items() if len(values) == 0]:
         raise ValueError(f"group {empty[0]!r} has 0 scores; leave it out or pass at least one")
     for owner, values in {"the threshold": [threshold], **scores}.items():
-        if strange := [value for value in values if not math.isfinite(value)]:
-            raise ValueError(f"{owner} has the score {strange[0]}; scores must be finite")
-        if log_scale and min(values) <= 0:
-            raise ValueError(
-                f"{owner} has the score {min(values)}; scores must be positive with "
-                "log_scale=True; draw with log_scale=False"
-            )
+        _check_values(owner, values, log_scale=log_scale)
+
+
+def _check_values(owner: str, values: Sequence[float], *, log_scale: bool) -> None:
+    if strange := [value for value in values if not math.isfinite(value)]:
+        raise ValueError(f"{owner} has the score {strange[0]}; scores must be finite")
+    if log_scale and min(values) <= 0:
+        raise ValueError(
+            f"{owner} has the score {min(values)}; scores must be positive with log_scale=True; "
+            "draw with log_scale=False"
+        )
 
 
 def _bin_edges(values: Sequence[float], threshold: float, *, log_scale: bool) -> list[float]:
