@@ -1,5 +1,6 @@
-"""The pictures of docs/does-it-work.md; half an hour.  Run: python figures/does_it_work.py [FOLDER
-OF STORIES260K]
+"""The pictures of docs/does-it-work.md, in half an hour.
+
+Run: python figures/does_it_work.py [FOLDER OF STORIES260K]
 """
 
 import shutil

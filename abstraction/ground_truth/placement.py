@@ -28,6 +28,7 @@ from abstraction.ground_truth.program import (
     Switch,
     Threshold,
 )
+from circuits.names import INPUT, LOGITS, edge_name, head_name, mlp_name, reader_name
 
 Port = Literal["q", "k", "v", "mlp", "logits"]
 
@@ -51,7 +52,8 @@ class Place:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        return tuple(f"a{self.layer}.h{head}" for head in self.heads) or (f"m{self.layer}",)
+        heads = tuple(head_name(self.layer, head) for head in self.heads)
+        return heads or (mlp_name(self.layer),)
 
     @property
     def time(self) -> int:
@@ -183,7 +185,13 @@ def nodes_of(variable: str, places: Mapping[str, Place], split_input: bool) -> t
     """The nodes that write a variable."""
     if variable in places:
         return places[variable].nodes
-    return (f"input.{variable}" if split_input else "input",)
+    return (f"{INPUT}.{variable}" if split_input else INPUT,)
+
+
+def readers_of(read: Read, places: Mapping[str, Place]) -> tuple[str, ...]:
+    """The readers through which a step takes a variable."""
+    nodes = places[read.step].nodes if read.step in places else (LOGITS,)
+    return tuple(reader_name(node, read.port if read.port in "qkv" else "") for node in nodes)
 
 
 def groups(
@@ -197,8 +205,7 @@ def groups(
     found: dict[tuple[str, ...], str] = {}
     for read in reads(program):
         writers = nodes_of(read.variable, places, split_input)
-        readers = places[read.step].nodes if read.step in places else ("logits",)
-        port = f"<{read.port}>" if read.port in ("q", "k", "v") else ""
+        readers = readers_of(read, places)
         ends = [
             step.mechanism
             for name in (read.step, read.variable)
@@ -206,8 +213,6 @@ def groups(
         ]
         mechanism = next((name for name in ends if name != NORMAL), NORMAL)
         for position in read.positions if per_position else (None,):
-            at = "" if position is None else f"@{position}"
-            found.setdefault(
-                tuple(f"{w}->{r}{port}{at}" for r in readers for w in writers), mechanism
-            )
+            edges = tuple(edge_name(w, r, position) for r in readers for w in writers)
+            found.setdefault(edges, mechanism)
     return tuple(Group(edges, mechanism) for edges, mechanism in found.items())

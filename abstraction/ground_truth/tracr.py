@@ -29,6 +29,7 @@ from torch import Tensor
 
 from circuits.engine import Engine
 from circuits.model.load import LoadedModel, ModelConfig, from_bridge, load_model
+from circuits.names import head_name, mlp_name, reader_name
 from circuits.prompts import Prompts, prompts_from_records
 
 PROBES = 32  # random inputs on which a converted model is compared with its source
@@ -308,10 +309,9 @@ def our_name(edge: str) -> str:
         if (match := _NODE.match(name)) is None:
             return {"embed": "input.token", "pos_embed": "input.position"}.get(name, name)
         if match["mlp"] is not None:
-            return f"m{match['mlp']}"
-        return f"a{match['layer']}.h{match['head']}" + (
-            f"<{match['side'].lower()}>" if match["side"] else ""
-        )
+            return mlp_name(int(match["mlp"]))
+        head = head_name(int(match["layer"]), int(match["head"]))
+        return reader_name(head, (match["side"] or "").lower())
 
     return "->".join(node(part) for part in edge.split("->"))
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from abstraction.causal_model import CausalModel
 from abstraction.ground_truth.ground_truth import accuracy, effects, mask_of
-from abstraction.ground_truth.placement import groups, nodes_of, place, reads
+from abstraction.ground_truth.placement import groups, nodes_of, place, readers_of, reads
 from abstraction.ground_truth.program import Program
 from abstraction.ground_truth.programs import PROGRAMS
 from circuits.ablation import AblationConfig, fit_ablation
@@ -45,6 +45,7 @@ from circuits.engine import Engine
 from circuits.graph import Graph
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
+from circuits.names import edge_name
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 
@@ -215,9 +216,8 @@ def fixed_edges(config: TrainedTruth) -> tuple[str, ...]:
     for read in reads(program):
         if read.variable == "position":
             continue
-        reader = places[read.step].nodes[0] if read.step in places else "logits"
-        port = f"<{read.port}>" if read.port in ("q", "k", "v") else ""
-        varying.add(f"{nodes_of(read.variable, places, False)[0]}->{reader}{port}")
+        writer, reader = nodes_of(read.variable, places, False)[0], readers_of(read, places)[0]
+        varying.add(edge_name(writer, reader))
     return tuple(edge for edge in kept if edge not in varying)
 
 

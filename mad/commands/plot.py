@@ -37,9 +37,13 @@ def run(config: Plot) -> None:
 
 def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) -> list[Path]:
     """The pictures of a run folder."""
-    from circuits.plot.circuit import draw_circuit
-    from circuits.plot.positions import draw_positions
-    from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
+    from circuits.plot import (
+        FaithfulnessCurve,
+        RandomBand,
+        draw_circuit,
+        draw_faithfulness_curve,
+        draw_positions,
+    )
 
     circuit = Circuit.load(source)
     source = source if source.is_dir() else source.parent
