@@ -67,8 +67,9 @@ def encode_record(
         vocabulary: token ids are below this.
         outputs: answers are below this; as many as the vocabulary unless said otherwise.
 
-    Raises: ValueError: anything wrong with the record; the message is one line and leaves the
-        record's name to the caller.
+    Raises:
+        ValueError: anything wrong with the record; the message is one line and leaves the record's
+            name to the caller.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f'{_quote(record)} is no object; write {{"clean": ...}}')
@@ -79,8 +80,7 @@ def encode_record(
     if max_length is not None and len(clean) > max_length:
         raise ValueError(
             f"clean has {len(clean)} tokens{' with BOS' if bos is not None else ''}, but "
-            f"max_length={max_length}; "
-            "shorten it or take a model with a longer context"
+            f"max_length={max_length}; shorten it or take a model with a longer context"
         )
     corrupt = None
     if record.get("corrupt") is not None:
@@ -88,8 +88,7 @@ def encode_record(
         if len(corrupt) != len(clean):
             raise ValueError(
                 f"clean has {len(clean)} tokens and corrupt has {len(corrupt)}; a corrupt prompt "
-                "needs as many tokens "
-                "as its clean one, so reword one of them"
+                "needs as many tokens as its clean one, so reword one of them"
             )
     positions = _positions(record.get("positions"), len(clean))
     outputs = vocabulary if outputs is None else outputs
@@ -166,8 +165,7 @@ def _encode_prompt(
     if not isinstance(source, str):
         raise ValueError(
             f"{field} begins with token {tokens[0]}, but prepend_bos=True and token ids are taken "
-            "as they are; "
-            f"begin with BOS, {bos}"
+            f"as they are; begin with BOS, {bos}"
         )
     return (bos, *tokens)
 
@@ -260,8 +258,7 @@ def _answers(field: str, answers: Any, places: list[_Place], by_position: bool) 
     ):
         raise ValueError(
             f"{field}={_quote(answers)} does not fit {len(places)} positions; give one list of "
-            "answers, not empty, "
-            "for each of them"
+            "answers, not empty, for each of them"
         )
     return tuple(
         tuple(_answers_in_place(field, here, place)) for here, place in zip(answers, places)
@@ -315,8 +312,7 @@ def _answer_token(
     )
     raise ValueError(
         f"{field} holds {_quote(answer)}, which is not one token after {_quote(text[-20:])} but "
-        f"{_quote(added)}; "
-        "answers are single tokens, so reword it or give a token id"
+        f"{_quote(added)}; answers are single tokens, so reword it or give a token id"
     )
 
 

@@ -30,8 +30,9 @@ ANSWER_KEYS = {"clean_answer": "answers", "patch_answer": "wrong_answers"}
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records in the file, in order.
 
-    Raises: ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
-        formats, by number.
+    Raises:
+        ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
+            formats, by number.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,8 +57,9 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def parse_line(line: str) -> dict[str, Any]:
     """The record on one line of a JSONL file, ours or feature-circuits'.
 
-    Raises: ValueError: the line is blank, no JSON or no object; the message leaves the line's
-        number to the caller.
+    Raises:
+        ValueError: the line is blank, no JSON or no object; the message leaves the line's number to
+            the caller.
     """
     if not line.strip():
         raise ValueError("blank line; remove it")
@@ -124,8 +126,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     ):
         raise ValueError(
             f"columns {', '.join(sorted(map(str, columns)))}; EAP-IG's are clean, corrupted and "
-            "either label or "
-            "correct_idx and incorrect_idx"
+            "either label or correct_idx and incorrect_idx"
         )
     return _numbered("row", rows, _by_index if "correct_idx" in columns else _greater_than)
 

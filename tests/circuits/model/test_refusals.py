@@ -690,7 +690,7 @@ def test_the_reason_fits_the_name(tmp_path, name, why):
 
 def test_every_reason_says_what_to_do():
     assert all(
-        ": " in why and (": use" in why or ": hand" in why or ": load" in why) for _, why in REASONS
+        ": " in why and (": use" in why or ": hand" in why or ": load" in why) for why in REASONS.values()
     )
 
 

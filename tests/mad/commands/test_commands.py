@@ -1,6 +1,4 @@
-"""The command line: instant help, presets and paths, errors of one line, sweeps; on a tiny made-up
-command.
-"""
+"""The command line, on a tiny made-up one: instant help, presets, paths, errors, sweeps."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ FILES = {
         class Sweep:
             """Removes edges one by one."""
             name: str = "sweep"
-            tau: float = 0.1  # an edge is removed when it costs less,
-                              # in units of the metric
+            # an edge is removed when it costs less,
+            # in units of the metric
+            tau: float = 0.1
             # how often
             rounds: int | None = None
             extra: dict[str, float] = field(default_factory=dict)  # more numbers
@@ -132,9 +131,7 @@ def tiny_packages(tmp_path_factory):
 
 @pytest.fixture
 def probe(tiny_packages, tmp_path, monkeypatch, capsys):
-    """Runs `madcap probe WORDS` in an empty folder; returns exit code, what it wrote, stdout and
-    stderr.
-    """
+    """Runs `madcap probe ...` in an empty folder; its exit code, what it wrote, stdout, stderr."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
@@ -150,7 +147,8 @@ def probe(tiny_packages, tmp_path, monkeypatch, capsys):
             "method": "tinylib.algorithms:METHODS",
         },
     )
-    monkeypatch.setattr(main, "COMMANDS", {"probe": ("tinylib.probe", "probe a model")})
+    monkeypatch.setattr(main, "PACKAGE", "tinylib")
+    monkeypatch.setattr(main, "COMMANDS", {"probe": "probe a model"})
     monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
@@ -256,7 +254,7 @@ def test_cfg_prints_and_does_not_run(probe):
     assert "  tau: 0.1\n" in out and "path: tiny.pt" in out
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sweeps
 
 
@@ -296,7 +294,7 @@ def test_a_failing_job_fails_the_sweep(probe):
     assert err.endswith("madcap probe: error: top_n=9, lower it\n")
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors
 
 GIVEN = ["model=tiny", "out=found"]
@@ -379,7 +377,7 @@ def test_an_unknown_command_is_told_the_nearest(capsys):
     assert "did you mean 'extract'" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # help
 
 
@@ -422,28 +420,20 @@ def test_version_is_the_distributions():
     assert imported_by("--version")[1] == f"madcap {project['version']}"
 
 
-# ------------------------------------------------------------------------------ the commands and
-# presets that we ship
-
-
-def written_commands():
-    return [
-        name
-        for name, (module, _) in main.COMMANDS.items()
-        if (ROOT / (module.replace(".", "/") + ".py")).is_file()
-    ]
+# --------------------------------------------------------------------------------------------------
+# the commands and presets that we ship
 
 
 def shipped_presets():
     return [
-        (c, group, name)
-        for c in written_commands()
-        for group in config.groups(c)
+        (command, group, name)
+        for command in main.COMMANDS
+        for group in config.groups(command)
         for name in preset_names(group)
     ]
 
 
-@pytest.mark.parametrize("command", written_commands())
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_has_help(command):
     modules, text = imported_by(command, "--help")
     assert modules & HEAVY == set()
@@ -454,11 +444,14 @@ def test_every_command_has_help(command):
 def test_every_preset_composes(command, group, name):
     from mad.commands.help import class_name, preset_class
 
-    schema = getattr(importlib.import_module(main.COMMANDS[command][0]), class_name(command))
+    schema = getattr(importlib.import_module(f"mad.commands.{command}"), class_name(command))
+    composed = []
     try:
-        config.compose(command, schema, [f"{group}={name}"])
+        config.run_command(command, schema, composed.append, [f"{group}={name}"])
     except overrides.UsageError as error:  # what only the user can give may be missing
         assert str(error).startswith("required and not given"), error
+    else:
+        assert isinstance(composed[0], schema)
     if path := preset_class(group, name):
         module, _, attribute = path.rpartition(".")
         assert find_spec(module) is not None and hasattr(importlib.import_module(module), attribute)
