@@ -305,7 +305,8 @@ def _layer(
     }
 
 
-# ---- distractors: they read everything but the constant, and write into the junk dimensions ------
+# ---- distractors: they read everything but the constant, and write into the junk dimensions
+# ------------------------
 
 
 def _random(rows: int, layout: Layout, generator: torch.Generator) -> Float[Tensor, "rows D"]:

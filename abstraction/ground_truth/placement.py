@@ -126,7 +126,8 @@ def place(
     return places
 
 
-# ---- what is read, where, and through which edges ------------------------------------------------
+# ---- what is read, where, and through which edges
+# -------------------------------------------------------------
 
 
 def reads(program: Program) -> tuple[Read, ...]:

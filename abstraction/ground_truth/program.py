@@ -152,9 +152,8 @@ def back(steps: int) -> dict[str, Any]:
 class Program:
     """Steps, the tokens they work on, and which variable is the answer.
 
-    Raises:
-        ValueError: unknown or doubled names, a cycle, a table that is not total, inputs of the
-            wrong kind.
+    Raises: ValueError: unknown or doubled names, a cycle, a table that is not total, inputs of the
+        wrong kind.
     """
 
     name: str
@@ -233,7 +232,8 @@ class Program:
         assert size is not None, f"{name} is numerical"
         return size
 
-    # ---- what each step computes -----------------------------------------------------------------
+    # ---- what each step computes
+    # ----------------------------------------------------------------------
 
     @cached_property
     def tables(self) -> Mapping[str, Int[Tensor, "..."]]:

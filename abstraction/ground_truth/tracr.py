@@ -135,7 +135,8 @@ class TracrProgram:
         ]
 
 
-# ---- from files ----------------------------------------------------------------------------------
+# ---- from files
+# ----------------------------------------------------------------------------------------------------
 
 
 def load_tracr(
@@ -316,7 +317,8 @@ def our_name(edge: str) -> str:
     return "->".join(node(part) for part in edge.split("->"))
 
 
-# ---- from the compiler ---------------------------------------------------------------------------
+# ---- from the compiler
+# ---------------------------------------------------------------------------------------------
 
 _PARTS = ("params", "model_config", "residual_labels", "input_encoder", "output_encoder", "forward")
 _MODULES = {
@@ -336,13 +338,11 @@ def from_tracr(assembled: Any, *, output: str | None = None, name: str = "tracr"
 
     The result is compared with `assembled.forward` on random inputs, residual stream and outputs.
 
-    Args:
-        output: the label of the program's output; None: the variable that has its values, on those
-            inputs.
+    Args: output: the label of the program's output; None: the variable that has its values, on
+        those inputs.
 
-    Raises:
-        ValueError: it is no assembled model, no or several variables could be the output, or the
-            comparison fails.
+    Raises: ValueError: it is no assembled model, no or several variables could be the output, or
+        the comparison fails.
     """
     if missing := [part for part in _PARTS if not hasattr(assembled, part)]:
         raise ValueError(

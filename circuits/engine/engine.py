@@ -52,9 +52,8 @@ class Engine:
     Construction compares the engine with the bridge, and both with the logits that the HuggingFace
     model gave before it was wrapped, on random tokens.
 
-    Raises:
-        ValueError: the architecture or a configuration field is not supported, or the comparison
-            fails.
+    Raises: ValueError: the architecture or a configuration field is not supported, or the
+        comparison fails.
     """
 
     graph: Graph
@@ -94,7 +93,8 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.architecture.token.weight.dtype  # type: ignore[return-value]
 
-    # ---- plain runs ------------------------------------------------------------------------------
+    # ---- plain runs
+    # -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def clean(
@@ -227,7 +227,8 @@ class Engine:
                 taps.append((mlp_input, [normed]))
         return _at(residual, positions)
 
-    # ---- runs under a mask -----------------------------------------------------------------------
+    # ---- runs under a mask
+    # ------------------------------------------------------------------------
 
     def ablated(self, writers: Float[Tensor, "W B S D"]) -> Ablated:
         """Prepares the values that removed edges carry; once per batch, shared by all runs on it."""
@@ -278,11 +279,9 @@ class Engine:
         A head that the logits do not depend on enters it with all of its inputs ablated, whatever
         edges it keeps, so that dropping dead ends changes nothing.
 
-        Args:
-            tokens: token ids, padded on the right.
-            mask: share of each edge that is kept, [R, W] or [K, R, W] (with one more axis, of
-                positions, where the graph tells edges apart by position); entries of edges that
-                cannot exist count as 0.
+        Args: tokens: token ids, padded on the right. mask: share of each edge that is kept, [R, W]
+            or [K, R, W] (with one more axis, of positions, where the
+                graph tells edges apart by position); entries of edges that cannot exist count as 0.
             ablated: what removed edges carry.
             key_mask: True on real tokens; needed by bidirectional models when there is padding.
             positions: where logits are wanted (-1: nowhere); None: everywhere.
@@ -331,7 +330,8 @@ class Engine:
         logits = run.logits(positions)
         return logits[0] if single or per_example else logits
 
-    # ---- gradients at the readers ----------------------------------------------------------------
+    # ---- gradients at the readers
+    # -----------------------------------------------------------------
 
     def reader_gradients(
         self,
@@ -389,7 +389,8 @@ class Engine:
                 row += len(side)
             yield first, block.norm1.pull_back(residual, at_norm)
 
-    # ---- components ------------------------------------------------------------------------------
+    # ---- components
+    # -------------------------------------------------------------------------------
 
     def heads(
         self,
@@ -414,7 +415,8 @@ class Engine:
         logits, cap = self.architecture.unembed(normed), self.architecture.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    # ---- never silently wrong --------------------------------------------------------------------
+    # ---- never silently wrong
+    # ---------------------------------------------------------------------
 
     @torch.no_grad()
     def _check(self, model: LoadedModel) -> None:

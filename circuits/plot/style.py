@@ -123,7 +123,8 @@ def wrapped(text: str, size: float, width: float) -> tuple[str, float]:
     return "\n".join(lines), len(lines) * 1.3 * size + 12
 
 
-# --- the faithfulness curve -----------------------------------------------------------------------
+# --- the faithfulness curve
+# -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,8 @@ def draw_faithfulness_curve(
     the same size, and a line at `edges_total` the whole graph. Points at 0 edges have no place on a
     log axis and are left out: faithfulness is 0 there by definition.
 
-    Raises:
-        ValueError: no curves, lengths that differ, a negative number of edges, or a value that is
-            not finite.
+    Raises: ValueError: no curves, lengths that differ, a negative number of edges, or a value that
+        is not finite.
     """
     if not curves:
         raise ValueError("there are 0 curves to draw; pass at least one")

