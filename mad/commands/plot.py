@@ -77,8 +77,8 @@ def _draw_curve(
     curve = FaithfulnessCurve(name, *_columns(points, "edges", "faithfulness"))
     band = None
     if chance := figures["random_curve"]:
-        sizes = _columns(chance, "edges", "low", "high")
-        band = RandomBand(*sizes, "random circuits, lowest to highest")
+        edges, low, high = _columns(chance, "edges", "low", "high")
+        band = RandomBand(edges, low, high, "random circuits, lowest to highest")
     detail = figures["faithfulness_detail"]
     measured = f"{detail['metric']}, {detail['ablation']} ablation"
     return [
