@@ -21,6 +21,12 @@ from mad.commands.help import preset_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
+
+def preset(schema: str, node: str, *settings: str) -> str:
+    lines = [f"# tinylib.algorithms.{schema}", f"defaults: [_{node}, _self_]", *settings]
+    return "\n".join(lines) + "\n"
+
+
 FILES = {
     "tinylib/__init__.py": "",
     "tinylib/algorithms.py": '''
@@ -82,8 +88,12 @@ FILES = {
             overrides: list[str] = field(default_factory=list)
 
         def run(config: Probe) -> int | None:
-            errors = {"value": ValueError("top_n=9,\\n lower it"), "file": FileNotFoundError(2, "No such file", "a b"),
-                      "bug": RuntimeError("a defect"), "stop": KeyboardInterrupt()}
+            errors = {
+                "value": ValueError("top_n=9,\\n lower it"),
+                "file": FileNotFoundError(2, "No such file", "a b"),
+                "bug": RuntimeError("a defect"),
+                "stop": KeyboardInterrupt(),
+            }
             if config.fail in errors:
                 raise errors[config.fail]
             with open(config.out, "w") as file:
@@ -101,22 +111,22 @@ FILES = {
           - _self_
           - mode: null
     """,
-    "tinyconfigs/model/tiny.yaml": (
-        "# tinylib.algorithms.Load - the smallest\ndefaults: [_model, _self_]\npath: tiny.pt\n"
-    ),
-    "tinyconfigs/model/small.yaml": "# tinylib.algorithms.Load\ndefaults: [_model, _self_]\npath: small.pt\n",
-    "tinyconfigs/model/path.yaml": "# tinylib.algorithms.Load\ndefaults: [_model, _self_]\n",
-    "tinyconfigs/task/recall.yaml": "# tinylib.algorithms.Recall\ndefaults: [_recall, _self_]\n",
-    "tinyconfigs/task/file.yaml": "# tinylib.algorithms.Load\ndefaults: [_file, _self_]\n",
-    "tinyconfigs/method/sweep.yaml": "# tinylib.algorithms.Sweep\ndefaults: [_sweep, _self_]\nrounds: 2\n",
-    "tinyconfigs/method/gradient.yaml": "# tinylib.algorithms.Gradient\ndefaults: [_gradient, _self_]\n",
-    "tinyconfigs/method/broken.yaml": "# tinylib.algorithms.Gradient\ndefaults: [_gradient, _self_]\nstep: 1\n",
+    "tinyconfigs/model/tiny.yaml": preset("Load - the smallest", "model", "path: tiny.pt"),
+    "tinyconfigs/model/small.yaml": preset("Load", "model", "path: small.pt"),
+    "tinyconfigs/model/path.yaml": preset("Load", "model"),
+    "tinyconfigs/task/recall.yaml": preset("Recall", "recall"),
+    "tinyconfigs/task/file.yaml": preset("Load", "file"),
+    "tinyconfigs/method/sweep.yaml": preset("Sweep", "sweep", "rounds: 2"),
+    "tinyconfigs/method/gradient.yaml": preset("Gradient", "gradient"),
+    "tinyconfigs/method/broken.yaml": preset("Gradient", "gradient", "step: 1"),
     "tinyconfigs/mode/quick.yaml": (
-        "# @package _global_\n# tiny runs\ndefaults: [{override /method: gradient}]\nmethod: "
-        "{steps: 1}\nseed: 5\n"
+        "# @package _global_\n# tiny runs\n"
+        "defaults: [{override /method: gradient}]\nmethod: {steps: 1}\nseed: 5\n"
     ),
     "tinyconfigs/mode/half.yaml": "# @package _global_\nmodel: {dtype: bfloat16}\n",
-    "tinyconfigs/mode/cluster.yaml": "# @package _global_\nhydra: {mode: MULTIRUN, sweep: {dir: jobs}}\n",
+    "tinyconfigs/mode/cluster.yaml": (
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweep: {dir: jobs}}\n"
+    ),
 }
 
 
@@ -389,7 +399,10 @@ def test_help_is_read_from_the_source(probe, file_regression):
 
 def imported_by(*arguments):
     """Modules that `madcap ARGUMENTS` imports, and what it prints."""
-    code = f"import sys; from mad.commands.main import main; main({list(arguments)}); print(*sys.modules)"
+    code = (
+        "import sys; from mad.commands.main import main; "
+        f"main({list(arguments)}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     text, _, modules = done.stdout.strip().rpartition("\n")
