@@ -94,14 +94,14 @@ def _summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
         edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
         nodes = [r.node_auc for r in rows if not math.isnan(r.node_auc)]
         exact = f"{sum(r.exact for r in rows)}/{len(rows)}"
-        lowest = f"{min(edges):.3f}" if edges else "-"
+        lowest = _number(min(edges, default=math.nan))
         seconds = f"{sum(r.seconds for r in rows):.2f}"
         summary.append((variant, method, exact, _mean(edges), lowest, _mean(nodes), seconds))
     return summary
 
 
 def _mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f}" if values else "-"
+    return _number(sum(values) / len(values) if values else math.nan)
 
 
 def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
