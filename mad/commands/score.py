@@ -1,8 +1,8 @@
 """Score new inputs by how far the model departs from its circuit on them.
 
-    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl madcap score
-    circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all madcap score
-    circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl model=attacked/ allow_other_weights=true
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl
+    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
+    madcap score circuit=RUN inputs=new.jsonl out=scored.jsonl model=DIR allow_other_weights=true
 
 Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and
 "id" if you like. Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high
@@ -32,9 +32,8 @@ class Fitted:
 class Place:
     """Where a model is."""
 
-    path: str | None = (
-        None  # model=PATH: load the model from here instead of where the circuit was found
-    )
+    # model=PATH: load the model from here instead of where the circuit was found
+    path: str | None = None
 
 
 @dataclass

@@ -42,7 +42,8 @@ from circuits.ablation import Ablation, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.engine.memory import footprint, most_prompts, parse_memory
 from circuits.metrics import metric_named
-from circuits.model.load import _quietly, local_path
+from circuits.model.huggingface import quietly
+from circuits.model.load import local_path
 from circuits.prompts import NONE, Prompts
 from mad.detectors.baselines import Mahalanobis, MaxProbability, MaxProbabilityDetector
 from mad.study.subject import Subject
@@ -426,7 +427,7 @@ def _copy(subject: Subject) -> Any:
             "it can be fine-tuned; leave fine_tuned_kl out"
         )
     try:
-        with torch.random.fork_rng(devices=[]), _quietly():
+        with torch.random.fork_rng(devices=[]), quietly():
             copy: Any = AutoModelForCausalLM.from_pretrained(
                 str(local_path(model.path)), local_files_only=True, dtype=engine.dtype
             )
