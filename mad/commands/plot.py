@@ -68,7 +68,7 @@ def _draw_curve(
     circuit: Circuit, figures: Mapping[str, Any], folder: Path, title: str
 ) -> list[Path]:
     """Faithfulness by size, where more than one size was measured."""
-    from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
+    from circuits.plot.curve import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
 
     points = [point for point in figures["curve"] if point["edges"]]
     if len(points) < 2:
