@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 from circuits.lazy import lazy
 
 if TYPE_CHECKING:
+    from circuits.prompts.collation import collate, prompts_from_records
     from circuits.prompts.encoding import EncodedPrompt, encode_record
     from circuits.prompts.files import parse_line, read_records, write_jsonl
-    from circuits.prompts.prompts import NONE, Prompts, collate, prompts_from_records
+    from circuits.prompts.prompts import NONE, Prompts
 
 _WHERE = {
     "EncodedPrompt": "circuits.prompts.encoding",
     "NONE": "circuits.prompts.prompts",
     "Prompts": "circuits.prompts.prompts",
-    "collate": "circuits.prompts.prompts",
+    "collate": "circuits.prompts.collation",
     "encode_record": "circuits.prompts.encoding",
     "parse_line": "circuits.prompts.files",
-    "prompts_from_records": "circuits.prompts.prompts",
+    "prompts_from_records": "circuits.prompts.collation",
     "read_records": "circuits.prompts.files",
     "write_jsonl": "circuits.prompts.files",
 }
