@@ -35,8 +35,9 @@ class CausalModel:
     >>> model.run({"a": torch.tensor([1, 2]), "b": torch.tensor([1, 3])})["even"].tolist()
     [True, False]
 
-    Raises: ValueError: a parent that is neither input nor variable, a variable named like an input,
-        or a cycle.
+    Raises:
+        ValueError: a parent that is neither input nor variable, a variable named like an input, or
+            a cycle.
     """
 
     inputs: tuple[str, ...]

@@ -129,8 +129,9 @@ class Compiled:
     def meaning(self, tokens: Int[Tensor, "B S"]) -> dict[str, Tensor]:
         """What the causal model says: every variable, and the answer, at every position.
 
-        Raises: ValueError: token ids that the program does not have, or inputs longer than it was
-            compiled for.
+        Raises:
+            ValueError: token ids that the program does not have, or inputs longer than it was
+                compiled for.
         """
         if tokens.shape[1] > self.program.length:
             raise ValueError(

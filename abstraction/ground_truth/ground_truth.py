@@ -62,9 +62,9 @@ def true_edges(
     """Returns the effect of every group of the program's edges; those with `true` are the ground
     truth.
 
-    Raises: ValueError: the engine runs another model, the bound is not positive, ablation=zero with
-        RMS normalisation, or
-            the prompts lack what the ablation needs.
+    Raises:
+        ValueError: the engine runs another model, the bound is not positive, ablation=zero with RMS
+            normalisation, or the prompts lack what the ablation needs.
     """
     if engine.model is not compiled.model:
         raise ValueError(

@@ -152,8 +152,9 @@ def back(steps: int) -> dict[str, Any]:
 class Program:
     """Steps, the tokens they work on, and which variable is the answer.
 
-    Raises: ValueError: unknown or doubled names, a cycle, a table that is not total, inputs of the
-        wrong kind.
+    Raises:
+        ValueError: unknown or doubled names, a cycle, a table that is not total, inputs of the
+            wrong kind.
     """
 
     name: str

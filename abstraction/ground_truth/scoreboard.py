@@ -83,8 +83,9 @@ def put_to_the_test(
     Without `metric` methods go by KL, and those that it gives no gradient (plain EAP) by the logit
     difference.
 
-    Raises: ValueError: an unknown method, program, variant, metric or ablation; or what a method
-        refuses.
+    Raises:
+        ValueError: an unknown method, program, variant, metric or ablation; or what a method
+            refuses.
     """
     for kind, names, known in (
         ("method", methods, METHODS),

@@ -338,11 +338,13 @@ def from_tracr(assembled: Any, *, output: str | None = None, name: str = "tracr"
 
     The result is compared with `assembled.forward` on random inputs, residual stream and outputs.
 
-    Args: output: the label of the program's output; None: the variable that has its values, on
-        those inputs.
+    Args:
+        output: the label of the program's output; None: the variable that has its values, on those
+            inputs.
 
-    Raises: ValueError: it is no assembled model, no or several variables could be the output, or
-        the comparison fails.
+    Raises:
+        ValueError: it is no assembled model, no or several variables could be the output, or the
+            comparison fails.
     """
     if missing := [part for part in _PARTS if not hasattr(assembled, part)]:
         raise ValueError(

@@ -45,8 +45,9 @@ def derived_edges(
     """Returns the edges that the weights make, in forward order, each with the variables that it
     carries.
 
-    Raises: ValueError: the engine runs another model, or tells edges apart by position; the
-        tolerance is not positive.
+    Raises:
+        ValueError: the engine runs another model, or tells edges apart by position; the tolerance
+            is not positive.
     """
     graph = engine.graph
     if engine.model is not program.model or graph.n_positions is not None:
@@ -130,8 +131,9 @@ def effective_edges(
     other it keeps one, whose effect alone is within the bound; where all true edges and no others
     have an effect alone, there is no such choice.
 
-    Raises: ValueError: as `derived_edges`; the bound is not positive, or the prompts lack what the
-        ablation needs.
+    Raises:
+        ValueError: as `derived_edges`; the bound is not positive, or the prompts lack what the
+            ablation needs.
     """
     if not bound > 0:
         raise ValueError(f"bound={bound}, but it must be above 0, or rounding counts")

@@ -1,11 +1,11 @@
-"""Prompts from a file that the user brings: JSONL, auto-circuit's JSON, EAP-IG's CSV
-(`circuits.prompts.files`).
-"""
+"""Prompts from a file that the user brings (`circuits.prompts.files` has the formats)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from circuits.tasks.task import Task
 
 
 @dataclass
@@ -27,3 +27,6 @@ def generate(config: File, count: int, seed: int) -> list[dict]:
     from circuits.prompts.files import read_records
 
     return read_records(Path(config.path).expanduser())
+
+
+TASK = Task("file", File, generate)

@@ -26,6 +26,8 @@ import random
 from dataclasses import dataclass
 from math import perm
 
+from circuits.tasks.task import Task
+
 FORMS = ("one_repeat", "block")
 
 
@@ -45,21 +47,21 @@ class Induction:
 def generate(config: Induction, count: int, seed: int) -> list[dict]:
     """`count` different prompts with their counterfactuals.
 
-    Raises: ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count`
-        outside what they give.
+    Raises:
+        ValueError: an unknown form, a prompt too short, a vocabulary too small, or `count` outside
+            what they give.
     """
     distinct, needed, available = _sizes(config)
     if config.vocabulary < needed:
         raise ValueError(
             f"vocabulary={config.vocabulary}, but form={config.form} with length={config.length} "
-            f"needs {needed} "
-            "different tokens; raise vocabulary or lower length"
+            f"needs {needed} different tokens; raise vocabulary or lower length"
         )
     if not 1 <= count <= available:
         raise ValueError(
             f"count={count}, but form={config.form} with vocabulary={config.vocabulary} and "
-            f"length={config.length} "
-            f"gives 1 to {available} prompts; change count or raise vocabulary"
+            f"length={config.length} gives 1 to {available} prompts; change count or raise "
+            "vocabulary"
         )
     generator = random.Random(seed)
     draw = _one_repeat if config.form == "one_repeat" else _block
@@ -86,9 +88,7 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
 
 
 def _sizes(config: Induction) -> tuple[int, int, int]:
-    """Different tokens in a clean prompt, in it and its corrupt one together, and how many prompts
-    there are.
-    """
+    """Different tokens in a clean prompt, in it and its corrupt one, and how many prompts exist."""
     if config.form == "one_repeat":
         shortest, distinct, places, fresh = 4, config.length - 1, config.length - 3, 1
     elif config.form == "block":
@@ -98,8 +98,7 @@ def _sizes(config: Induction) -> tuple[int, int, int]:
         raise ValueError(f"form={config.form!r} is none of {', '.join(FORMS)}; choose one of them")
     if config.length < shortest:
         raise ValueError(
-            f"length={config.length}, but form={config.form} needs at least {shortest}; raise "
-            "length"
+            f"length={config.length}, but form={config.form} needs at least {shortest}; raise length"
         )
     return distinct, distinct + fresh, perm(max(config.vocabulary, 0), distinct) * places
 
@@ -120,3 +119,6 @@ def _block(
     repeated = length - len(tokens)
     clean = [*tokens, *tokens[:repeated]]
     return clean, [*fresh, *clean[repeated:]], tokens[repeated % len(tokens)]
+
+
+TASK = Task("induction", Induction, generate)

@@ -66,8 +66,8 @@ def register_group(group: str) -> None:
     if isinstance(schemas, type):
         register(group, group, schemas)
         return
-    for name, (schema, *_) in schemas.items():
-        register(group, name, schema)
+    for name, entry in schemas.items():
+        register(group, name, entry[0] if isinstance(entry, tuple) else entry.schema)
 
 
 def primary(command: str) -> dict[str, Any]:
@@ -111,8 +111,9 @@ def run_command(
     values is one job for Hydra's launcher (`hydra/launcher=submitit_slurm` sends them to a
     cluster).
 
-    Raises: UsageError: for words that do not make a configuration, and for required values that are
-        missing.
+    Raises:
+        UsageError: for words that do not make a configuration, and for required values that are
+            missing.
     """
     from hydra.types import RunMode
 

@@ -123,7 +123,7 @@ def _train(task: str, seed: int, folder: Path) -> bool:
     if (folder / "README.md").exists() or missed.exists():
         return not missed.exists()
     try:
-        train(Train(task=TASKS[task][0](), seed=seed, out=str(folder), overwrite=True))
+        train(Train(task=TASKS[task].schema(), seed=seed, out=str(folder), overwrite=True))
     except GateMissed as error:
         missed.parent.mkdir(parents=True, exist_ok=True)
         missed.write_text(f"{error}\n")
