@@ -65,9 +65,8 @@ class Ablation:
     def values(self, engine: Engine, prompts: Prompts) -> Ablated:
         """Returns what removed edges carry on these prompts.
 
-        Raises:
-            ValueError: counterfactual without corrupt prompts; a position or length the reference
-                set never had.
+        Raises: ValueError: counterfactual without corrupt prompts; a position or length the
+            reference set never had.
         """
         return engine.ablated(self.writers(engine, prompts))
 

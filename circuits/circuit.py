@@ -105,10 +105,8 @@ class Circuit:
     def load(cls, path: str | Path) -> Circuit:
         """Reads a circuit from its folder or from its `circuit.json`; scores left out there are 0.
 
-        Raises:
-            FileNotFoundError: there is no circuit.json.
-            ValueError: it is broken, of another format, or names edges that its graph does not
-                have.
+        Raises: FileNotFoundError: there is no circuit.json. ValueError: it is broken, of another
+            format, or names edges that its graph does not have.
         """
         path = Path(path)
         path = path / "circuit.json" if path.is_dir() else path

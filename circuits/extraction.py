@@ -67,23 +67,18 @@ def extract(
 ) -> Extraction:
     """Finds the circuit of a behaviour and measures it on prompts that discovery has not seen.
 
-    Args:
-        engine: the model.
-        discovery: trusted prompts to find the circuit on.
-        evaluation: other trusted prompts, to measure it on.
-        method: the configuration of a discovery method, such as `ACDC(tau=0.01)`; its `name` picks
-            the function.
-        metric: what the circuit has to keep (`METRICS`).
-        ablation: what removed edges carry; by default the corrupt prompt's values.
-        selection: which scored edges are kept, for methods that only score.
-        memory: working memory beside the model's own weights, such as 500MB.
-        random_draws: how many random circuits of the same size to compare with.
-        seed: of the random circuits.
-        about: recorded in `circuit.json`: the model's reference and weight hash, the task.
+    Args: engine: the model. discovery: trusted prompts to find the circuit on. evaluation: other
+        trusted prompts, to measure it on. method: the configuration of a discovery method, such as
+        `ACDC(tau=0.01)`; its `name` picks the function. metric: what the circuit has to keep
+        (`METRICS`). ablation: what removed edges carry; by default the corrupt prompt's values.
+        selection: which scored edges are kept, for methods that only score. memory: working memory
+        beside the model's own weights, such as 500MB. random_draws: how many random circuits of the
+        same size to compare with. seed: of the random circuits. about: recorded in `circuit.json`:
+        the model's reference and weight hash, the task.
 
-    Raises:
-        ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does
-            not separate the model from the ablated model.
+    Raises: ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric
+        does not separate
+            the model from the ablated model.
     """
     if shared := discovery.overlap(evaluation):
         raise ValueError(
@@ -204,9 +199,9 @@ def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Tens
     """The kept edges that a selection asks for; for a target faithfulness, the first of a ladder of
     sizes to reach it.
 
-    Raises:
-        ValueError: more than one of edges, share and threshold, a threshold that `how` does not
-            use, or a target that no circuit reaches.
+    Raises: ValueError: more than one of edges, share and threshold, a threshold that `how` does not
+        use, or a target that
+            no circuit reaches.
     """
     graph = scale.objective.engine.graph
     if len(given := selection.given()) > 1:

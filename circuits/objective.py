@@ -105,10 +105,9 @@ class Objective:
     ) -> Float[Tensor, "*K N"]:
         """The oriented metric of each prompt when the model runs under the mask(s).
 
-        Args:
-            mask: share of each edge that is kept.
-            first_layer: the run starts there, from the clean values of all writers before it; the
-                same result, for less, when the mask keeps every edge into earlier layers.
+        Args: mask: share of each edge that is kept. first_layer: the run starts there, from the
+            clean values of all writers before it; the same result, for
+                less, when the mask keeps every edge into earlier layers.
         """
         values, edge_axes = [], self.engine.graph.exists.ndim
         for batch in self.batches:
@@ -187,9 +186,9 @@ def prepare(
     could not be kept, at one or two forwards a batch.  A prompt that takes more than half by itself
     is worked on with all of the memory.
 
-    Raises:
-        ValueError: the prompts lack what metric or ablation need, are longer than the model's
-            context, or take more memory than there is.
+    Raises: ValueError: the prompts lack what metric or ablation need, are longer than the model's
+        context, or take more
+            memory than there is.
     """
     metric.require(prompts)
     budget, size = parse_memory(memory), footprint(engine, prompts)
@@ -290,9 +289,8 @@ def between(
 ) -> FaithfulnessScale:
     """Returns the faithfulness scale between the values of the full and of the ablated model.
 
-    Raises:
-        NotSeparated: |m(M) - m(0)| is under two standard errors, so that the quotient would be
-            noise.
+    Raises: NotSeparated: |m(M) - m(0)| is under two standard errors, so that the quotient would be
+        noise.
     """
     full, empty = full.double(), empty.double()
     gap = full - empty

@@ -61,9 +61,8 @@ def select(
 ) -> Bool[Tensor, "R W *S"]:
     """Returns the kept edges, without dead ends.
 
-    Raises:
-        ValueError: unknown `how`, a number of edges that the graph does not have, scores that are
-            not finite.
+    Raises: ValueError: unknown `how`, a number of edges that the graph does not have, scores that
+        are not finite.
     """
     if how not in HOW:
         raise ValueError(f"how={how!r}, but the selections are {', '.join(HOW)}")

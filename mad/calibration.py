@@ -40,15 +40,11 @@ def fit(
 ) -> Calibrated:
     """Fits a detector on trusted prompts and calibrates it on others.
 
-    Args:
-        config: the configuration of a detector, such as `Fast()`; its `name` picks it from
-            `DETECTORS`.
-        context: the model, and the circuit where the detector needs one.
-        trusted: prompts to fit on.
-        calibration: prompts to calibrate on, exchangeable with the normal inputs to come.
-        used: `sequence_hashes` of prompts that found or measured the circuit, by what they were
-            used for.
-        memory: working memory beside the model's own weights, such as 500MB.
+    Args: config: the configuration of a detector, such as `Fast()`; its `name` picks it from
+        `DETECTORS`. context: the model, and the circuit where the detector needs one. trusted:
+        prompts to fit on. calibration: prompts to calibrate on, exchangeable with the normal inputs
+        to come. used: `sequence_hashes` of prompts that found or measured the circuit, by what they
+        were used for. memory: working memory beside the model's own weights, such as 500MB.
 
     Raises:
         ValueError: the sets overlap each other or those that the circuit was found or evaluated on.

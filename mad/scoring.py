@@ -72,11 +72,9 @@ def score(
     then differ in the last digit.  A line that does not fit by itself is a bad one; where only its
     explanation does not, the result has `because_error`.
 
-    Raises:
-        FileNotFoundError: no such input file.
-        FileExistsError: `out` exists and may not be overwritten.
-        ValueError: the file is empty, alpha is too small for the calibration, or `out.partial` is
-            of another job.
+    Raises: FileNotFoundError: no such input file. FileExistsError: `out` exists and may not be
+        overwritten. ValueError: the file is empty, alpha is too small for the calibration, or
+        `out.partial` is of another job.
     """
     if problem := calibrated.calibration.problem(scoring.alpha):
         raise ValueError(problem)

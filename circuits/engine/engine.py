@@ -52,9 +52,8 @@ class Engine:
     Construction compares the engine with the bridge, and both with the logits that the HuggingFace
     model gave before it was wrapped, on random tokens.
 
-    Raises:
-        ValueError: the architecture or a configuration field is not supported, or the comparison
-            fails.
+    Raises: ValueError: the architecture or a configuration field is not supported, or the
+        comparison fails.
     """
 
     graph: Graph
@@ -280,11 +279,9 @@ class Engine:
         A head that the logits do not depend on enters it with all of its inputs ablated, whatever
         edges it keeps, so that dropping dead ends changes nothing.
 
-        Args:
-            tokens: token ids, padded on the right.
-            mask: share of each edge that is kept, [R, W] or [K, R, W] (with one more axis, of
-                positions, where the graph tells edges apart by position); entries of edges that
-                cannot exist count as 0.
+        Args: tokens: token ids, padded on the right. mask: share of each edge that is kept, [R, W]
+            or [K, R, W] (with one more axis, of positions, where the
+                graph tells edges apart by position); entries of edges that cannot exist count as 0.
             ablated: what removed edges carry.
             key_mask: True on real tokens; needed by bidirectional models when there is padding.
             positions: where logits are wanted (-1: nowhere); None: everywhere.

@@ -29,11 +29,9 @@ def attend(
 ) -> Float[Tensor, "heads N S E"]:
     """Returns what each head moves, before its output projection.
 
-    Args:
-        key_mask: True on real tokens; only bidirectional models need it, since padding is on the
-            right.
-        kv_of_head: for each query head its place among the key-value heads; None: they are in equal
-            groups.
+    Args: key_mask: True on real tokens; only bidirectional models need it, since padding is on the
+        right. kv_of_head: for each query head its place among the key-value heads; None: they are
+        in equal groups.
     """
     q, k = _positioned(architecture, attention, q, k)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))

@@ -95,10 +95,10 @@ class LoadedModel:
 def load_model(config: ModelConfig) -> LoadedModel:
     """Returns the model that a configuration names.
 
-    Raises:
-        FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
+    Raises: FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
         ValueError: a device or dtype that cannot be computed with, weights that do not fit their
-            configuration, or a model that is refused (`circuits.model.refusals`).
+        configuration, or
+            a model that is refused (`circuits.model.refusals`).
     """
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype!r}, but it must be one of {', '.join(DTYPES)}")
@@ -163,9 +163,8 @@ def from_module(
     """Returns a HuggingFace module in memory as a loaded model; the module itself is copied, not
     touched.
 
-    Raises:
-        ValueError: the module has no HuggingFace configuration, or is refused
-            (`circuits.model.refusals`).
+    Raises: ValueError: the module has no HuggingFace configuration, or is refused
+        (`circuits.model.refusals`).
     """
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -183,9 +182,9 @@ def from_module(
 def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memory") -> LoadedModel:
     """Returns a TransformerLens native bridge as a loaded model.
 
-    Raises:
-        ValueError: the bridge wraps another kind of model, whose source is no longer at hand to
-            compare with; or its parameters have no values, are not finite or of several dtypes.
+    Raises: ValueError: the bridge wraps another kind of model, whose source is no longer at hand to
+        compare with; or
+            its parameters have no values, are not finite or of several dtypes.
     """
     if bridge.cfg.architecture != "TransformerLensNative":
         raise ValueError(

@@ -249,10 +249,10 @@ def refuse_dtype(dtype: torch.dtype, device: torch.device) -> None:
 def refuse_module(source: str, module: Any) -> None:
     """Refuses a HuggingFace module that the engine would not compute as it stands.
 
-    Raises:
-        ValueError: adapters, quantised or offloaded weights, an unsupported architecture, layers
-            that compute something of their own, tied weights that differ, sizes that are not
-            stated, or `refuse_parameters`.
+    Raises: ValueError: adapters, quantised or offloaded weights, an unsupported architecture,
+        layers that compute
+            something of their own, tied weights that differ, sizes that are not stated, or
+            `refuse_parameters`.
     """
     name = type(module).__name__
     _refuse_adapters(source, module)

@@ -69,10 +69,10 @@ def draw_circuit(
     `node:NAME`, `label:NAME`, `port:NAME<q>`, `link:KV->HEAD`. An empty circuit gives input, logits
     and a note.
 
-    Raises:
-        ValueError: more than `maximum_edges` edges (dot takes .3 s for 500, a minute for 2000), a
-            name that is no edge, an edge given twice, a score that is not finite, a key-value head
-            with `kv_group` 1, or a format that is none of svg, png, pdf.
+    Raises: ValueError: more than `maximum_edges` edges (dot takes .3 s for 500, a minute for 2000),
+        a name that is no
+            edge, an edge given twice, a score that is not finite, a key-value head with `kv_group`
+            1, or a format that is none of svg, png, pdf.
     """
     if len(edges) > maximum_edges:
         raise ValueError(

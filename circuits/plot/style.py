@@ -164,9 +164,8 @@ def draw_faithfulness_curve(
     the same size, and a line at `edges_total` the whole graph. Points at 0 edges have no place on a
     log axis and are left out: faithfulness is 0 there by definition.
 
-    Raises:
-        ValueError: no curves, lengths that differ, a negative number of edges, or a value that is
-            not finite.
+    Raises: ValueError: no curves, lengths that differ, a negative number of edges, or a value that
+        is not finite.
     """
     if not curves:
         raise ValueError("there are 0 curves to draw; pass at least one")

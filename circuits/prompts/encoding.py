@@ -67,9 +67,8 @@ def encode_record(
         vocabulary: token ids are below this.
         outputs: answers are below this; as many as the vocabulary unless said otherwise.
 
-    Raises:
-        ValueError: anything wrong with the record; the message is one line and leaves the record's
-            name to the caller.
+    Raises: ValueError: anything wrong with the record; the message is one line and leaves the
+        record's name to the caller.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f'{_quote(record)} is no object; write {{"clean": ...}}')

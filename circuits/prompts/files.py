@@ -30,9 +30,8 @@ ANSWER_KEYS = {"clean_answer": "answers", "patch_answer": "wrong_answers"}
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records in the file, in order.
 
-    Raises:
-        ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
-            formats, by number.
+    Raises: ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
+        formats, by number.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,9 +56,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def parse_line(line: str) -> dict[str, Any]:
     """The record on one line of a JSONL file, ours or feature-circuits'.
 
-    Raises:
-        ValueError: the line is blank, no JSON or no object; the message leaves the line's number to
-            the caller.
+    Raises: ValueError: the line is blank, no JSON or no object; the message leaves the line's
+        number to the caller.
     """
     if not line.strip():
         raise ValueError("blank line; remove it")

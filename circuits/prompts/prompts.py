@@ -195,9 +195,8 @@ def prompts_from_records(
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
 
-    Raises:
-        ValueError: a bad record, named by its id or, without one, by its number (its line in a
-            JSONL file).
+    Raises: ValueError: a bad record, named by its id or, without one, by its number (its line in a
+        JSONL file).
     """
     encoded = []
     for number, record in enumerate(records, start=1):
@@ -221,9 +220,8 @@ def prompts_from_records(
 def collate(encoded: Sequence[EncodedPrompt]) -> Prompts:
     """The encoded prompts as one set, on the CPU.
 
-    Raises:
-        ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
-            answers or a label.
+    Raises: ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
+        answers or a label.
     """
     if not encoded:
         raise ValueError("there are no prompts; give at least one")

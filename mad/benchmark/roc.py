@@ -62,9 +62,9 @@ def draw_roc(curves: Sequence[RocCurve], path: Path, title: str = "", caption: s
     Dots mark where 1 % of normal inputs raise an alarm; each legend gives AUROC and the share of
     anomalies caught there.
 
-    Raises:
-        ValueError: no curves, a detector twice in one group, fewer than two points, lengths that
-            differ, a rate or AUROC outside [0, 1], or rates that fall.
+    Raises: ValueError: no curves, a detector twice in one group, fewer than two points, lengths
+        that differ, a rate or
+            AUROC outside [0, 1], or rates that fall.
     """
     if not curves:
         raise ValueError("there are 0 curves to draw; pass at least one")
@@ -181,9 +181,9 @@ def draw_score_distributions(
     height), or, with at most 40 scores, one mark per score. `alpha` labels the threshold;
     `log_scale` is for scores that span decades.
 
-    Raises:
-        ValueError: no groups, an empty group, a score or threshold that is not finite, or, with
-            `log_scale`, not positive.
+    Raises: ValueError: no groups, an empty group, a score or threshold that is not finite, or, with
+        `log_scale`, not
+            positive.
     """
     _check_scores(scores, threshold, log_scale=log_scale)
     from matplotlib.figure import Figure

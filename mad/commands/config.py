@@ -111,9 +111,8 @@ def run_command(
     values is one job for Hydra's launcher (`hydra/launcher=submitit_slurm` sends them to a
     cluster).
 
-    Raises:
-        UsageError: for words that do not make a configuration, and for required values that are
-            missing.
+    Raises: UsageError: for words that do not make a configuration, and for required values that are
+        missing.
     """
     from hydra.types import RunMode
 

@@ -59,9 +59,8 @@ def normalise(
         presets: the names of a group's presets.
         sweep: commas separate values, one job for each; otherwise they belong to the value.
 
-    Raises:
-        UsageError: for a word that is not `key=value`, and for a task that is neither a preset nor
-            a file.
+    Raises: UsageError: for a word that is not `key=value`, and for a task that is neither a preset
+        nor a file.
     """
     taken = set(taken)
     overrides = []

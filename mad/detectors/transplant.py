@@ -103,9 +103,8 @@ class TransplantDetector:
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """How far the hosts' outputs move, on average.
 
-        Raises:
-            ValueError: the circuit tells positions apart, and a prompt has another length than its
-                prompts.
+        Raises: ValueError: the circuit tells positions apart, and a prompt has another length than
+            its prompts.
         """
         moved = transplanted(
             self.engine, self.masks, self.hosts, prompts, self.reference, memory=memory

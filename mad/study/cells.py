@@ -144,10 +144,9 @@ class Results:
 def read(folder: Path) -> Results:
     """Returns what `run` left in `folder`/scores: a .json and a .safetensors for each subject.
 
-    Raises:
-        FileNotFoundError: there are no scores, or one of a subject's two files is missing.
+    Raises: FileNotFoundError: there are no scores, or one of a subject's two files is missing.
         ValueError: a file that cannot be read safely or at all, or whose contents do not fit
-            together; it is named.
+        together; it is named.
     """
     files = sorted((Path(folder) / FOLDER).glob("*"))
     if pickles := [file for file in files if file.suffix in PICKLES]:
@@ -460,9 +459,8 @@ def compare(
     they may stand in other places than the worst cases of all prompts.  The models are not redrawn:
     the interval says nothing of other seeds.
 
-    Raises:
-        ValueError: fewer than 2 draws, no anomalies, or a subject with anomalies on which one of
-            the two is missing.
+    Raises: ValueError: fewer than 2 draws, no anomalies, or a subject with anomalies on which one
+        of the two is missing.
     """
     if draws < 2:
         raise ValueError(f"draws={draws}, but an interval needs at least 2")
