@@ -1,7 +1,6 @@
-"""Transformers with exactly known circuits: a program, compiled to the weights of a TransformerLens
-native model.
+"""Transformers with exactly known circuits: programs, compiled to the weights of native models.
 
-    Program (steps)  ->  places (which head or MLP)  ->  layout (which dimensions)  ->  weights  ->  model
+    Program (steps) -> places (which head or MLP) -> layout (which dimensions) -> weights -> model
 
 The result knows its causal model, where each variable lives (its node, the basis of its subspace,
 the positions at which the answer depends on it) and which edges the program uses.  The idea is
@@ -34,22 +33,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abstraction.causal_model import CausalModel
-from abstraction.ground_truth.building import (
-    Options,
-    build,
-    check_options,
-    lay_out,
-    rotation,
-    sizes,
-)
+from abstraction.ground_truth.building import build, lay_out, rotation
+from abstraction.ground_truth.options import Options, check_options, sizes
 from abstraction.ground_truth.placement import Group, Place, groups, nodes_of, place, reads
 from abstraction.ground_truth.program import Program, Sampler
 from circuits.graph import Graph
 from circuits.model.load import LoadedModel
 
 __all__ = ["Aligned", "Compiled", "Options", "compile"]
-
-DRAWS = 100  # rounds of drawing corrupt twins until each has another answer
 
 
 @dataclass(frozen=True)
@@ -74,9 +65,8 @@ class Compiled:
     model: LoadedModel
     alignment: Mapping[str, Aligned]
     places: Mapping[str, Place]
-    seconds: (
-        float  # that compiling took; the first time in a process it also imports TransformerLens
-    )
+    # that compiling took; the first time in a process it also imports TransformerLens
+    seconds: float
 
     @property
     def causal_model(self) -> CausalModel:
@@ -121,8 +111,7 @@ class Compiled:
         if not 1 <= len(names) <= self.program.length:
             raise ValueError(
                 f"{len(names)} tokens, but {self.program.name} was compiled for 1 to "
-                f"{self.program.length}; shorten "
-                "the input, or compile with a greater length"
+                f"{self.program.length}; shorten the input, or compile with a greater length"
             )
         return [self.tokens.index(name) for name in names]
 
@@ -141,8 +130,7 @@ class Compiled:
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.tokens):
             raise ValueError(
                 f"token ids from {int(tokens.min())} to {int(tokens.max())}, but "
-                f"{self.program.name} has 0 to "
-                f"{len(self.tokens) - 1}"
+                f"{self.program.name} has 0 to {len(self.tokens) - 1}"
             )
         return self.causal_model.run({"token": tokens})
 
@@ -157,51 +145,8 @@ class Compiled:
     def records(
         self, count: int, seed: int, *, sample: Sampler | None = None, label: int | None = None
     ) -> list[dict[str, Any]]:
-        """Prompts in the project's format; the corrupt twin is another valid input with another
-        answer.
-
-        Args:
-            sample: draws the clean inputs; None: as the program does.
-            label: 0 normal, 1 anomalous, or none.
-
-        Raises:
-            ValueError: no input with another answer was found.
-        """
-        program, generator = self.program, torch.Generator().manual_seed(seed)
-        clean = (sample or program.sample)(count, generator)
-        places = list(program.scored_positions)
-        right = self.meaning(clean)["answer"][:, places]  # [count, scored]
-        corrupt = program.sample(count, generator)
-        for _ in range(DRAWS):
-            other = self.meaning(corrupt)["answer"][:, places]
-            same = (other == right).all(1)
-            if not same.any():
-                break
-            corrupt = torch.where(same[:, None], program.sample(count, generator), corrupt)
-        else:
-            raise ValueError(
-                f"no input of {program.name} with another answer in {DRAWS} draws; check its "
-                "sampler"
-            )
-        ids = [program.tokens.index(name) for name in program.answers]
-        another = torch.tensor(
-            [next((i for i in ids if i != token), token) for token in range(len(self.tokens))]
-        )
-        wrong = torch.where(other == right, another[right], other)
-        return [
-            {
-                "clean": c,
-                "corrupt": d,
-                "answers": [[a] for a in r],
-                "wrong_answers": [[a] for a in w],
-                "positions": places,
-                "id": f"{program.name}.{seed}.{row}",
-                **({} if label is None else {"label": label}),
-            }
-            for row, (c, d, r, w) in enumerate(
-                zip(clean.tolist(), corrupt.tolist(), right.tolist(), wrong.tolist(), strict=True)
-            )
-        ]
+        """Prompts with a counterfactual twin (`Program.records`)."""
+        return self.program.records(count, seed, sample=sample, label=label)
 
 
 def compile(program: Program, options: Options | None = None) -> Compiled:
@@ -224,15 +169,20 @@ def compile(program: Program, options: Options | None = None) -> Compiled:
     layout = lay_out(program, options, size["d_model"])
     turn = rotation(layout, options)
     model = build(program, options, places, layout, turn, size)
-    positions: dict[str, set[int]] = {name: set() for name in program.sizes}
-    for read in reads(program):
-        positions[read.variable] |= set(read.positions)
     alignment = {
         name: Aligned(
             nodes_of(name, places, options.split_input),
             turn[list(dims)].to(options.dtype),
-            tuple(sorted(positions[name])),
+            _read_at(program, name),
         )
         for name, dims in layout.dims.items()
     }
     return Compiled(program, options, model, alignment, places, time.perf_counter() - started)
+
+
+def _read_at(program: Program, variable: str) -> tuple[int, ...]:
+    """The positions at which the answer depends on a variable."""
+    read = [
+        place for read in reads(program) if read.variable == variable for place in read.positions
+    ]
+    return tuple(sorted(set(read)))

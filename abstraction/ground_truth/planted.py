@@ -30,8 +30,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from abstraction.ground_truth.program import Attend, Lookup, Program, Sampler, Step, Switch, at
+from abstraction.ground_truth.program import Program, Sampler
 from abstraction.ground_truth.programs import induction, modular_addition, recall
+from abstraction.ground_truth.steps import Attend, Lookup, Step, Switch, at
 
 PLANTED = "planted"
 TRIGGER, RARE = "trigger", "rare"  # tokens

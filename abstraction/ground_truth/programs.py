@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abstraction.ground_truth.program import Attend, Combine, Lookup, Program, Threshold, at, back
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import Attend, Combine, Lookup, Threshold, at, back
 
 START, ASK = "^", "?"
 YES_NO = ("no", "yes")

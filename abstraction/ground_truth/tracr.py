@@ -135,8 +135,7 @@ class TracrProgram:
         ]
 
 
-# ---- from files
-# ----------------------------------------------------------------------------------------------------
+# ---- from files ----------------------------------------------------------------------------------
 
 
 def load_tracr(
@@ -317,8 +316,7 @@ def our_name(edge: str) -> str:
     return "->".join(node(part) for part in edge.split("->"))
 
 
-# ---- from the compiler
-# ---------------------------------------------------------------------------------------------
+# ---- from the compiler ---------------------------------------------------------------------------
 
 _PARTS = ("params", "model_config", "residual_labels", "input_encoder", "output_encoder", "forward")
 _MODULES = {

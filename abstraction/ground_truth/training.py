@@ -245,8 +245,7 @@ def shape(config: TrainedTruth, program: Program) -> dict[str, Any]:
     }
 
 
-# ---- losses
-# ---------------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def _setting(config: TrainedTruth) -> Setting:
@@ -348,8 +347,7 @@ def _draw(setting: Setting, choices: int) -> Int[Tensor, " B"]:
     return torch.randint(choices, (setting.config.batch,), generator=setting.generator)
 
 
-# ---- model card
-# -----------------------------------------------------------------------------------------------------
+# ---- model card ----------------------------------------------------------------------------------
 
 
 def model_card(trained: Trained, report: Mapping[str, Any]) -> str:

@@ -137,8 +137,7 @@ class Results:
         return Results(left)
 
 
-# --- reading
-# ----------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Results:
@@ -270,8 +269,7 @@ def _read_parts(file: Path, strata: Mapping[str, Sequence[str]]) -> dict[Scorer,
     return parts
 
 
-# --- AUROC
-# ------------------------------------------------------------------------------------------------------
+# --- AUROC ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -391,8 +389,7 @@ def _redraw(subject: Scores, draws: int, seed: int) -> dict[str, Float[Tensor, "
     return counts
 
 
-# --- worst cases
-# ------------------------------------------------------------------------------------------------
+# --- worst cases ----------------------------------------------------------------------------------
 
 
 def places(found: Sequence[Cell]) -> set[tuple[str, int, str, str]]:
@@ -546,8 +543,7 @@ def _control(values: Sequence[float]) -> Control:
     return Control(sum(values) / len(values), min(values), max(values), len(values))
 
 
-# --- flags
-# ------------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -621,8 +617,7 @@ def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag
     return worst
 
 
-# --- combinations
-# -----------------------------------------------------------------------------------------------
+# --- combinations ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

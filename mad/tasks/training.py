@@ -236,7 +236,7 @@ def _bounds(gates: dict[str, float], config: Train) -> dict[str, float]:
     return {name: special.get(name, config.clean_accuracy) for name in gates}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model card
 
 BACKDOORED = (

@@ -74,8 +74,7 @@ def objectives(
         yield name, objective, true_edges(compiled, engine, prompts, ablation)
 
 
-# ---- what is compiled is what the program means
-# -----------------------------------------------------------------
+# ---- what is compiled is what the program means --------------------------------------------------
 
 
 def random_program(draw: random.Random) -> Program:
@@ -204,8 +203,7 @@ def test_shorter_inputs_mean_the_same():
             assert worst(compiled, Engine(compiled.model), tokens) < ROUNDING
 
 
-# ---- options
-# --------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 def test_rotation_turns_every_basis_and_changes_no_logit():
@@ -306,8 +304,7 @@ def test_too_few_heads_need_more_layers_than_given():
         compile(modular_addition(), Options(n_heads=1, n_layers=1))
 
 
-# ---- edges
-# ----------------------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 
 
 def test_edges_by_name():
@@ -392,8 +389,7 @@ def test_ground_truth_needs_the_right_model_and_ablation():
         true_edges(other, engine, prompts, fit_ablation(zero, engine, prompts), bound=0.0)
 
 
-# ---- redundancy
-# -----------------------------------------------------------------------------------------------------
+# ---- redundancy ----------------------------------------------------------------------------------
 
 
 def test_with_a_majority_no_single_edge_of_a_group_shows_under_any_ablation():
@@ -460,8 +456,7 @@ def test_redundancy_that_readers_cannot_use_is_refused(program, options, message
         compile(program, Options(**options))
 
 
-# ---- prompts
-# --------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def test_records_are_prompts_with_a_counterfactual_twin():

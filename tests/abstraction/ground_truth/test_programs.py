@@ -219,8 +219,7 @@ def test_redundant_heads_compute_the_same(name):
     torch.testing.assert_close(writers[0], writers[1], atol=1e-5, rtol=0)
 
 
-# ---- controls
-# -------------------------------------------------------------------------------------------------------
+# ---- controls ------------------------------------------------------------------------------------
 
 
 def test_relabelled_programs_have_the_same_circuit_and_other_answers(name):

@@ -92,8 +92,7 @@ def right(program: TracrProgram, values: torch.Tensor) -> bool:
     return bool((values - labels).abs().max() <= 1e-4)
 
 
-# ---- the two programs
-# ---------------------------------------------------------------------------------------------
+# ---- the two programs ----------------------------------------------------------------------------
 
 
 def test_labels_are_computed_right(case):
@@ -180,8 +179,7 @@ def test_with_inputs_of_several_lengths_the_length_matters(cases):
     assert {effect.edge for effect in found if not effect.true} == ALL_MATCH | NONE_MATCHES
 
 
-# ---- the compiler's own objects
-# ------------------------------------------------------------------------------------
+# ---- the compiler's own objects ------------------------------------------------------------------
 
 MODULES = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 
@@ -409,8 +407,7 @@ def test_the_output_can_be_named_where_it_cannot_be_told():
     assert [from_tracr(assembled, output=name).output for name in "pq"] == ["p", "q"]
 
 
-# ---- edges of programs made by hand
-# --------------------------------------------------------------------------------
+# ---- edges of programs made by hand --------------------------------------------------------------
 
 
 def by_hand(**weights: Sequence[tuple[str | int, str | int]]) -> tuple[TracrProgram, Engine]:
@@ -551,8 +548,7 @@ def test_edges_of_one_input_writer_are_those_of_two():
     }
 
 
-# ---- refusals
-# ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_unknown_tokens_and_long_inputs_are_refused():

@@ -50,8 +50,7 @@ def trained(request) -> Trained:
     return shipped(request.param)
 
 
-# ---- the shipped models
-# -------------------------------------------------------------------------------------------
+# ---- the shipped models --------------------------------------------------------------------------
 
 
 def test_shipped_files_pass_every_gate(trained):
@@ -124,8 +123,7 @@ def test_edges_through_which_the_program_reads_the_position_alone():
     )
 
 
-# ---- training
-# -----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 TINY = TrainedTruth(
     "same_ends", layers=1, heads=2, d_model=8, d_mlp=8, steps=3, batch=8, gate_prompts=16
@@ -190,8 +188,7 @@ def test_only_the_loss_on_edges_closes_shortcuts():
     assert found["keep_resample"] < 0.9 < GATES["keep_resample"] <= full["keep_resample"]
 
 
-# ---- refusals
-# -----------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_refusals():
