@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from abstraction.ground_truth.compiled import Compiled, Options, compile
-from abstraction.ground_truth.ground_truth import BOUND, circuit_of, effects, mask_of, true_edges
+from abstraction.ground_truth.compiled import Compiled, compile
+from abstraction.ground_truth.effects import BOUND, circuit_of, effects, mask_of, true_edges
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
 from abstraction.ground_truth.trained import TRUTHS, Trained, load
 from circuits.ablation import AblationConfig, fit_ablation
