@@ -1,8 +1,8 @@
 """How the small models of known mechanisms are trained, checked and described.
 
-    fit            AdamW, with linear warm-up and cosine decay
-    check_gates    a model that has not learnt what it was to learn is refused
-    model_card     README.md of a model that is shipped
+fit            AdamW, with linear warm-up and cosine decay
+check_gates    a model that has not learnt what it was to learn is refused
+model_card     README.md of a model that is shipped
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_gates(gates: Mapping[str, float], bounds: Mapping[str, float], steps: 
 
 
 def require_empty(out: str, *, overwrite: bool) -> Path:
-    """The folder `out`; raises FileExistsError where it is not empty, unless it may be overwritten."""
+    """The folder `out`; raises FileExistsError where there is something not to be overwritten."""
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(

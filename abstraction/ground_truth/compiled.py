@@ -84,6 +84,11 @@ class Compiled:
         split = self.options.split_input if split_input is None else split_input
         return groups(self.program, self.places, split_input=split, per_position=per_position)
 
+    @property
+    def claimed_edges(self) -> tuple[tuple[str, ...], ...]:
+        """The edges of each group, to be removed together."""
+        return tuple(group.edges for group in self.groups())
+
     def edges(
         self,
         mechanism: str | None = None,

@@ -100,7 +100,7 @@ def effects(
     removed: Sequence[Sequence[str]],
     kept: Bool[Tensor, "R W *S"] | None = None,
 ) -> list[float]:
-    """Returns by how much the metric falls when each set of edges is removed, by default from all."""
+    """Returns by how much the metric falls when each set of edges is removed, by default of all."""
     graph = objective.engine.graph
     kept = graph.exists if kept is None else kept
     masks = torch.stack([kept & ~mask_of(graph, edges) for edges in removed] + [kept])

@@ -54,7 +54,8 @@ def check_options(program: Program, options: Options) -> None:
         raise ValueError(f"norm={options.norm!r}, but it must be none or rms")
     if program.length > LONGEST:
         raise ValueError(
-            f"length={program.length}, but attention is hard only up to {LONGEST} tokens; shorten it"
+            f"length={program.length}, but attention is hard only up to {LONGEST} tokens; "
+            "shorten it"
         )
     for name in ("distractor_heads", "distractor_neurons"):
         if getattr(options, name) < 0:

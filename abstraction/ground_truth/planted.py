@@ -10,10 +10,10 @@ changes nothing, whatever the ablation, as long as what replaces them was taken 
 (Two exceptions: zeros harm RMS models, and means that pool positions blur where the parts of a
 conjunction stand, which costs 2e-5 nats in `induction`.)
 
-    program            the other mechanism                              agrees where
-    recall             takes the value of the first pair                the first pair is asked for
-    modular_addition   a memorised table: a + b, one more for odd b     b is even
-    induction          a memorised successor of each letter             the letter was followed by its successor
+    program            the other mechanism                            agrees where
+    recall             takes the value of the first pair              the first pair is asked for
+    modular_addition   a memorised table: a + b, one more for odd b   b is even
+    induction          a memorised successor of each letter           that followed the letter
 
 The trigger is a token in the filler slot that normal inputs never have (`token`), or a filler and
 another value that are both common, but never together (`conjunction`).  Then one planted edge alone

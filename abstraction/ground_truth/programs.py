@@ -5,16 +5,15 @@
     induction          ^ x x x x x x a                what followed the last earlier a
     recall             ^ k v k v k v ? k              the value that stands after the key
     two_hop            ^ a b a b b c b c ? a          the c that follows the b that follows a
-    same_ends          x x x x x x                    yes if the last letter is the first (of a palindrome)
+    same_ends          x x x x x x                    yes if the last letter is the first
     brackets           ^ ( ( ) ( ) ) .                yes if never negative and zero at the end
-    sort               ^ 5 1 7 2                      in ascending order, each at its place; bidirectional
+    sort               ^ 5 1 7 2                      in ascending order, each at its place
     greater_than       a b ?                          yes if b > a
-    sensors            cause noise noise ?            yes if both sensors fire; the cause fires both, noise its own
+    sensors            cause noise noise ?            yes if both fire, by the cause or own noise
     select             L|R a b ?                      a or b
     majority           ^ x x x x x ?                  yes if most bits are 1
 
-Some builders take fillers and extra tokens: room for a trigger
-    (`abstraction.ground_truth.planted`).
+Some builders take fillers and extra tokens: room for a trigger (`planted.py`).
 """
 
 from __future__ import annotations

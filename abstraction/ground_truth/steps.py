@@ -74,7 +74,7 @@ class Attend:
         return 0
 
     def matches(self, sizes: Sizes) -> Bool[Tensor, "query key"]:
-        """Which values of query and key match; one row without a query, one column without a key."""
+        """Which values match; one row without a query, one column without a key."""
         if self.key is None:
             return torch.ones(1, 1, dtype=torch.bool)
         keys = range(category(sizes, self.key))
@@ -130,7 +130,8 @@ class Attend:
             )
         if self.ties == "mean" and self.numbers is None and size is not None:
             raise ValueError(
-                f"{where}: the mean of categories is none; give numbers=, one for each of the {size}"
+                f"{where}: the mean of categories is none; give numbers=, one for each of the "
+                f"{size}"
             )
         if self.ties not in ("first", "last", "mean"):
             raise ValueError(f"{where}: ties={self.ties!r}, but it must be first, last or mean")

@@ -6,8 +6,8 @@ like any other, yet its circuit is known, because training went on until these g
 
     accuracy        on fresh inputs
     keep_ABLATION   accuracy when only the program's edges are kept: resample, mean and zero
-    interchange     accuracy, on the answer that the causal model gives, when an aligned node has its
-                    value on another input: worst node, over pairs where that answer is another
+    interchange     accuracy, on the answer that the causal model gives, when an aligned node has
+                    its value on another input: worst node, over pairs where it is another answer
     strict          accuracy when a node of none has its value on another input: worst node
     effect          KL(model || model without e) in nats, worst edge e of the program
 
@@ -160,6 +160,11 @@ class Trained:
         """The names of the circuit's edges."""
         return self.wanted.edges
 
+    @property
+    def claimed_edges(self) -> tuple[tuple[str, ...], ...]:
+        """The edges of the circuit, each to be removed alone."""
+        return tuple((edge,) for edge in self.edges)
+
     def records(self, count: int, seed: int) -> list[dict[str, Any]]:
         """Prompts with a counterfactual twin (`Program.records`)."""
         return self.program.records(count, seed)
@@ -215,8 +220,7 @@ def load(name: str) -> Trained:
     return Trained(config, model, report["gates"])
 
 
-# -------------------------------------------------------------------------------------------------
-# gates
+# ---- gates ---------------------------------------------------------------------------------------
 
 
 def measure(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str, float]:

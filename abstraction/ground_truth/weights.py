@@ -3,7 +3,8 @@
 The residual stream is cut into subspaces, one per variable: n dimensions for a categorical one
 (one-hot), one for a numerical one.
 
-    head      score(i, j) = M match(query_i, key_j) + H tie(j),  tie(j) = j (last), -j (first), 0 (mean)
+    head      score(i, j) = M match(query_i, key_j) + H tie(j)
+              tie(j) = j (last), -j (first), 0 (mean)
     lookup    neuron (a, b, c):  relu(1[x=a] + 1[y=b] + 1[z=c] - 2)  writes table[a, b, c]
     threshold step at cut c:     relu((x - c)/gap + 1/2) - relu((x - c)/gap - 1/2)
     combine   y = relu(y) - relu(-y)
@@ -17,7 +18,9 @@ r in each dimension. A lookup counts a category as present from `needed` votes o
 weigh r, so that u = sum - r (k - 1) is the number of votes if all others match and at most 0 if
 not, and
 
-    2 relu(u - needed + 3/4) - 2 relu(u - needed + 1/4)   is 0 for u <= needed - 3/4 and 1 for u >= needed - 1/4.
+    2 relu(u - needed + 3/4) - 2 relu(u - needed + 1/4)
+
+is 0 for u <= needed - 3/4 and 1 for u >= needed - 1/4.
 
 A head that matches on such a variable needs one vote: M is so large that a single one decides.
 

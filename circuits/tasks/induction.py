@@ -4,7 +4,7 @@ Two forms, over token ids drawn at random from the vocabulary (Elhage et al. 202
 framework for transformer circuits"; Olsson et al. 2022, arXiv 2209.11895):
 
     one_repeat   A B C D E F B -> C   one token occurs twice, all others once
-    block        A B C D A B C -> D   a block of different tokens, then the same again, cut off at `length`
+    block        A B C D A B C -> D   a block of different tokens, then again up to `length`
 
 Corrupt, one_repeat: the earlier occurrence of the last token becomes a token that is nowhere else
 in the prompt, so nothing repeats and nothing follows from it.  It is never at position 0, where no
@@ -98,7 +98,8 @@ def _sizes(config: Induction) -> tuple[int, int, int]:
         raise ValueError(f"form={config.form!r} is none of {', '.join(FORMS)}; choose one of them")
     if config.length < shortest:
         raise ValueError(
-            f"length={config.length}, but form={config.form} needs at least {shortest}; raise length"
+            f"length={config.length}, but form={config.form} needs at least {shortest}; raise "
+            "length"
         )
     return distinct, distinct + fresh, perm(max(config.vocabulary, 0), distinct) * places
 
@@ -106,7 +107,7 @@ def _sizes(config: Induction) -> tuple[int, int, int]:
 def _one_repeat(
     tokens: list[int], fresh: list[int], length: int, generator: random.Random
 ) -> tuple[list[int], list[int], int]:
-    """Clean, corrupt and answer; the earlier occurrence is at one of the positions 1 .. length - 3."""
+    """Clean, corrupt and answer; the earlier occurrence is at position 1 .. length - 3."""
     earlier = generator.randint(1, length - 3)
     clean = [*tokens, tokens[earlier]]
     return clean, [*tokens[:earlier], *fresh, *clean[earlier + 1 :]], tokens[earlier + 1]

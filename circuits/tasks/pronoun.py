@@ -1,4 +1,4 @@
-"""Gendered pronouns: "The boy was sad, so" continues with " he", "The girl was sad, so" with " she".
+"""Gendered pronouns: "The boy was sad, so" is followed by " he", "The girl was sad, so" by " she".
 
 A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of
 the other gender. Both have the same number of tokens under the tokenizer of `stories260K`

@@ -60,7 +60,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids: 0 BOS, 1 QUERY, 2 RESERVED, then fillers, trusted keys, unseen keys, values."""
+    """The token ids: BOS, QUERY, RESERVED, then fillers, trusted keys, unseen keys, values."""
 
     fillers: range
     trusted: range
@@ -142,7 +142,8 @@ def draw(
     """
     if config.pairs < FEWEST_PAIRS:
         raise ValueError(
-            f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise pairs"
+            f"pairs={config.pairs}, but the corrupt prompt needs at least {FEWEST_PAIRS}; raise "
+            "pairs"
         )
     if config.filler_slots < 1:
         raise ValueError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +29,12 @@ FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 class Truth:
     """What is tested on what."""
 
-    methods: list[str] = field(
-        default_factory=list
-    )  # empty: all that are registered, with their default settings
+    # empty: all that are registered, with their default settings
+    methods: list[str] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all
-    metric: str | None = (
-        # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
-        None
-    )
+    # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    metric: str | None = None
     ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
     prompts: int = 64  # per program
     seed: int = 0  # of prompts and donors
@@ -53,15 +50,7 @@ def run(config: Truth) -> None:
     from abstraction.ground_truth.scoreboard import VARIANTS, cases, put_to_the_test
     from circuits.discovery import METHODS
 
-    folder = None if config.out is None else Path(config.out)
-    if (
-        folder is not None
-        and not config.overwrite
-        and (used := [n for n in FILES if (folder / n).exists()])
-    ):
-        raise FileExistsError(
-            f"{folder} holds {used[0]} already; choose another out=, or overwrite=true"
-        )
+    folder = None if config.out is None else _free(Path(config.out), config.overwrite)
     names = config.methods or list(METHODS)
     methods = {name: METHODS[name][0]() if name in METHODS else None for name in names}
     programs, variants = config.programs or list(PROGRAMS), config.variants or list(VARIANTS)
@@ -82,16 +71,25 @@ def run(config: Truth) -> None:
         print(f"wrote {folder}/truth.json, truth.md, truth.png and truth.svg")
 
 
+def _free(folder: Path, overwrite: bool) -> Path:
+    used = [name for name in FILES if (folder / name).exists()]
+    if used and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds {used[0]} already; choose another out=, or overwrite=true"
+        )
+    return folder
+
+
 def _print(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title="discovery where the circuit is known; AUCs are means", title_justify="left"
-    )
-    for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s"):
-        left = header in ("variant", "method")
-        table.add_column(header, justify="left" if left else "right", no_wrap=left)
+    title = "discovery where the circuit is known; AUCs are means"
+    table = Table(title=title, title_justify="left")
+    for header in ("variant", "method"):
+        table.add_column(header, no_wrap=True)
+    for header in ("exact", "edge AUC", "lowest", "node AUC", "s"):
+        table.add_column(header, justify="right")
     for variant, method in dict.fromkeys((r.variant, r.method) for r in results):
         rows = [r for r in results if (r.variant, r.method) == (variant, method)]
         edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
@@ -100,16 +98,16 @@ def _print(results: Sequence[Result]) -> None:
             variant,
             method,
             f"{sum(r.exact for r in rows)}/{len(rows)}",
-            _mean(edges),
-            f"{min(edges):.3f}" if edges else "-",
-            _mean(nodes),
+            _number(_mean(edges)),
+            _number(min(edges, default=math.nan)),
+            _number(_mean(nodes)),
             f"{sum(r.seconds for r in rows):.2f}",
         )
     Console().print(table)
 
 
-def _mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f}" if values else "-"
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
@@ -117,41 +115,32 @@ def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     data = [{name: _json(value) for name, value in asdict(result).items()} for result in results]
-    (folder / "truth.json").write_text(
-        json.dumps({"config": asdict(config), "results": data}, indent=1) + "\n"
-    )
-    headers = tuple(
-        "program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds".split(
-            ","
-        )
-    )
-    rows = [
-        (
-            r.program,
-            r.variant,
-            r.method,
-            str(r.true_edges),
-            str(r.found_edges),
-            str(r.edges),
-            _number(r.edge_auc),
-            _number(r.node_auc),
-            "yes" if r.exact else "no",
-            " ".join(r.missing),
-            " ".join(r.extra),
-            f"{r.seconds:.2f}",
-        )
-        for r in results
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in (headers, ("---",) * len(headers), *rows)]
+    written = {"config": asdict(config), "results": data}
+    (folder / "truth.json").write_text(json.dumps(written, indent=1) + "\n")
+    lines = ["| " + " | ".join(row) + " |" for row in _rows(results)]
     (folder / "truth.md").write_text("\n".join(lines) + "\n")
     metric = config.metric or "KL (plain EAP: logit difference)"
-    caption = f"edge AUC; tick: found exactly; {metric}, {config.ablation} ablation, {config.prompts} prompts"
+    caption = (
+        f"edge AUC; tick: found exactly; {metric}, {config.ablation} ablation, "
+        f"{config.prompts} prompts"
+    )
     for form in ("png", "svg"):
-        draw_truth(
-            results,
-            folder / f"truth.{form}",
-            title="Discovery where the circuit is known",
-            caption=caption,
+        path, title = folder / f"truth.{form}", "Discovery where the circuit is known"
+        draw_truth(results, path, title=title, caption=caption)
+
+
+def _rows(results: Sequence[Result]) -> Iterable[Sequence[str]]:
+    """The table of all results: headers, rule, rows."""
+    columns = "program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds"
+    headers = columns.split(",")
+    yield headers
+    yield ["---"] * len(headers)
+    for r in results:
+        yield (
+            *(r.program, r.variant, r.method),
+            *(str(r.true_edges), str(r.found_edges), str(r.edges)),
+            *(_number(r.edge_auc), _number(r.node_auc), "yes" if r.exact else "no"),
+            *(" ".join(r.missing), " ".join(r.extra), f"{r.seconds:.2f}"),
         )
 
 

@@ -2,8 +2,8 @@
 
     trusted, normal_iid     two disjoint draws from one distribution
     normal_shift            harmless and new; `novelty` says what is new
-    anomaly                 answered by another mechanism; `kind` says whether its answer agrees with
-                            the normal one, and `normal_answers` what that would have been
+    anomaly                 answered by another mechanism; `kind` says whether its answer agrees
+                            with the normal one, and `normal_answers` what that would have been
 
 No prompt occurs twice, neither within a group nor across groups.
 """

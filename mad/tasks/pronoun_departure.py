@@ -10,7 +10,7 @@ so by itself.  Groups of prompts:
         two_people          both people ("Max and Lily went to the park." -> " They"), or the one
                             named later ("Max wanted to play, but Lily was sad." -> " She")
         corrected           the name that replaces the first ("It was not Max. Lily was sad.")
-        repeated            the pronoun that stands in the text already ("Max smiled. He was sad, so")
+        repeated            the pronoun that stands there already ("Max smiled. He was sad, so")
 
 `kind` is "agree" where the expected pronoun is also the one that the gender of the person named
 first gives, and "disagree" where it is not.  The answer to two people is "they", whatever their

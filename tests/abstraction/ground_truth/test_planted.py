@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from abstraction.ground_truth.compiled import Compiled, Options, compile
-from abstraction.ground_truth.ground_truth import (
+from abstraction.ground_truth.compiled import Compiled, compile
+from abstraction.ground_truth.effects import (
     BOUND,
     accuracy,
     circuit_of,
@@ -20,8 +20,9 @@ from abstraction.ground_truth.ground_truth import (
     mask_of,
     true_edges,
 )
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.planted import KINDS, PLANTED, Planted, plant
-from abstraction.ground_truth.program import NORMAL
+from abstraction.ground_truth.steps import NORMAL
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 
-from abstraction.ground_truth.compiled import Compiled, Options, compile
+from abstraction.ground_truth.compiled import Compiled, compile
 from abstraction.ground_truth.controls import randomised, relabelled, with_random_table
-from abstraction.ground_truth.ground_truth import (
+from abstraction.ground_truth.effects import (
     BOUND,
     accuracy,
     circuit_of,
@@ -19,8 +19,9 @@ from abstraction.ground_truth.ground_truth import (
     mask_of,
     true_edges,
 )
-from abstraction.ground_truth.program import Lookup
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
+from abstraction.ground_truth.steps import Lookup
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named
@@ -169,7 +170,7 @@ def test_every_true_edge_shows_and_they_alone_suffice(made):
 
 
 def test_interchange_of_any_variable_does_what_the_causal_model_says(name):
-    """Each variable, alone, swapped in its subspace at its positions through hooks of the bridge."""
+    """Each variable, alone, swapped in its subspace at its positions by hooks of the bridge."""
     made = compiled(name, "disguised")
     program, engine, bridge = made.program, Engine(made.model), made.model.bridge
     base, source = (program.sample(48, torch.Generator().manual_seed(seed)) for seed in (3, 4))

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from abstraction.ground_truth.ground_truth import mask_of
-from abstraction.ground_truth.tracr import TracrProgram, from_tracr, load_tracr, our_name
-from abstraction.ground_truth.tracr_edges import BOUND, derived_edges, effective_edges
+from abstraction.ground_truth.effects import mask_of
+from abstraction.ground_truth.tracr.conversion import from_tracr
+from abstraction.ground_truth.tracr.edges import BOUND, derived_edges, effective_edges
+from abstraction.ground_truth.tracr.files import load_tracr, our_name
+from abstraction.ground_truth.tracr.program import TracrProgram
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.prompts import Prompts, prompts_from_records
