@@ -149,7 +149,7 @@ def within_gaps(program: Program, tokens: torch.Tensor) -> torch.Tensor:
     return fine
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.integers(0, 2**32 - 1),
     st.booleans(),
