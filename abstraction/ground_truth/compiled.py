@@ -32,7 +32,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abstraction.causal_model import CausalModel
 from abstraction.ground_truth.building import build, lay_out, rotation
 from abstraction.ground_truth.options import Options, check_options, sizes
 from abstraction.ground_truth.placement import Group, Place, groups, nodes_of, place, reads
@@ -67,10 +66,6 @@ class Compiled:
     places: Mapping[str, Place]
     # that compiling took; the first time in a process it also imports TransformerLens
     seconds: float
-
-    @property
-    def causal_model(self) -> CausalModel:
-        return self.program.causal_model
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -137,7 +132,7 @@ class Compiled:
                 f"token ids from {int(tokens.min())} to {int(tokens.max())}, but "
                 f"{self.program.name} has 0 to {len(self.tokens) - 1}"
             )
-        return self.causal_model.run({"token": tokens})
+        return self.program.causal_model.run({"token": tokens})
 
     def coordinates(
         self, graph: Graph, writers: Float[Tensor, "W B S D"], variable: str

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -83,59 +83,44 @@ def place(
         ValueError: a single step needs more heads or neurons than a layer has.
     """
     places: dict[str, Place] = {}
-    heads, mlps = _Heads(n_heads), _Mlps(d_mlp)
+    heads = _Rooms(n_heads, "heads in a layer, but n_heads leaves")
+    mlps = _Rooms(d_mlp, "neurons in an MLP, but d_mlp leaves", one_mechanism=True)
     for step in program.ordered:
         after = max((places[name].time for name in step.parents if name in places), default=-1)
         if isinstance(step, Attend):
-            places[step.name] = heads.take(step, after, copies if step.name == redundant else 1)
+            count = copies if step.name == redundant else 1
+            layer, first = heads.take(step, after // 2 + 1, count)
+            places[step.name] = Place(layer, tuple(range(first, first + count)))
         else:
-            places[step.name] = mlps.take(step, after, neurons(program, step, redundant))
+            layer, _ = mlps.take(step, (after + 1) // 2, neurons(program, step, redundant))
+            places[step.name] = Place(layer)
     return places
 
 
-class _Heads:
-    """The heads that are taken in each layer."""
+@dataclass
+class _Rooms:
+    """What is taken of each layer's heads or neurons."""
 
-    def __init__(self, most: int | None) -> None:
-        self.most = math.inf if most is None else most
-        self.taken: Counter[int] = Counter()
+    most: int | None  # in a layer
+    what: str
+    one_mechanism: bool = False  # only steps of one mechanism may share a layer
+    taken: Counter[int] = field(default_factory=Counter)
+    owner: dict[int, str] = field(default_factory=dict)
 
-    def take(self, step: Step, after: int, count: int) -> Place:
-        """The first layer with room for `count` heads that run later than `after`."""
-        if count > self.most:
-            raise ValueError(
-                f"step {step.name!r} needs {count} heads in a layer, but n_heads leaves {self.most}"
-            )
-        layer = after // 2 + 1
-        while self.taken[layer] + count > self.most:
+    def take(self, step: Step, layer: int, count: int) -> tuple[int, int]:
+        """The first layer with room, from `layer` on, and how many were taken there before."""
+        most = math.inf if self.most is None else self.most
+        if count > most:
+            raise ValueError(f"step {step.name!r} needs {count} {self.what} {most}")
+        while self.taken[layer] + count > most or not self._may_share(step, layer):
             layer += 1
-        first = self.taken[layer]
-        self.taken[layer] += count
-        return Place(layer, tuple(range(first, first + count)))
-
-
-class _Mlps:
-    """The neurons that are taken in each layer, and the mechanism that the MLP belongs to."""
-
-    def __init__(self, most: int | None) -> None:
-        self.most = math.inf if most is None else most
-        self.taken: Counter[int] = Counter()
-        self.owner: dict[int, str] = {}
-
-    def take(self, step: Step, after: int, count: int) -> Place:
-        """The first layer with room for `count` neurons that run later than `after`."""
-        if count > self.most:
-            raise ValueError(
-                f"step {step.name!r} needs {count} neurons in an MLP, but d_mlp leaves {self.most}"
-            )
-        layer = (after + 1) // 2
-        while self.owner.get(layer, step.mechanism) != step.mechanism or (
-            self.taken[layer] + count > self.most
-        ):
-            layer += 1
+        before = self.taken[layer]
         self.taken[layer] += count
         self.owner[layer] = step.mechanism
-        return Place(layer)
+        return layer, before
+
+    def _may_share(self, step: Step, layer: int) -> bool:
+        return not self.one_mechanism or self.owner.get(layer, step.mechanism) == step.mechanism
 
 
 # ---- what is read, where, and through which edges ------------------------------------------------

@@ -34,7 +34,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from abstraction.causal_model import CausalModel
 from abstraction.ground_truth.effects import accuracy, effects, mask_of
 from abstraction.ground_truth.placement import groups, place
 from abstraction.ground_truth.program import Program
@@ -145,10 +144,6 @@ class Trained:
     @property
     def program(self) -> Program:
         return self.wanted.program
-
-    @property
-    def causal_model(self) -> CausalModel:
-        return self.program.causal_model
 
     @property
     def nodes(self) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from jaxtyping import Int
 
-from circuits.tasks.task import Task
+from circuits.tasks.task import Task, token_records
 
 # One token each; the fillers, the keys and the values follow. RESERVED is in no prompt made here.
 BOS, QUERY, RESERVED = 0, 1, 2
@@ -133,9 +133,6 @@ def draw(
 ) -> Contexts:
     """`count` random prompts; keys differ within a prompt, and so do values.
 
-    Args:
-        parts: what to draw from; by default `choices(config)`.
-
     Raises:
         ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys
             or values for the pairs.
@@ -186,10 +183,7 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
 def draw_distinct(
     config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
 ) -> Contexts:
-    """`count` random prompts, no two of them alike.
-
-    Args:
-        filler: token that every prompt has in each filler slot; by default they are random.
+    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
@@ -210,23 +204,18 @@ def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
     Raises:
         ValueError: there are not that many different prompts.
     """
-    batches = [drawn(0)]
-    rows: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
-    total = barren = 0
-    while len(rows) < count:
+    found, barren = drawn(0), 0
+    while len(found.slot) < count:
         if barren == BARREN_DRAWS:
             raise ValueError(
-                f"count={count}, but only {len(rows)} different prompts were found; lower count or "
-                "add keys"
+                f"count={count}, but only {len(found.slot)} different prompts were found; lower "
+                "count or add keys"
             )
-        batch = drawn(count)
-        found = len(rows)
-        for row, prompt in enumerate(tokens(batch).tolist(), start=total):
-            rows.setdefault(tuple(prompt), row)
-        batches.append(batch)
-        total += count
-        barren = barren + 1 if len(rows) == found else 0
-    return select(join(batches), np.array(list(rows.values())[:count], dtype=np.int64))
+        more = join([found, drawn(count)])
+        _, first = np.unique(tokens(more), axis=0, return_index=True)
+        barren = barren + 1 if len(first) == len(found.slot) else 0
+        found = select(more, np.sort(first))
+    return select(found, slice(None, count))
 
 
 def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
@@ -247,27 +236,10 @@ def join(batches: Sequence[Contexts]) -> Contexts:
 def records(
     clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
-    """One plain, JSON-able dict a prompt; the wrong answers are the other values of the prompt.
-
-    Args:
-        answers: what a well-trained model answers to the clean prompts.
-        seed: what the prompts were drawn with, for their ids `recall-GROUP-SEED-NUMBER`.
-    """
-    columns = (tokens(clean), tokens(corrupt), answers, clean.values)
-    return [
-        {
-            "clean": clean_tokens,
-            "corrupt": corrupt_tokens,
-            "answers": [answer],
-            "wrong_answers": [value for value in values if value != answer],
-            "label": 0,
-            "id": f"recall-{group}-{seed}-{number}",
-            "group": group,
-        }
-        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(
-            zip(*(column.tolist() for column in columns))
-        )
-    ]
+    """One record a prompt; the wrong answers are the other values of the prompt."""
+    return token_records(
+        "recall", tokens(clean), tokens(corrupt), answers, clean.values, group, seed
+    )
 
 
 def with_counterfactuals(

@@ -121,23 +121,6 @@ def generate(config: PronounDeparture, count: int, seed: int) -> list[dict]:
     return groups(config, count, 0, 0, 0, seed)["trusted"]
 
 
-def gate_prompts(config: PronounDeparture, count: int, seed: int) -> dict[str, list[dict]]:
-    """`count` records for each number that tells whether a model behaves as the task supposes.
-
-    The number is the share of records in which the model's first choice among answers and wrong
-    answers is an answer.
-
-    Raises:
-        ValueError: see `groups`.
-    """
-    hows = pronoun.chosen("how", config.how, HOWS)
-    drawn = groups(config, count, 0, count, count * len(hows), seed)
-    gates = {"clean_trusted": drawn["trusted"], "clean_shifted": drawn["normal_shift"]}
-    for how in hows:
-        gates[f"anomaly_{how}"] = [record for record in drawn["anomaly"] if record["how"] == how]
-    return gates
-
-
 def _check_count(name: str, count: int, available: int) -> None:
     if not 0 <= count <= available:
         raise ValueError(

@@ -204,7 +204,7 @@ def test_interchange_of_any_variable_does_what_the_causal_model_says(name):
             int(node[1 : node.find(".")] if "." in node else node[1:]),
         )
         logits = bridge.run_with_hooks(base, fwd_hooks=[(f"blocks.{layer}.{kind}.hook_out", swap)])
-        expected = made.causal_model.interchange({"token": base}, {variable: {"token": source}})[
+        expected = program.causal_model.interchange({"token": base}, {variable: {"token": source}})[
             "answer"
         ][:, places]
         assert len(fired) == 1

@@ -13,7 +13,7 @@ from circuits.prompts import prompts_from_records
 from circuits.tasks import pronoun
 from circuits.tasks.pronoun import Pronoun
 from mad.tasks import ANOMALY_TASKS, TASKS, pronoun_departure
-from mad.tasks.pronoun_departure import PronounDeparture, gate_prompts, generate, groups
+from mad.tasks.pronoun_departure import HOWS, PronounDeparture, generate, groups
 
 SIZES = {"trusted": 2160, "normal_iid": 1000, "normal_shift": 1000, "anomaly": 1000, "seed": 0}
 MEN = {"Tim", "Max", "Bob", "Jim", "Tommy", "Benny", "Roy", "Jack", "John"}
@@ -164,11 +164,6 @@ def test_one_sort_only():
     records = groups(config, 0, 0, 656, 3510, 0)
     assert {record["novelty"] for record in records["normal_shift"]} == {"both"}
     assert {record["how"] for record in records["anomaly"]} == {"corrected"}
-    assert list(gate_prompts(config, 20, seed=0)) == [
-        "clean_trusted",
-        "clean_shifted",
-        "anomaly_corrected",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -247,19 +242,11 @@ def accuracy(stories, records: list[dict]) -> float:
 
 
 def test_the_model_gives_the_expected_answers(stories):
-    gates = {
-        name: accuracy(stories, records)
-        for name, records in gate_prompts(PronounDeparture(), 200, seed=5).items()
-    }
-    assert list(gates) == [
-        "clean_trusted",
-        "clean_shifted",
-        "anomaly_two_people",
-        "anomaly_corrected",
-        "anomaly_repeated",
-    ]
-    assert min(gates.values()) >= 0.95, gates
-    assert gates["clean_trusted"] == gates["clean_shifted"] == 1
+    drawn = groups(PronounDeparture(), 200, 0, 200, 600, 5)
+    assert accuracy(stories, drawn["trusted"]) == accuracy(stories, drawn["normal_shift"]) == 1
+    for how in HOWS:
+        records = [record for record in drawn["anomaly"] if record["how"] == how]
+        assert accuracy(stories, records) >= 0.95, how
 
 
 @pytest.mark.parametrize("kind", ["agree", "disagree"])
