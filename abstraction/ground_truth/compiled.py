@@ -23,7 +23,6 @@ Shapes: batch B, positions S, d_model D, categories n, writers W.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,17 +34,14 @@ from torch import Tensor
 from abstraction.ground_truth.building import build, lay_out, rotation
 from abstraction.ground_truth.options import Options, check_options, sizes
 from abstraction.ground_truth.placement import Group, Place, groups, nodes_of, place, reads
-from abstraction.ground_truth.program import Program, Sampler
+from abstraction.ground_truth.program import Program, Sampler, encode
 from circuits.graph import Graph
 from circuits.model.load import LoadedModel
-
-__all__ = ["Aligned", "Compiled", "Options", "compile"]
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Where a variable lives: the sum of what `nodes` write, in the subspace spanned by the rows of
-    `basis`.
+    """Where a variable lives: in what `nodes` write together, along the rows of `basis`.
 
     One-hot for a categorical variable; redundant nodes each write all of it.
     """
@@ -64,8 +60,6 @@ class Compiled:
     model: LoadedModel
     alignment: Mapping[str, Aligned]
     places: Mapping[str, Place]
-    # that compiling took; the first time in a process it also imports TransformerLens
-    seconds: float
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -84,16 +78,9 @@ class Compiled:
         """The edges of each group, to be removed together."""
         return tuple(group.edges for group in self.groups())
 
-    def edges(
-        self,
-        mechanism: str | None = None,
-        *,
-        split_input: bool | None = None,
-        per_position: bool = False,
-    ) -> tuple[str, ...]:
-        """The names of those edges; of one mechanism only, if it is named."""
-        found = self.groups(split_input=split_input, per_position=per_position)
-        chosen = [group for group in found if mechanism in (None, group.mechanism)]
+    def edges(self, mechanism: str | None = None, **told_apart: bool) -> tuple[str, ...]:
+        """The names of those edges, told apart as in `groups`; of one mechanism, if it is named."""
+        chosen = [g for g in self.groups(**told_apart) if mechanism in (None, g.mechanism)]
         return tuple(dict.fromkeys(edge for group in chosen for edge in group.edges))
 
     def encode(self, names: Sequence[str]) -> list[int]:
@@ -102,18 +89,7 @@ class Compiled:
         Raises:
             ValueError: an unknown token, or more tokens than the program was compiled for.
         """
-        for name in names:
-            if name not in self.tokens:
-                raise ValueError(
-                    f"token {name!r} is unknown to {self.program.name}; it has "
-                    f"{', '.join(self.tokens)}"
-                )
-        if not 1 <= len(names) <= self.program.length:
-            raise ValueError(
-                f"{len(names)} tokens, but {self.program.name} was compiled for 1 to "
-                f"{self.program.length}; shorten the input, or compile with a greater length"
-            )
-        return [self.tokens.index(name) for name in names]
+        return encode(self.program.name, names, self.tokens, self.program.length)
 
     def meaning(self, tokens: Int[Tensor, "B S"]) -> dict[str, Tensor]:
         """What the causal model says: every variable, and the answer, at every position.
@@ -155,7 +131,6 @@ def compile(program: Program, options: Options | None = None) -> Compiled:
     Raises:
         ValueError: it does not fit the sizes given, or a variable cannot be redundant.
     """
-    started = time.perf_counter()
     options = options or Options()
     check_options(program, options)
     places = place(
@@ -177,12 +152,10 @@ def compile(program: Program, options: Options | None = None) -> Compiled:
         )
         for name, dims in layout.dims.items()
     }
-    return Compiled(program, options, model, alignment, places, time.perf_counter() - started)
+    return Compiled(program, options, model, alignment, places)
 
 
 def _read_at(program: Program, variable: str) -> tuple[int, ...]:
     """The positions at which the answer depends on a variable."""
-    read = [
-        place for read in reads(program) if read.variable == variable for place in read.positions
-    ]
-    return tuple(sorted(set(read)))
+    taken = [set(read.positions) for read in reads(program) if read.variable == variable]
+    return tuple(sorted(set().union(*taken)))

@@ -16,7 +16,7 @@ Shapes: batch B, positions S, scored positions P.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -181,6 +181,23 @@ class Program:
         raise ValueError(
             f"no input of {self.name} with another answer in {DRAWS} draws; check its sampler"
         )
+
+
+def encode(program: str, names: Sequence[str], tokens: Sequence[str], length: int) -> list[int]:
+    """Returns the token ids of token names.
+
+    Raises:
+        ValueError: an unknown token, or more of them than the program was compiled for.
+    """
+    for name in names:
+        if name not in tokens:
+            raise ValueError(f"token {name!r} is unknown to {program}; it has {', '.join(tokens)}")
+    if not 1 <= len(names) <= length:
+        raise ValueError(
+            f"{len(names)} tokens, but {program} was compiled for 1 to {length}; shorten the input, "
+            "or compile with a greater length"
+        )
+    return [tokens.index(name) for name in names]
 
 
 def _check_tokens(program: Program) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from abstraction.ground_truth.program import encode
 from circuits.engine import Engine
 from circuits.model.load import LoadedModel
 from circuits.prompts import Prompts, prompts_from_records
@@ -77,16 +78,7 @@ class TracrProgram:
             ValueError: an unknown token, or more tokens than the program was compiled for.
         """
         known = [token for token in self.tokens if token not in (self.bos, PAD)]
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"token {name!r} is unknown to {self.name}; it has {', '.join(known)}"
-                )
-        if not 1 <= len(names) <= self.length:
-            raise ValueError(
-                f"{len(names)} tokens, but {self.name} was compiled for 1 to {self.length}; "
-                "shorten the input"
-            )
+        encode(self.name, names, known, self.length)
         return [self.tokens.index(name) for name in (self.bos, *names)]
 
     def decode(self, logits: Float[Tensor, "*batch O"]) -> Num[Tensor, "*batch"]:

@@ -353,7 +353,6 @@ def test_an_edge_that_carries_nothing_is_not_true():
         _rewrapped(bridge),
         compiled.alignment,
         compiled.places,
-        0.0,
     )
     for _, _, found in objectives(wiped, ("zero", "mean", "counterfactual")):
         true = {effect.edges[0] for effect in found if effect.true}
