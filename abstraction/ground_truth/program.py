@@ -194,8 +194,8 @@ def encode(program: str, names: Sequence[str], tokens: Sequence[str], length: in
             raise ValueError(f"token {name!r} is unknown to {program}; it has {', '.join(tokens)}")
     if not 1 <= len(names) <= length:
         raise ValueError(
-            f"{len(names)} tokens, but {program} was compiled for 1 to {length}; shorten the input, "
-            "or compile with a greater length"
+            f"{len(names)} tokens, but {program} was compiled for 1 to {length}; shorten the "
+            "input, or compile with a greater length"
         )
     return [tokens.index(name) for name in names]
 

@@ -194,9 +194,7 @@ def brackets(length: int = 8) -> Program:
 
 
 def sort(digits: int = 8, count: int = 4) -> Program:
-    """Distinct digits in ascending order.  A head counts the smaller ones: the share of `^` among
-    them is 1/(1+n).
-    """
+    """Distinct digits in order.  A head counts the n smaller ones: `^` is 1/(1+n) of them."""
     tokens, n = (START, *map(str, range(digits))), count
 
     def sample(count: int, generator: torch.Generator) -> Tensor:

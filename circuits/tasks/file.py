@@ -17,8 +17,7 @@ class File:
 
 
 def generate(config: File, count: int, seed: int) -> list[dict]:
-    """Returns all records of the file; how many are wanted, and the seed, decide only how they are
-    split later.
+    """Returns all records of the file; count and seed decide only how they are split later.
 
     Raises:
         FileNotFoundError: no such file.

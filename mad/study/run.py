@@ -115,8 +115,9 @@ def model_folder(out: Path, task: str, seed: int) -> Path:
 
 def _train(task: str, seed: int, folder: Path) -> bool:
     """Trains a model unless it is there; returns whether it has learnt its task."""
+    from circuits.training import GateMissed
     from mad.tasks import TASKS
-    from mad.tasks.training import GateMissed, Train
+    from mad.tasks.training import Train
     from mad.tasks.training import run as train
 
     missed = folder.with_suffix(".missed")

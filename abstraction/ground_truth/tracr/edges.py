@@ -118,8 +118,7 @@ def effective_edges(
     *,
     bound: float = BOUND,
 ) -> tuple[Effect, ...]:
-    """Returns the derived edges, in forward order; the true ones are the ground truth on these
-    prompts.
+    """Returns the derived edges, in forward order; the true ones are the truth on these prompts.
 
     Keeping only those changes no output by more than `bound`; removing any one of them then does.
     They are found by a sweep from the logits to the inputs.  Where two edges can stand in for each

@@ -27,8 +27,9 @@ _NODE = re.compile(r"^(?:A(?P<layer>\d+)\.(?P<head>\d+)(?:\.(?P<side>[QKV]))?|ML
 def load_tracr(
     folder: str | Path, name: str, *, device: str = "cpu", dtype: str = "float32"
 ) -> TracrProgram:
-    """Returns a program from `name.pt`, `name.config.json` and `name.vocab.json`; its inputs from
-    `name.eval.npz` and its published edges from `name.circuit.json`, where these are there.
+    """Returns a program from `name.pt`, `name.config.json` and `name.vocab.json`.
+
+    Its inputs are in `name.eval.npz`, its published edges in `name.circuit.json`, where there are.
 
     Raises:
         FileNotFoundError: a file is missing.
