@@ -94,7 +94,7 @@ class Graph:
     def readers_per_block(self) -> int:
         return self.n_heads + 2 * self.kv_heads + (not self.attention_only)
 
-    # ---- names -----------------------------------------------------------------------------------
+    # ---- names ----------------------------------------------------------------------------------
 
     @cached_property
     def writers(self) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class Graph:
         """Index of the first reader of block `layer`; `layer = n_layers` gives that of `logits`."""
         return layer * self.readers_per_block
 
-    # ---- edges -----------------------------------------------------------------------------------
+    # ---- edges ----------------------------------------------------------------------------------
 
     @cached_property
     def exists(self) -> Bool[Tensor, "R W *S"]:
@@ -254,7 +254,8 @@ class Graph:
                 view.add_edge(self.writers[writer], node, key=key)
         return view
 
-    # ---- what a circuit leaves connected ---------------------------------------------------------
+    # ---- what a circuit leaves connected
+    # ----------------------------------------------------------
 
     def without_dead_ends(self, kept: Bool[Tensor, "R W *S"]) -> Bool[Tensor, "R W *S"]:
         """The kept edges that lie on a path of kept edges from an input to `logits`."""

@@ -93,7 +93,8 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.architecture.token.weight.dtype  # type: ignore[return-value]
 
-    # ---- plain runs ------------------------------------------------------------------------------
+    # ---- plain runs
+    # -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def clean(
@@ -226,7 +227,8 @@ class Engine:
                 taps.append((mlp_input, [normed]))
         return _at(residual, positions)
 
-    # ---- runs under a mask -----------------------------------------------------------------------
+    # ---- runs under a mask
+    # ------------------------------------------------------------------------
 
     def ablated(self, writers: Float[Tensor, "W B S D"]) -> Ablated:
         """Prepares the values that removed edges carry; once per batch, shared by all runs on it."""
@@ -328,7 +330,8 @@ class Engine:
         logits = run.logits(positions)
         return logits[0] if single or per_example else logits
 
-    # ---- gradients at the readers ----------------------------------------------------------------
+    # ---- gradients at the readers
+    # -----------------------------------------------------------------
 
     def reader_gradients(
         self,
@@ -386,7 +389,8 @@ class Engine:
                 row += len(side)
             yield first, block.norm1.pull_back(residual, at_norm)
 
-    # ---- components ------------------------------------------------------------------------------
+    # ---- components
+    # -------------------------------------------------------------------------------
 
     def heads(
         self,
@@ -411,7 +415,8 @@ class Engine:
         logits, cap = self.architecture.unembed(normed), self.architecture.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    # ---- never silently wrong --------------------------------------------------------------------
+    # ---- never silently wrong
+    # ---------------------------------------------------------------------
 
     @torch.no_grad()
     def _check(self, model: LoadedModel) -> None:

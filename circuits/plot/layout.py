@@ -44,7 +44,8 @@ FAN_STEP, BUNDLE_STEP = (
 )  # between edges that meet at a side of a node; between parallel edges on their way
 
 
-# --- what the names say ---------------------------------------------------------------------------
+# --- what the names say
+# -----------------------------------------------------------------------------------------
 
 _WRITER = re.compile(r"input(?:\.token|\.position)?|a(?P<a>\d+)\.h(?P<head>\d+)|m(?P<m>\d+)")
 _READER = re.compile(
@@ -123,7 +124,8 @@ def row_label(row: int) -> str:
     return f"{('k v', 'attn', 'mlp')[row % 3]} {row // 3}"
 
 
-# --- how strong an edge is ------------------------------------------------------------------------
+# --- how strong an edge is
+# --------------------------------------------------------------------------------------
 
 
 def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
@@ -141,7 +143,8 @@ def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
     return [math.sqrt(min(1.0, size / top)) for size in sizes], top
 
 
-# --- layout: dot ----------------------------------------------------------------------------------
+# --- layout: dot
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def wrapped(text: str, size: float, width: float) -> tuple[str, float]:
     return "\n".join(lines), len(lines) * 1.3 * size + 12
 
 
-# --- the faithfulness curve -----------------------------------------------------------------------
+# --- the faithfulness curve
+# -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def length(subject: Subject) -> Score:
     return lambda prompts: prompts.lengths.float().cpu()
 
 
-# ---- distances of the residual stream ------------------------------------------------------------
+# ---- distances of the residual stream
+# -----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -249,7 +250,8 @@ def _stream_batches(engine: Engine, prompts: Prompts) -> Iterator[Prompts]:
     return _batches(engine, prompts, size.prepared(True) + size.preparing(True) + in_float64)
 
 
-# ---- distances of attributions -------------------------------------------------------------------
+# ---- distances of attributions
+# ------------------------------------------------------------------------
 
 ATTRIBUTION_SHRINKAGE = 0.1  # of edges' attributions: there may be more edges than prompts
 
@@ -351,7 +353,8 @@ def attribution_mahalanobis(subject: Subject) -> Score:
     return score
 
 
-# ---- KL to a fine-tuned model --------------------------------------------------------------------
+# ---- KL to a fine-tuned model
+# -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -467,7 +470,8 @@ def _logits(model: Any, prompts: Prompts) -> Float[Tensor, "B P V"]:
     return logits[torch.arange(len(prompts), device=index.device)[:, None], index]
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- all of them
+# --------------------------------------------------------------------------------------
 
 
 BASELINES: dict[str, Baseline] = {

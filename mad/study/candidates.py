@@ -66,7 +66,8 @@ HOSTS, FEW_HOSTS, ROUTED_HOSTS = Strict().hosts, Fast().hosts, 8
 INPUT_PROMPTS = 128  # whose readers' inputs are held at once
 
 
-# ---- from numbers to a score ---------------------------------------------------------------------
+# ---- from numbers to a score
+# ------------------------------------------------------------------------
 
 
 def standardised(trusted: Float[Tensor, "n c"]) -> Callable[[Tensor], Tensor]:
@@ -113,7 +114,8 @@ def normalised(
     return lambda prompts: value(measure(prompts)).float()
 
 
-# ---- departures ----------------------------------------------------------------------------------
+# ---- departures
+# -------------------------------------------------------------------------------------
 
 
 def output_kl(lens: Lens) -> Score:
@@ -171,7 +173,8 @@ def logarithm(departure: Departure) -> Float[Tensor, "B c"]:
     return (departure.nodes + FLOOR).log()
 
 
-# ---- inputs of readers ---------------------------------------------------------------------------
+# ---- inputs of readers
+# ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,8 @@ def in_circuit_inputs(lens: Lens) -> Score:
     return inputs(lens, lens.mask.cpu())
 
 
-# ---- effects of edges off the circuit ------------------------------------------------------------
+# ---- effects of edges off the circuit
+# ---------------------------------------------------------------
 
 
 def parts(lens: Lens, prompts: Prompts) -> Float[Tensor, "B E"]:
@@ -286,7 +290,8 @@ def effect_share_tails(lens: Lens) -> Score:
     return score
 
 
-# ---- donors and hosts ----------------------------------------------------------------------------
+# ---- donors and hosts
+# -------------------------------------------------------------------------------
 
 
 def _hosts(lens: Lens, count: int) -> Prompts:

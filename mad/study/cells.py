@@ -137,7 +137,8 @@ class Results:
         return Results(left)
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Results:
@@ -269,7 +270,8 @@ def _read_parts(file: Path, strata: Mapping[str, Sequence[str]]) -> dict[Scorer,
     return parts
 
 
-# --- AUROC ----------------------------------------------------------------------------------------
+# --- AUROC
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -389,7 +391,8 @@ def _redraw(subject: Scores, draws: int, seed: int) -> dict[str, Float[Tensor, "
     return counts
 
 
-# --- worst cases ----------------------------------------------------------------------------------
+# --- worst cases
+# ------------------------------------------------------------------------------------------------
 
 
 def places(found: Sequence[Cell]) -> set[tuple[str, int, str, str]]:
@@ -543,7 +546,8 @@ def _control(values: Sequence[float]) -> Control:
     return Control(sum(values) / len(values), min(values), max(values), len(values))
 
 
-# --- flags ----------------------------------------------------------------------------------------
+# --- flags
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -617,7 +621,8 @@ def worst_false_alarms(found: Sequence[Flag], alpha: float) -> dict[Scorer, Flag
     return worst
 
 
-# --- combinations ---------------------------------------------------------------------------------
+# --- combinations
+# -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

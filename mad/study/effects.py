@@ -45,7 +45,8 @@ def removed(lens: Lens) -> Bool[Tensor, "R W *S"]:
     return lens.engine.graph.exists & ~lens.mask.cpu()
 
 
-# ---- on the output, by edge ----------------------------------------------------------------------
+# ---- on the output, by edge
+# -------------------------------------------------------------------------
 
 
 def effects(
@@ -82,7 +83,8 @@ def _effects(lens: Lens, prompts: Prompts, steps: int) -> Float[Tensor, "B E"]:
     return integrated(engine, lens.mask.float(), len(prompts), steps, kl)[:, off].cpu()
 
 
-# ---- on runs that they are put into --------------------------------------------------------------
+# ---- on runs that they are put into
+# -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def scored(logits: torch.Tensor) -> torch.Tensor:
     return logits[PROMPTS.positions >= 0]
 
 
-# ---- means ---------------------------------------------------------------------------------------
+# ---- means --------------------------------------------------------------------------------------
 
 
 def test_mean_excludes_padding_and_keeps_the_first_position(engine):
@@ -142,7 +142,7 @@ def test_a_mean_of_first_positions_alone_is_refused_elsewhere(engine):
         ablation.values(engine, PROMPTS)
 
 
-# ---- other runs ----------------------------------------------------------------------------------
+# ---- other runs ---------------------------------------------------------------------------------
 
 
 def test_zero_leaves_the_biases(engine):

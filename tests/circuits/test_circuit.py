@@ -38,7 +38,7 @@ def same(one: Circuit, other: Circuit) -> bool:
     return tensors and one.graph == other.graph and dict(one.about) == dict(other.about)
 
 
-# ---- round trip ----------------------------------------------------------------------------------
+# ---- round trip ---------------------------------------------------------------------------------
 
 
 @given(
@@ -90,7 +90,7 @@ def test_scores_that_json_cannot_hold_are_refused(tmp_path):
     assert not list(tmp_path.iterdir()), "half a circuit was written"
 
 
-# ---- views ---------------------------------------------------------------------------------------
+# ---- views --------------------------------------------------------------------------------------
 
 
 def test_edges_length_and_mask():
@@ -118,7 +118,7 @@ def test_networkx_view_carries_the_scores():
     assert edges == pytest.approx(expected)
 
 
-# ---- bad files -----------------------------------------------------------------------------------
+# ---- bad files ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def scored() -> Found:
     return eap_ig(EAPIG(), scale().objective)
 
 
-# ---- the whole of it -----------------------------------------------------------------------------
+# ---- the whole of it ----------------------------------------------------------------------------
 
 
 def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
@@ -244,7 +244,7 @@ def test_the_known_circuit_of_the_induction_model(cases):
     assert set(result.metrics["by_metric"]) == set(METRICS)
 
 
-# ---- how many edges ------------------------------------------------------------------------------
+# ---- how many edges -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [0.3, 0.7, 1.0])
@@ -325,7 +325,7 @@ def test_contradictory_selections_are_refused(selection, message):
         choose(scale(), scored(), selection)
 
 
-# ---- by metric -----------------------------------------------------------------------------------
+# ---- by metric ----------------------------------------------------------------------------------
 
 
 def test_faithfulness_by_metric_is_that_of_each_metric(caplog):
@@ -350,7 +350,7 @@ def test_metrics_that_need_answers_are_left_out_without_them():
     assert set(metrics["by_metric"]) == {"kl"}
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 def test_overlapping_splits_are_refused_with_their_number():

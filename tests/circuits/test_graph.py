@@ -58,7 +58,7 @@ def comes_before(writer: str, reader: str, parallel: bool) -> bool:
     return when(writer, parallel) < when(reader, parallel)
 
 
-# ---- sizes ---------------------------------------------------------------------------------------
+# ---- sizes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_an_edge_exists_where_the_writer_comes_before_the_reader(graph):
             ), (writer, reader)
 
 
-# ---- names ---------------------------------------------------------------------------------------
+# ---- names --------------------------------------------------------------------------------------
 
 
 def test_names_of_a_small_graph():
@@ -167,7 +167,7 @@ def test_the_sweep_goes_from_the_output_to_the_input(graph):
     assert graph.sweep_order() == sorted(graph.edges(), key=key, reverse=True)
 
 
-# ---- dead ends -----------------------------------------------------------------------------------
+# ---- dead ends ----------------------------------------------------------------------------------
 
 
 def on_a_path(graph: Graph, kept: torch.Tensor) -> torch.Tensor:
@@ -224,7 +224,7 @@ def test_a_dead_end_of_either_kind_is_dropped():
     assert not graph.without_dead_ends(kept).any()
 
 
-# ---- networkx ------------------------------------------------------------------------------------
+# ---- networkx -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -241,7 +241,7 @@ def test_networkx_has_an_edge_for_each_node_that_a_reader_feeds(name):
     assert view.number_of_edges() == len(expected)
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_impossible_shapes_are_refused(shape, message):
         Graph(*shape)
 
 
-# ---- edges per position --------------------------------------------------------------------------
+# ---- edges per position -------------------------------------------------------------------------
 
 
 def per_position(**shape) -> Graph:

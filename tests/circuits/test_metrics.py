@@ -31,7 +31,7 @@ def random_logits(*leading: int, seed: int = 0, dtype=torch.float64) -> torch.Te
     return 3 * torch.randn(*leading, len(PROMPTS), SCORED, 13, generator=generator, dtype=dtype)
 
 
-# ---- the metrics of one position, from lists of floats -------------------------------------------
+# ---- the metrics of one position, from lists of floats ------------------------------------------
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -175,7 +175,7 @@ def test_kl_keeps_far_tails():
     )
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

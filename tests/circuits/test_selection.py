@@ -152,7 +152,7 @@ def test_scores_are_left_as_they_were(how):
     assert torch.equal(scores, before)
 
 
-# ---- sizes and random circuits -------------------------------------------------------------------
+# ---- sizes and random circuits ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_random_circuits_are_repeatable():
     )
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_methods_are_named_after_their_configurations():
         assert (first.name, first.default) == ("name", name)
 
 
-# ---- ACDC ----------------------------------------------------------------------------------------
+# ---- ACDC ---------------------------------------------------------------------------------------
 
 
 def written_at(writer: str) -> tuple[int, int, int]:
@@ -249,7 +249,7 @@ def test_an_unknown_order_is_refused():
         acdc(ACDC(order="random"), objective(ENGINES["gpt2"]))
 
 
-# ---- EAP -----------------------------------------------------------------------------------------
+# ---- EAP ----------------------------------------------------------------------------------------
 
 
 def mask_gradient(ours: Objective) -> torch.Tensor:
@@ -314,7 +314,7 @@ def test_eap_is_exact_for_edges_into_linear_logits(ablation):
     )
 
 
-# ---- EAP-IG --------------------------------------------------------------------------------------
+# ---- EAP-IG -------------------------------------------------------------------------------------
 
 
 def writers_from_input(
@@ -430,7 +430,7 @@ def test_attribution_does_not_depend_on_the_batches():
         assert_equal_scores(scores[1], scores[2].double())
 
 
-# ---- real models whose circuits are known --------------------------------------------------------
+# ---- real models whose circuits are known -------------------------------------------------------
 
 INDUCTION = {
     "input.token->a0.h0<v>",
@@ -508,7 +508,7 @@ def test_acdc_finds_what_resampling_can_see_of_a_compiled_program(cases):
     assert kept["resample"] < kept["zero"] <= {compiled_name(edge) for edge in known["edges_all"]}
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 def test_plain_eap_with_kl_is_refused_and_the_remedy_named():
@@ -537,7 +537,8 @@ def test_no_steps_are_refused(steps):
         eap_ig(EAPIG(steps=steps), objective(ENGINES["gpt2"]))
 
 
-# ---- edges per position --------------------------------------------------------------------------
+# ---- edges per position
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["gpt2", "grouped queries", "bidirectional"])

@@ -151,7 +151,8 @@ def test_read_writers_are_the_ancestors_of_the_logits(named_engine):
         assert torch.equal(row, read_by(graph, mask, 1)[:, 0])
 
 
-# ---- edges per position --------------------------------------------------------------------------
+# ---- edges per position
+# ---------------------------------------------------------------------------
 
 
 @pytest.fixture(
@@ -231,7 +232,8 @@ def test_prompts_of_another_length_than_the_edges_positions_are_refused():
         )
 
 
-# ---- masks in batches ----------------------------------------------------------------------------
+# ---- masks in batches
+# -----------------------------------------------------------------------------
 
 
 def test_masks_batched_equal_one_at_a_time(named_engine):
@@ -375,7 +377,8 @@ def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_eng
     torch.testing.assert_close(ours / scale, by_mask / scale, atol=10 * bound(name), rtol=0)
 
 
-# ---- switching any feature off must be noticed ---------------------------------------------------
+# ---- switching any feature off must be noticed
+# ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -404,7 +407,8 @@ def test_key_bias_is_read_under_a_mask():
             Engine(MODELS["llama"])
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- refusals
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-7)
 
 
-# ---- as text -------------------------------------------------------------------------------------
+# ---- as text ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_default_is_the_same_everywhere():
         assert inspect.signature(function).parameters["memory"].default == "2GB", path
 
 
-# ---- how many fit --------------------------------------------------------------------------------
+# ---- how many fit -------------------------------------------------------------------------------
 
 
 def test_as_many_prompts_as_fit_and_never_more_than_64():
@@ -177,7 +177,7 @@ def test_a_prompt_that_takes_more_than_half_gets_all_of_it_and_nothing_is_kept()
         prepare(engine, PROMPTS, METRICS["kl"], fitted, memory=str(enough - 1))
 
 
-# ---- formulas against tensors --------------------------------------------------------------------
+# ---- formulas against tensors -------------------------------------------------------------------
 
 SHAPES: dict[str, Callable] = {
     "gpt2": lambda: tiny.gpt2(
@@ -358,7 +358,7 @@ def test_formulas_are_upper_bounds_and_not_far_above(measured, work):
     assert taken <= predicted <= (2.8 if shared else 2.2) * taken
 
 
-# ---- results do not depend on the budget ---------------------------------------------------------
+# ---- results do not depend on the budget --------------------------------------------------------
 
 
 @pytest.mark.parametrize("ablation", ["counterfactual", "mean"])

@@ -108,7 +108,8 @@ class Notes:
             close(name, self.keys[node][number], seen[f"k{layer}"][head // graph.kv_group][rows])
 
 
-# ---- patterns of a plain run ---------------------------------------------------------------------
+# ---- patterns of a plain run
+# ------------------------------------------------------------------------
 
 
 def patterns(
@@ -173,7 +174,8 @@ def test_observing_a_plain_run_changes_nothing(named):
     assert without.sides == ()
 
 
-# ---- nodes under masks ---------------------------------------------------------------------------
+# ---- nodes under masks
+# ------------------------------------------------------------------------------
 
 
 def test_nodes_under_masks_equal_the_computation_through_hooks(masked):

@@ -44,7 +44,7 @@ def folder(request, tmp_path_factory):
     return path, module
 
 
-# ---- TransformerLens files, made by hand ---------------------------------------------------------
+# ---- TransformerLens files, made by hand --------------------------------------------------------
 
 
 def legacy(bridge) -> dict[str, torch.Tensor]:
@@ -242,7 +242,7 @@ def test_a_training_checkpoint_is_refused(tmp_path, content):
         load(write(tmp_path, content, config_of(bridge), ".pt"))
 
 
-# ---- HuggingFace folders -------------------------------------------------------------------------
+# ---- HuggingFace folders ------------------------------------------------------------------------
 
 
 def test_a_huggingface_folder_gives_the_model_it_was_saved_from(folder):
@@ -359,7 +359,7 @@ def test_an_unknown_dtype_is_refused(folder):
         load(folder[0], dtype="int8")
 
 
-# ---- modules in memory ---------------------------------------------------------------------------
+# ---- modules in memory --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -420,7 +420,7 @@ def test_the_probe_is_of_the_model_before_it_was_wrapped():
         )
 
 
-# ---- the hash ------------------------------------------------------------------------------------
+# ---- the hash -----------------------------------------------------------------------------------
 
 
 def test_the_hash_sees_one_bit_a_name_a_type_and_a_shape():
@@ -453,7 +453,7 @@ def test_the_hash_does_not_see_order_or_memory_layout():
     assert weight_hash({"a": one, "b": other}) == weight_hash({"b": other, "a": transposed})
 
 
-# ---- real models ---------------------------------------------------------------------------------
+# ---- real models --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,8 @@ def test_split_input_is_two_nodes(tmp_path):
     assert layout.nodes["input.token"][1] == layout.nodes["input.position"][1]
 
 
-# --- layout ---------------------------------------------------------------------------------------
+# --- layout
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_layout_of_a_small_circuit(num_regression):
@@ -183,7 +184,8 @@ def test_the_layout_encloses_every_node_and_curve():
     assert all(0 <= y <= layout.height for _, y in layout.nodes.values())
 
 
-# --- grouped queries ------------------------------------------------------------------------------
+# --- grouped queries
+# --------------------------------------------------------------------------------------------
 
 
 def test_key_value_heads_stand_below_the_query_heads_they_serve(tmp_path):
@@ -206,7 +208,8 @@ def test_key_value_heads_without_a_group_size_are_refused(tmp_path):
         draw_circuit(GROUPED, tmp_path)
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- refusals
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_too_many_edges_are_refused_with_number_bound_and_remedy(tmp_path):
@@ -266,7 +269,8 @@ def test_unknown_formats_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- strength -------------------------------------------------------------------------------------
+# --- strength
+# ---------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=50))
@@ -295,7 +299,8 @@ def test_colour_is_sign():
     assert colours[0] == colours[1] and colours[2] == colours[3] and len(set(colours)) == 3
 
 
-# --- faithfulness curve ---------------------------------------------------------------------------
+# --- faithfulness curve
+# -----------------------------------------------------------------------------------------
 
 CURVE = FaithfulnessCurve("EAP-IG", [0, 1, 10, 110], [0.0, 0.2, 0.9, 1.0])
 

@@ -145,7 +145,8 @@ def budget(
     return str(size.mask + pairs * (whole.clean + cost + size.prepared(True)))
 
 
-# ---- scores --------------------------------------------------------------------------------------
+# ---- scores
+# -----------------------------------------------------------------------------------------
 
 
 def test_transplants_are_slow_runs_of_the_hosts(engine):
@@ -217,7 +218,8 @@ def test_scores_are_the_same_each_time(context):
     assert torch.equal(*scores)
 
 
-# ---- places --------------------------------------------------------------------------------------
+# ---- places
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,8 @@ def test_what_all_hosts_share_stays_one_row():
     assert found.shape == (6, 2, 1, 7, 3) and torch.equal(found[:, :, 0], writers)
 
 
-# ---- memory --------------------------------------------------------------------------------------
+# ---- memory
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "bidirectional", "gpt2, positions"])
@@ -322,7 +325,8 @@ def test_logits_of_the_model_at_scored_positions(engine):
             torch.testing.assert_close(logits[row, : len(scored)], alone, atol=2e-5, rtol=2e-5)
 
 
-# ---- explanations --------------------------------------------------------------------------------
+# ---- explanations
+# -----------------------------------------------------------------------------------
 
 
 def fixed(name: str, steps: int, hosts: int = 3):
@@ -408,7 +412,8 @@ def test_a_score_of_nothing_has_no_shares(context):
     assert not explained.shares.any() and explained.residual.isfinite().all()
 
 
-# ---- several circuits ----------------------------------------------------------------------------
+# ---- several circuits
+# -------------------------------------------------------------------------------
 
 
 def with_circuits(detector, count: int):
@@ -503,7 +508,8 @@ def test_circuits_that_cannot_be_found_again_are_refused(extracted, context):
         fit_transplant(Strict(hosts=2, circuits=2), context, trusted)
 
 
-# ---- saved, and refused --------------------------------------------------------------------------
+# ---- saved, and refused
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2, positions"])

@@ -77,7 +77,8 @@ def module():
     return tiny.gpt2_module().double()
 
 
-# ---- a slow run, edge by edge --------------------------------------------------------------------
+# ---- a slow run, edge by edge
+# -----------------------------------------------------------------------
 
 
 @dataclass
@@ -182,7 +183,8 @@ def test_the_slow_run_is_the_model(module, lenses):
         torch.testing.assert_close(slow.logits, module(torch.tensor([tokens])).logits[0].detach())
 
 
-# ---- departures ----------------------------------------------------------------------------------
+# ---- departures
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,8 @@ def test_dropped_nodes_run_on_what_the_circuit_makes_of_their_inputs(module, len
         torch.testing.assert_close(every.nodes[row], gap.float(), atol=1e-5, rtol=1e-4)
 
 
-# ---- inputs of readers ---------------------------------------------------------------------------
+# ---- inputs of readers
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +303,8 @@ def test_input_scores_are_the_largest_ratio_to_the_trusted_mean(lenses, kind):
         assert score[prompt].item() == pytest.approx(max(ratios).item(), rel=1e-5)
 
 
-# ---- effects -------------------------------------------------------------------------------------
+# ---- effects
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -341,7 +345,8 @@ def test_effect_scores_are_their_formulas(lenses, kind):
     torch.testing.assert_close(CANDIDATES["effect_share_tails"](lens)(new), torch.tensor(tails))
 
 
-# ---- donors and hosts ----------------------------------------------------------------------------
+# ---- donors and hosts
+# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -410,7 +415,8 @@ def test_a_prompt_transplanted_into_itself_changes_nothing(lenses, kind):
     )
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- all of them
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

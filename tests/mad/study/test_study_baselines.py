@@ -52,7 +52,8 @@ def saved(tmp_path_factory) -> Subject:
     return subject(load_model(ModelConfig(path=str(folder), dtype="float64")))
 
 
-# ---- residual streams ----------------------------------------------------------------------------
+# ---- residual streams
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "gemma2"])
@@ -127,7 +128,8 @@ def test_scores_that_share_distances_run_the_model_once(plain, monkeypatch):
     assert len(once) == 2 * 5 and len(runs) == 1
 
 
-# ---- attributions --------------------------------------------------------------------------------
+# ---- attributions
+# -------------------------------------------------------------------------------------
 
 
 def lead(engine: Engine, means, prompts: Prompts, mask: torch.Tensor) -> torch.Tensor:
@@ -191,7 +193,8 @@ def test_attribution_mahalanobis_is_the_distance_of_attributions(plain):
     torch.testing.assert_close(attribution_mahalanobis(plain)(NEW), expected.float())
 
 
-# ---- the fine-tuned copy -------------------------------------------------------------------------
+# ---- the fine-tuned copy
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -241,7 +244,8 @@ def test_a_model_that_is_in_no_folder_is_refused(plain):
         fine_tuned_kl(subject(tiny.native()))
 
 
-# ---- all of them ---------------------------------------------------------------------------------
+# ---- all of them
+# --------------------------------------------------------------------------------------
 
 
 def test_all_are_finite_float32_and_equal_alone_and_shared(saved):

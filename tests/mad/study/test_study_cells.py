@@ -93,7 +93,8 @@ def named(parts: dict) -> dict:
     }
 
 
-# --- AUROC and intervals --------------------------------------------------------------------------
+# --- AUROC and intervals
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0.0, 0.5])
@@ -162,7 +163,8 @@ def test_a_task_without_anomalies_has_no_cells_but_flags():
     }
 
 
-# --- flags ----------------------------------------------------------------------------------------
+# --- flags
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_flags_by_hand():
@@ -205,7 +207,8 @@ def test_random_controls_are_not_flagged_and_get_no_intervals():
     assert {cell.low is None for cell in cells(results, draws=9) if cell.scorer == random} == {True}
 
 
-# --- combinations ---------------------------------------------------------------------------------
+# --- combinations
+# -----------------------------------------------------------------------------------------------
 
 
 def test_combinations_by_hand():
@@ -314,7 +317,8 @@ def test_combination_at_every_circuit_that_its_members_have():
         with_combination(results, Combination("a", ("b",)))
 
 
-# --- worst cases ----------------------------------------------------------------------------------
+# --- worst cases
+# ------------------------------------------------------------------------------------------------
 
 
 def test_worst_case_best_baseline_oracle_and_controls():
@@ -438,7 +442,8 @@ def test_comparisons_are_refused():
         compare(Results(()), Scorer("a"), Scorer("b"))
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_read_is_what_was_left(tmp_path):

@@ -246,7 +246,8 @@ def test_a_study_without_anomalies_or_circuits(results):
         summarise(Results((alone,)), draws=1)
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- pictures
+# ---------------------------------------------------------------------------------------------------
 
 PICTURES = {
     "worst": lambda results, path: draw_worst(
