@@ -315,7 +315,7 @@ def trusted_splits(config: RunConfig, model: LoadedModel) -> dict[str, Prompts]:
     """
     sizes = asdict(config.splits)
     total = sum(sizes.values())
-    prompts = load_trusted(TASKS[config.task.name][1](config.task, total, config.seed), model)
+    prompts = load_trusted(TASKS[config.task.name].generate(config.task, total, config.seed), model)
     if len(prompts) < len(sizes):
         raise ValueError(
             f"{len(prompts)} different trusted prompts, but at least {len(sizes)} are needed"

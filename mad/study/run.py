@@ -115,15 +115,16 @@ def model_folder(out: Path, task: str, seed: int) -> Path:
 
 def _train(task: str, seed: int, folder: Path) -> bool:
     """Trains a model unless it is there; returns whether it has learnt its task."""
+    from circuits.training import GateMissed
     from mad.tasks import TASKS
-    from mad.tasks.training import GateMissed, Train
+    from mad.tasks.training import Train
     from mad.tasks.training import run as train
 
     missed = folder.with_suffix(".missed")
     if (folder / "README.md").exists() or missed.exists():
         return not missed.exists()
     try:
-        train(Train(task=TASKS[task][0](), seed=seed, out=str(folder), overwrite=True))
+        train(Train(task=TASKS[task].schema(), seed=seed, out=str(folder), overwrite=True))
     except GateMissed as error:
         missed.parent.mkdir(parents=True, exist_ok=True)
         missed.write_text(f"{error}\n")

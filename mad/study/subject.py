@@ -27,7 +27,7 @@ from circuits.model.load import LoadedModel, ModelConfig, load_model
 from circuits.prompts import Prompts
 from mad.pipeline import load_prompts
 from mad.study.plan import NATURAL, Sizes
-from mad.tasks import GROUPS, TASKS
+from mad.tasks import ANOMALY_TASKS
 
 GROUP_NAMES = ("normal_iid", "normal_shift", "anomaly")
 
@@ -92,8 +92,8 @@ def load_subject(task: str, seed: int, folder: Path, sizes: Sizes = Sizes()) -> 
         ValueError: the task does not have that many prompts.
     """
     model = load_model(ModelConfig(path=str(folder), prepend_bos=True if task == NATURAL else None))
-    drawn = GROUPS[task](
-        TASKS[task][0](),
+    drawn = ANOMALY_TASKS[task].groups(
+        ANOMALY_TASKS[task].schema(),
         trusted=sizes.trusted,
         normal_iid=sizes.normal_iid,
         normal_shift=sizes.normal_shift,

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import mad
 import mad.study.run as study_run
+from circuits.training import GateMissed
 from mad.study.cells import read
 from mad.study.lens import controls, find, look
 from mad.study.plan import CONTROLLED, Recipe, Sizes, Study
 from mad.study.subject import load_subject, rows, stratum
-from mad.tasks.training import GateMissed
 
 SHIPPED = Path(mad.__file__).parent / "models" / "recall_redirect"
 SIZES = Sizes(
