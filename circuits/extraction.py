@@ -27,10 +27,12 @@ from circuits.graph import Graph
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
 from circuits.prompts.prompts import Prompts
-from circuits.selection import Ranking, Selection, above, ranking, sizes
+from circuits.selection import Ranking, Selection, above, random_circuits, ranking, sizes
 from circuits.timing import seconds
 
 log = logging.getLogger(__name__)
+
+RANDOM = "random"  # in place of a method's name, for circuits that were drawn
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,36 @@ def rediscover(
 ) -> Bool[Tensor, "R W *S"]:
     """Returns the edges that are found on other prompts in the way that a circuit was found.
 
+    Where that was at random, they are drawn anew; other prompts give other edges.
+
     Raises:
         ValueError: the circuit does not say how it was found.
     """
     about = circuit.about
+    if about.get("method", {}).get("name") == RANDOM:
+        seed = int(prompts.hash()[:8], 16)
+        return random_circuits(engine.graph, len(circuit), 1, seed)[0]
     if missing := [name for name in ("method", "metric", "ablation") if name not in about]:
         raise ValueError(
             f"the circuit does not say by which {missing[0]} it was found, so that no other can be"
         )
     method = METHODS[about["method"]["name"]].schema(**about["method"])
-    ablation = fit_ablation(AblationConfig(**about["ablation"]), engine, prompts, memory=memory)
+    config = AblationConfig(**about["ablation"])
+    ablation = fit_ablation(config, engine, prompts, memory=memory)
+    if config.name == "resample":  # the longest prompt may have no donor as long as it is
+        second_longest = prompts.deduplicated().lengths.sort().values[-2:][0]
+        prompts = prompts.select(prompts.lengths <= second_longest)
     selection = Selection(**(about.get("selection") or {}))
     objective = prepare(engine, prompts, metric_named(about["metric"]), ablation, memory=memory)
     return _discover(objective, method, selection)[1]
+
+
+def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
+    """Returns connected circuits of the same size (or a little larger), drawn at random."""
+    graph = circuit.graph
+    drawn = random_circuits(graph, len(circuit), count, seed)
+    about = {"method": {"name": RANDOM, "seed": seed}}
+    return [Circuit(graph, kept, kept.float(), about) for kept in drawn]
 
 
 def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:

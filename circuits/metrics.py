@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.prompts import Prompts
+from circuits.prompts.errors import InputError
 
 PerPosition = Callable[[Tensor, Prompts, Tensor | None], Tensor]
 
@@ -54,7 +55,8 @@ class Metric:
         """Mean over the scored positions of each prompt.
 
         Raises:
-            ValueError: the prompts lack what the metric needs, or logits are not finite.
+            ValueError: the prompts lack what the metric needs.
+            InputError: logits are not finite.
         """
         self.require(prompts)
         if self.needs_reference and reference is None:
@@ -62,7 +64,7 @@ class Metric:
                 f"metric {self.name} compares with the full model, whose logits were not given"
             )
         if not torch.isfinite(logits).all():
-            raise ValueError(
+            raise InputError(
                 "the logits are not finite (NaN or infinity); check the weights and the dtype"
             )
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,24 +1,14 @@
-"""The detector protocol, and calibration.
+"""What a detector is: fitted on trusted inputs, it gives every input a score; **high is anomalous**.
 
-A detector is fitted on trusted inputs and then gives every input a score; **high means anomalous**.
-Calibration turns scores into split-conformal p-values,
-
-    p(s) = (1 + #{calibration scores >= s}) / (n + 1)
-
-(Vovk et al. 2005; Papadopoulos et al. 2002): on inputs that are exchangeable with the n calibration
-inputs, which neither found nor tuned anything, P(p <= alpha) <= alpha for every alpha, at any n.
-
-Shapes: inputs B, readers R, writers W.
+Shapes: inputs B, readers R, writers W; `*S` positions, where edges are told apart by position.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,11 +19,21 @@ from circuits.prompts import Prompts
 
 @runtime_checkable
 class Detector(Protocol):
-    """A fitted detector.  `config` is its configuration, whose `name` picks it from `DETECTORS`."""
+    """A fitted detector."""
 
     @property
     def config(self) -> Any:
-        """The configuration that it was fitted with."""
+        """The configuration that it was fitted with, whose `name` picks it from `DETECTORS`."""
+        ...
+
+    @property
+    def circuit(self) -> Circuit | None:
+        """The circuit that it scores against; None: it needs none."""
+        ...
+
+    @property
+    def scores_under(self) -> str | None:
+        """The ablation that this circuit is scored under; None where there is no circuit."""
         ...
 
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
@@ -42,7 +42,8 @@ class Detector(Protocol):
         As many prompts are run at once as fit in `memory`, beside the model's own weights.
 
         Raises:
-            TooLittleMemory: not even one does.
+            InputError: a prompt cannot be scored.
+            TooLittleMemory: not even one fits.
         """
         ...
 
@@ -61,9 +62,16 @@ class Explained:
 
 @runtime_checkable
 class ExplainingDetector(Detector, Protocol):
-    """A detector that can also say which edges a score comes from."""
+    """A detector that can also say which edges of its circuit's graph a score comes from."""
 
-    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained: ...
+    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
+        """Yields the explanations of as many prompts at a time as fit in `memory`, in order.
+
+        Raises:
+            InputError: a prompt cannot be scored.
+            TooLittleMemory: not even one fits; before anything is yielded.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,61 +95,26 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Sorted scores of held-out trusted inputs."""
+class DetectorKind:
+    """A kind of detector: its configuration, and what makes a detector of it.
 
-    scores: Float[Tensor, "n"]
+    fit(config, context, trusted, memory=)      from trusted prompts
+    restore(config, context, state, memory=)    from the state of one that was fitted
+    """
 
-    @classmethod
-    def of(cls, scores: Float[Tensor, "n"]) -> Calibration:
-        """Sorts the scores.
-
-        Raises:
-            ValueError: there are none, or some are not finite.
-        """
-        if not len(scores):
-            raise ValueError(
-                "0 calibration scores; give at least one trusted input to calibrate on"
-            )
-        if not torch.isfinite(scores).all():
-            raise ValueError(
-                "calibration scores are not finite; check the model's logits on the calibration "
-                "inputs"
-            )
-        return cls(scores.double().sort().values)
-
-    def p_values(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The conformal p-value of each score."""
-        at_least = len(self.scores) - torch.searchsorted(self.scores, scores.double(), side="left")
-        return (1 + at_least).double() / (len(self.scores) + 1)
-
-    def threshold(self, alpha: float) -> float:
-        """The largest calibration score that is not flagged at `alpha`: scores above it are."""
-        allowed = (
-            math.floor(alpha * (len(self.scores) + 1) + 1e-9) - 1
-        )  # calibration scores >= s, at most
-        return self.scores[len(self.scores) - 1 - allowed].item()
-
-    def problem(self, alpha: float) -> str | None:
-        """Why `alpha` cannot be used, in one line; None when it can.
-
-        Raises:
-            ValueError: alpha is not between 0 and 1.
-        """
-        check_alpha(alpha)
-        needed = math.ceil(1 / alpha - 1 - 1e-9)
-        if len(self.scores) >= needed:
-            return None
-        return (
-            f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are "
-            f"{len(self.scores)}: the "
-            f"smallest possible p-value is {1 / (len(self.scores) + 1):.3g}; calibrate on more "
-            "trusted inputs or "
-            "raise alpha"
-        )
+    schema: type  # a dataclass, whose `name` is the detector's; its `check()` refuses bad settings
+    fit: Callable[..., Detector]
+    restore: Callable[..., Detector]
 
 
-def check_alpha(alpha: float) -> None:
-    """Raises ValueError when alpha is no false-alarm rate."""
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha}, but it must be above 0 and under 1")
+def labelled(label: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one part of a state, as `LABEL.NAME`."""
+    return {f"{label}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def part(label: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state that `labelled` has put there."""
+    start = f"{label}."
+    return {
+        name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)
+    }

@@ -35,18 +35,10 @@ from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection
-from mad.calibration import (
-    Calibrated,
-    check_weights,
-    fit,
-    load_detector,
-    save_detector,
-    sequence_hashes,
-)
-from mad.detector import Context, check_alpha
+from mad.calibration import Calibrated, check_alpha, fit, sequence_hashes
+from mad.detector import Context
 from mad.detectors import Fast
-from mad.detectors.circuit import CircuitDetector
-from mad.detectors.transplant import TransplantDetector
+from mad.saved_detector import check_weights, load_detector, save_detector
 from mad.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -166,7 +158,7 @@ def make_run(config: RunConfig) -> Run:
             Context(engine, extraction.circuit),
             splits["fit"],
             splits["calibration"],
-            used={name: hashes[name] for name in ("discovery", "evaluation")},
+            used={name: splits[name] for name in ("discovery", "evaluation")},
             memory=config.memory,
         )
     except ValueError as error:
@@ -339,14 +331,11 @@ def _scoring_faithfulness(
     """Faithfulness under the detector's own ablation, which new inputs are scored under; warns
     below one half.
     """
-    detector = calibrated.detector
-    if isinstance(detector, CircuitDetector):
-        ablation = detector.ablation
-    elif isinstance(detector, TransplantDetector):
-        ablation = fit_ablation(AblationConfig("resample"), engine, splits["fit"])
-    else:
+    name = calibrated.detector.scores_under
+    if name is None:
         return None
-    metric, name = metric_named(config.metric), ablation.name
+    ablation = fit_ablation(AblationConfig(name), engine, splits["fit"], memory=config.memory)
+    metric = metric_named(config.metric)
     try:
         objective = prepare(engine, splits["evaluation"], metric, ablation, memory=config.memory)
         result = faithfulness_scale(objective).faithfulness(extraction.circuit.mask)

@@ -14,23 +14,27 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.engine.memory import TooLittleMemory, parse_memory
+from circuits.graph import Graph
 from circuits.model.load import LoadedModel, weight_hash
-from circuits.prompts import EncodedPrompt, Prompts, collate, encode_record, parse_line
+from circuits.prompts import EncodedPrompt, InputError, collate, encode_record, parse_line
 from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
+from mad.saved_detector import circuit_hash
 
 log = logging.getLogger(__name__)
 
 EXPLAIN = ("flagged", "all", "none")
+Result = dict[str, Any]  # one line of the output
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,8 @@ class Scoring:
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
     explain: str = "flagged"  # which results get `because`: flagged, all or none
     edges: int = 8  # how many edges `because` lists, largest share first
-    chunk: int = (
-        64  # input lines at a time; part of the job, because results may differ in the last digit
-    )
+    # input lines at a time; part of the job, because results may differ in the last digit
+    chunk: int = 64
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,31 @@ def score(
         ValueError: the file is empty, alpha is too small for the calibration, or `out.partial` is
             of another job.
     """
+    _check_settings(scoring, calibrated)
+    parse_memory(memory)
+    _check_files(inputs, out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    job = _job(inputs, calibrated, model, scoring)
+    done = _resume(partial, job, scoring.chunk, overwrite=overwrite)
+    with partial.open("rb") as file:
+        next(file)  # names the job
+        errors, flagged = _counts(map(json.loads, file))  # of an earlier run
+    number = done
+    with inputs.open("rb") as source, partial.open("ab") as sink:
+        for lines in _chunks(source, done, scoring.chunk):
+            results = score_lines(lines, number + 1, calibrated, model, scoring, memory)
+            for result in results:
+                sink.write(json.dumps(result, allow_nan=False).encode() + b"\n")
+            sink.flush()
+            more_errors, more_flagged = _counts(results)
+            errors, flagged = errors + more_errors, flagged + more_flagged
+            number += len(lines)
+    _finish(partial, out)
+    return Tally(number, errors, flagged, done)
+
+
+def _check_settings(scoring: Scoring, calibrated: Calibrated) -> None:
     if problem := calibrated.calibration.problem(scoring.alpha):
         raise ValueError(problem)
     if scoring.explain not in EXPLAIN:
@@ -86,10 +114,12 @@ def score(
         raise ValueError(
             f"explain=all, but detector {calibrated.detector.config.name} cannot explain its scores"
         )
-    parse_memory(memory)
     for name, value in (("chunk", scoring.chunk), ("edges", scoring.edges)):
         if value < 1:
             raise ValueError(f"{name}={value}, but it must be at least 1")
+
+
+def _check_files(inputs: Path, out: Path, overwrite: bool) -> None:
     if not inputs.is_file():
         raise FileNotFoundError(f"no input file {inputs}")
     if inputs.stat().st_size == 0:
@@ -100,34 +130,15 @@ def score(
         raise FileExistsError(f"out={out} is the input file itself; choose another out=")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another out=, or overwrite=true")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    done = _resume(
-        partial, _job(inputs, calibrated, model, scoring), scoring.chunk, overwrite=overwrite
-    )
-    with partial.open("rb") as file:
-        errors, flagged = _counts(
-            map(json.loads, itertools.islice(file, 1, None))
-        )  # those of an earlier run
-    with inputs.open("rb") as source, partial.open("ab") as sink:
-        lines = (line.rstrip(b"\r\n") for line in source)
-        for _ in itertools.islice(lines, done):
-            pass
-        progress = tqdm(desc="score", unit="line", initial=done, disable=None)
-        number = done
-        while chunk := list(itertools.islice(lines, scoring.chunk)):
-            results = score_lines(chunk, number + 1, calibrated, model, scoring, memory)
-            number += len(chunk)
-            more_errors, more_flagged = _counts(results)
-            errors, flagged = errors + more_errors, flagged + more_flagged
-            sink.write(
-                b"".join(json.dumps(result, allow_nan=False).encode() + b"\n" for result in results)
-            )
-            sink.flush()
+
+
+def _chunks(source: Iterable[bytes], done: int, size: int) -> Iterator[list[bytes]]:
+    """Yields lines after those that are done, so many at a time, with a progress bar."""
+    lines = (line.rstrip(b"\r\n") for line in itertools.islice(source, done, None))
+    with tqdm(desc="score", unit="line", initial=done, disable=None) as progress:
+        while chunk := list(itertools.islice(lines, size)):
+            yield chunk
             progress.update(len(chunk))
-        progress.close()
-    _finish(partial, out)
-    return Tally(number, errors, flagged, done)
 
 
 def _counts(results: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -139,47 +150,58 @@ def _counts(results: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
     return errors, flagged
 
 
+# ---- lines ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A readable input line, and its result so far."""
+
+    number: int  # from 1
+    prompt: EncodedPrompt
+    result: Result
+
+    def refuse(self, error: Exception) -> None:
+        """Makes the result an error."""
+        identifier = self.result["id"]
+        self.result.clear()
+        self.result.update({"id": identifier, "error": f"line {self.number}: {error}"})
+
+
 def score_lines(
-    lines: list[bytes],
+    lines: Sequence[bytes],
     first: int,
     calibrated: Calibrated,
     model: LoadedModel,
     scoring: Scoring,
     memory: str,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Results of some lines, in order; `first` is the number of the first one, from 1."""
-    results: list[dict[str, Any]] = []
-    good: list[tuple[int, EncodedPrompt]] = []
-    for place, line in enumerate(lines):
-        identifier: Any = first + place
+    results: list[Result] = []
+    good: list[_Line] = []
+    for number, line in enumerate(lines, start=first):
+        result: Result = {"id": number}
+        results.append(result)
         try:
-            record = parse_line(line.decode("utf-8-sig" if first + place == 1 else "utf-8"))
-            identifier = record.get("id", identifier) if isinstance(record, Mapping) else identifier
-            good.append((place, _encode(record, str(identifier), model)))
-            results.append({"id": identifier})
-        except ValueError as error:  # UnicodeDecodeError is one
-            results.append({"id": identifier, "error": f"line {first + place}: {error}"})
-    try:
-        _score_into(results, good, calibrated, scoring, memory)
-    except ValueError:  # one input's numbers are not finite, say: find out which
-        for place, prompt in good:
-            try:
-                _score_into(results, [(place, prompt)], calibrated, scoring, memory)
-            except ValueError as error:
-                results[place] = {
-                    "id": results[place]["id"],
-                    "error": f"line {first + place}: {error}",
-                }
+            good.append(_Line(number, _encode(line, number, model, result), result))
+        except ValueError as error:  # the record's own fault; UnicodeDecodeError is one
+            result["error"] = f"line {number}: {error}"
+    _score_each(good, calibrated, scoring, memory)
     return results
 
 
-def _encode(record: Any, default_id: str, model: LoadedModel) -> EncodedPrompt:
-    if isinstance(record, Mapping) and {"clean", "text"} & set(record):
-        # Scoring needs no more than this; the rest may be there for some lines only.
-        record = {key: record[key] for key in ("clean", "text", "positions", "id") if key in record}
+def _encode(line: bytes, number: int, model: LoadedModel, result: Result) -> EncodedPrompt:
+    """The prompt of a line, whose id is put into the result."""
+    record = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    if isinstance(record, Mapping):
+        result["id"] = record.get("id", number)
+        if {"clean", "text"} & set(record):
+            # Scoring needs no more than this; the rest may be there for some lines only.
+            needed = ("clean", "text", "positions", "id")
+            record = {key: record[key] for key in needed if key in record}
     return encode_record(
         record,
-        default_id=default_id,
+        default_id=str(result["id"]),
         tokenizer=model.tokenizer,
         prepend_bos=model.prepend_bos,
         max_length=model.context,
@@ -187,77 +209,72 @@ def _encode(record: Any, default_id: str, model: LoadedModel) -> EncodedPrompt:
     )
 
 
-def _score_into(
-    results: list[dict[str, Any]],
-    good: list[tuple[int, EncodedPrompt]],
-    calibrated: Calibrated,
-    scoring: Scoring,
-    memory: str,
+def _score_each(
+    lines: Sequence[_Line], calibrated: Calibrated, scoring: Scoring, memory: str
 ) -> None:
-    """Adds score, p_value, anomalous and because to the results at the places of good prompts."""
-    if not good:
+    """Scores lines together or, where an input is at fault, each by itself to find out which."""
+    if not lines:
         return
-    detector, places = calibrated.detector, [place for place, _ in good]
-    prompts = collate([prompt for _, prompt in good])
-    scores = detector.score(prompts, memory=memory)
+    try:
+        _score(lines, calibrated, scoring, memory)
+    except InputError as error:
+        if len(lines) == 1:
+            lines[0].refuse(error)
+            return
+        for line in lines:
+            _score_each([line], calibrated, scoring, memory)
+
+
+def _score(lines: Sequence[_Line], calibrated: Calibrated, scoring: Scoring, memory: str) -> None:
+    """Adds score, p_value, anomalous and because to the results.
+
+    Raises:
+        InputError: one of the inputs cannot be scored.
+    """
+    scores = calibrated.score(collate([line.prompt for line in lines]), memory=memory)
     if not torch.isfinite(scores).all():
-        raise ValueError("the score is not finite; the model's numbers overflow on this input")
-    p_values = calibrated.calibration.p_values(scores)
-    for place, score, p_value in zip(places, scores.tolist(), p_values.tolist(), strict=True):
-        results[place] |= {
-            "score": score,
-            "p_value": p_value,
-            "anomalous": p_value <= scoring.alpha,
-        }
+        raise InputError("the score is not finite; the model's numbers overflow on this input")
+    p_values = calibrated.calibration.p_values(scores).tolist()
+    for line, score, p_value in zip(lines, scores.tolist(), p_values, strict=True):
+        anomalous = p_value <= scoring.alpha
+        line.result.update({"score": score, "p_value": p_value, "anomalous": anomalous})
+    detector = calibrated.detector
     if scoring.explain == "none" or not isinstance(detector, ExplainingDetector):
         return
-    rows = [
-        row
-        for row, place in enumerate(places)
-        if scoring.explain == "all" or results[place]["anomalous"]
-    ]
-    if rows:
-        _explain_into(
-            results, [places[row] for row in rows], prompts.select(rows), detector, scoring, memory
-        )
+    explained = [line for line in lines if scoring.explain == "all" or line.result["anomalous"]]
+    if explained:
+        _explain(explained, detector, scoring.edges, memory)
 
 
-def _explain_into(
-    results: list[dict[str, Any]],
-    places: list[int],
-    prompts: Prompts,
-    detector: ExplainingDetector,
-    scoring: Scoring,
-    memory: str,
-) -> None:
-    """Adds because and because_residual to the results at some places; where memory is too little,
-    because_error.
+def _explain(lines: Sequence[_Line], detector: ExplainingDetector, edges: int, memory: str) -> None:
+    """Adds because and because_residual, or because_error where memory is too little.
+
+    Raises:
+        InputError: an explanation is not finite.
     """
+    prompts = collate([line.prompt for line in lines])
+    left = iter(lines)
+    assert detector.circuit is not None
     try:
-        explained = detector.explain(prompts, memory=memory)
+        for explained in detector.explain(prompts, memory=memory):
+            if not torch.isfinite(explained.residual).all():
+                raise InputError(
+                    "the explanation is not finite; the model's numbers overflow on this input"
+                )
+            pairs = zip(explained.shares, explained.residual.tolist(), strict=True)
+            for (shares, residual), line in zip(pairs, left, strict=False):
+                because = _because(shares, detector.circuit.graph, edges)
+                line.result.update({"because": because, "because_residual": residual})
     except TooLittleMemory as error:
-        if len(places) == 1:
-            results[places[0]]["because_error"] = str(error)
+        if len(lines) == 1:
+            lines[0].result["because_error"] = str(error)
             return
-        for row, place in enumerate(places):
-            _explain_into(results, [place], prompts.select([row]), detector, scoring, memory)
-        return
-    if not torch.isfinite(explained.residual).all():
-        raise ValueError(
-            "the explanation is not finite; the model's numbers overflow on this input"
-        )
-    for place, shares, residual in zip(
-        places, explained.shares, explained.residual.tolist(), strict=True
-    ):
-        results[place] |= {
-            "because": _because(shares, detector, scoring.edges),
-            "because_residual": residual,
-        }
+        for line in lines:
+            _explain([line], detector, edges, memory)
 
 
-def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, Any]]:
+def _because(shares: Tensor, graph: Graph, count: int) -> list[Result]:
     """The edges with the largest |share|."""
-    graph = detector.engine.graph
     order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
     edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
     return [
@@ -267,12 +284,14 @@ def _because(shares: torch.Tensor, detector: Any, count: int) -> list[dict[str, 
     ]
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+
 def _job(
     inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring
 ) -> dict[str, Any]:
     """What has to be equal for a partial result to be gone on with."""
     detector = calibrated.detector
-    circuit = getattr(detector, "circuit", None)
     with inputs.open("rb") as file:
         contents = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -280,7 +299,7 @@ def _job(
         "weights": model.weight_hash,
         "dtype": str(model.bridge.cfg.dtype),
         "prepend_bos": model.prepend_bos,
-        "circuit": None if circuit is None else circuit.hash(),
+        "circuit": circuit_hash(detector),
         "detector": asdict(detector.config),
         "fitted": weight_hash({**detector.state(), "calibration": calibrated.calibration.scores}),
         "scoring": asdict(scoring),
@@ -304,8 +323,7 @@ def _resume(partial: Path, job: dict[str, Any], chunk: int, *, overwrite: bool) 
                 return 0
             raise ValueError(
                 f"{partial} is the beginning of another job (other inputs, circuit, detector or "
-                "settings); "
-                "delete it to start over, or choose another out="
+                "settings); delete it to start over, or choose another out="
             )
         lines, keep, end = 0, 0, file.tell()
         whole = end

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.engine.engine import Engine
 from circuits.engine.masked import Ablated
+from circuits.engine.memory import Footprint
 from circuits.prompts.prompts import Prompts
 
 
@@ -43,6 +44,10 @@ class Ablation(ABC):
             ValueError: there is no value for one of the prompts.
         """
         return engine.ablated(self.writers(engine, prompts))
+
+    def shared_bytes(self, size: Footprint) -> int:
+        """What its values and a mask take in a run, however many prompts there are."""
+        return size.shared(self.per_prompt) + size.mask
 
     def state(self) -> Mapping[str, Tensor]:
         """The tensors from which it can be restored.

@@ -15,6 +15,7 @@ from torch import Tensor
 from circuits.ablation.ablation import Ablation
 from circuits.batches import in_batches
 from circuits.engine.engine import Engine
+from circuits.prompts.errors import InputError
 from circuits.prompts.prompts import Prompts
 
 
@@ -77,11 +78,11 @@ class Mean(Ablation):
         """The means, for as many positions as the prompts have.
 
         Raises:
-            ValueError: all reference prompts had one token, and these have more.
+            InputError: all reference prompts had one token, and these have more.
         """
         length = prompts.clean.shape[1]
         if length > 1 and len(self.means.count) == 1:
-            raise ValueError(
+            raise InputError(
                 f"ablation=mean: prompts have up to {length} tokens, but all reference prompts "
                 "have 1 token, so that there is no mean for later positions; use longer reference "
                 "prompts"
@@ -110,11 +111,11 @@ class PositionalMean(Mean):
         """The means at the positions that the prompts have.
 
         Raises:
-            ValueError: no reference prompt was as long.
+            InputError: no reference prompt was as long.
         """
         length, seen = prompts.clean.shape[1], int((self.means.count > 0).sum())
         if length > seen:
-            raise ValueError(
+            raise InputError(
                 f"ablation=positional_mean: prompts reach position {length - 1}, but the means "
                 f"were taken from prompts of at most {seen} tokens; use ablation=mean or longer "
                 "reference prompts"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuits.ablation.ablation import Ablation
 from circuits.engine.engine import Engine
+from circuits.prompts.errors import InputError
 from circuits.prompts.prompts import Prompts
 
 
@@ -64,11 +65,11 @@ class Resample(Ablation):
         """What is written on the donors.
 
         Raises:
-            ValueError: no donor is as long as one of the prompts, or none but itself.
+            InputError: no donor is as long as one of the prompts, or none but itself.
         """
         longest, length = int(self._lengths.max()), int(prompts.lengths.max())
         if length > longest:
-            raise ValueError(
+            raise InputError(
                 f"ablation=resample: a prompt has {length} tokens, but the longest donor has "
                 f"{longest}; use ablation=mean or longer reference prompts"
             )
@@ -82,7 +83,7 @@ class Resample(Ablation):
         itself = torch.tensor([sequence == tokens for sequence in self._sequences])
         able = ((self._lengths >= len(tokens)) & ~itself).nonzero()[:, 0]
         if not len(able):
-            raise ValueError(
+            raise InputError(
                 "ablation=resample: no reference prompt but itself is at least as long as a "
                 f"prompt of {len(tokens)} tokens; give more reference prompts, or use ablation=mean"
             )

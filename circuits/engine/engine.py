@@ -26,6 +26,7 @@ from circuits.model.attention import attend
 from circuits.model.families import describe
 from circuits.model.load import LoadedModel
 from circuits.model.output_head import OutputHead
+from circuits.prompts.errors import InputError
 from circuits.prompts.prompts import Prompts
 
 
@@ -117,11 +118,11 @@ class Engine:
         """What the input writers write: one row, or token and position apart.
 
         Raises:
-            ValueError: a prompt is longer than the model's context.
+            InputError: a prompt is longer than the model's context.
         """
         tokens, context = prompts.clean.to(self.device), self.architecture.context
         if tokens.shape[1] > context:
-            raise ValueError(
+            raise InputError(
                 f"prompts of {tokens.shape[1]} tokens, but the model's context is {context}; "
                 "shorten the prompts"
             )

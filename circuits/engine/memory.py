@@ -29,6 +29,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from circuits.prompts.errors import InputError
+
 if TYPE_CHECKING:
     from circuits.engine import Engine
     from circuits.prompts import Prompts
@@ -73,7 +75,7 @@ def written(size: int) -> str:
     return f"{hundredths / 100:.10g}{unit.replace('K', 'k')}"
 
 
-class TooLittleMemory(ValueError):
+class TooLittleMemory(InputError):
     """Not even one prompt fits in the budget."""
 
 

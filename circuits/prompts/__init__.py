@@ -14,11 +14,13 @@ from circuits.lazy import lazy
 if TYPE_CHECKING:
     from circuits.prompts.collation import collate, prompts_from_records
     from circuits.prompts.encoding import EncodedPrompt, encode_record
+    from circuits.prompts.errors import InputError
     from circuits.prompts.files import parse_line, read_records, write_jsonl
     from circuits.prompts.prompts import NONE, Prompts
 
 _WHERE = {
     "EncodedPrompt": "circuits.prompts.encoding",
+    "InputError": "circuits.prompts.errors",
     "NONE": "circuits.prompts.prompts",
     "Prompts": "circuits.prompts.prompts",
     "collate": "circuits.prompts.collation",

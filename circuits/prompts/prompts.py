@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.prompts.errors import InputError
+
 NONE = -1  # no position, no answer
 
 
@@ -91,12 +93,12 @@ class Prompts:
         """Refuses prompts of another length than edges are told apart by position for.
 
         Raises:
-            ValueError: there are such prompts; None allows any length.
+            InputError: there are such prompts; None allows any length.
         """
         if n_positions is None:
             return
         if others := sorted(set(self.lengths.tolist()) - {n_positions}):
-            raise ValueError(
+            raise InputError(
                 f"prompts of {others[0]} tokens, but edges are told apart by position for prompts "
                 f"of exactly {n_positions}"
             )

@@ -45,11 +45,12 @@ def run(config: Demo) -> None:
     from circuits.selection import random_circuits
     from mad.benchmark.compare import ANOMALY, Comparison, compare, roc_curves
     from mad.benchmark.roc import draw_roc, draw_score_distributions
-    from mad.calibration import fit, save_detector
+    from mad.calibration import fit
     from mad.commands.plot import draw
     from mad.detector import Context
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
     from mad.pipeline import load_prompts, make_run
+    from mad.saved_detector import save_detector
     from mad.scoring import Scoring, score
     from mad.tasks.recall_redirect import RecallRedirect, groups
 

@@ -2,7 +2,7 @@
 
     madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
     madcap fit circuit=runs/pronoun detector=strict trusted=trusted.jsonl
-    madcap fit circuit=runs/pronoun detector=deviation detector.deviation=logit_diff trusted=t.jsonl
+    madcap fit circuit=runs/pronoun detector=nodes detector.summary=max trusted=trusted.jsonl
 
 The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the
 circuit was found or measured on are refused, because false alarms would not be bounded. Score with
@@ -38,9 +38,10 @@ def run(config: Fit) -> None:
     """Fits, calibrates and saves the detector."""
     from circuits.engine.memory import parse_memory
     from circuits.prompts import read_records
-    from mad.calibration import fit, save_detector
-    from mad.detector import Context, check_alpha
+    from mad.calibration import check_alpha, fit
+    from mad.detector import Context
     from mad.pipeline import load_trusted, open_run
+    from mad.saved_detector import save_detector
 
     check_alpha(config.alpha)
     parse_memory(config.memory)
@@ -59,24 +60,12 @@ def run(config: Fit) -> None:
         )
     first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
     parts = prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
-    splits = folder / "splits.json"
-    if not splits.is_file():
-        raise FileNotFoundError(
-            f"no {splits}, which tells what the circuit was found and measured on; without it "
-            "false alarms could not be bounded: extract again"
-        )
-    try:
-        used = {
-            name: list(json.loads(splits.read_text())[name]) for name in ("discovery", "evaluation")
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
     calibrated = fit(
         config.detector,
         Context(opened.engine, opened.circuit),
         parts["fit"],
         parts["calibration"],
-        used=used,
+        used=_used(folder / "splits.json"),
         memory=config.memory,
     )
     save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
@@ -86,3 +75,17 @@ def run(config: Fit) -> None:
     )
     if problem := calibrated.calibration.problem(config.alpha):
         logging.getLogger(__name__).warning("scores are not calibrated: %s", problem)
+
+
+def _used(splits: Path) -> dict[str, list[str]]:
+    """Hashes of the prompts that the circuit was found and measured on."""
+    if not splits.is_file():
+        raise FileNotFoundError(
+            f"no {splits}, which tells what the circuit was found and measured on; without it "
+            "false alarms could not be bounded: extract again"
+        )
+    try:
+        data = json.loads(splits.read_text())
+        return {name: list(data[name]) for name in ("discovery", "evaluation")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{splits} cannot be read ({error}); extract again") from error

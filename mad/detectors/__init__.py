@@ -1,25 +1,48 @@
-"""Detectors by name: (configuration, fit, restore).  See `mad.detector` for the protocol."""
+"""Detectors by name.  See `mad.detector` for what one is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from mad.detector import Detector
-from mad.detectors.baselines import (
-    Mahalanobis,
+from mad.detector import DetectorKind
+from mad.detectors.attribution import ATTRIBUTION_MAHALANOBIS, AttributionMahalanobis
+from mad.detectors.edge_effects import EFFECTS, Effects
+from mad.detectors.fine_tuned import FineTuned, fit_fine_tuned, restore_fine_tuned
+from mad.detectors.mahalanobis import Mahalanobis, fit_mahalanobis, restore_mahalanobis
+from mad.detectors.max_probability import (
     MaxProbability,
-    fit_mahalanobis,
     fit_max_probability,
-    restore_mahalanobis,
     restore_max_probability,
 )
-from mad.detectors.circuit import Deviation, fit_deviation, restore_deviation
+from mad.detectors.node_deviation import NODES, Nodes
+from mad.detectors.output_deviation import Deviation, fit_deviation, restore_deviation
+from mad.detectors.routing import ROUTING, Routing
+from mad.detectors.token_count import TokenCount, fit_token_count, restore_token_count
 from mad.detectors.transplant import Fast, Strict, fit_transplant, restore_transplant
 
-DETECTORS: dict[str, tuple[type, Callable[..., Detector], Callable[..., Detector]]] = {
-    "fast": (Fast, fit_transplant, restore_transplant),
-    "strict": (Strict, fit_transplant, restore_transplant),
-    "deviation": (Deviation, fit_deviation, restore_deviation),
-    "max_probability": (MaxProbability, fit_max_probability, restore_max_probability),
-    "mahalanobis": (Mahalanobis, fit_mahalanobis, restore_mahalanobis),
+DETECTORS: dict[str, DetectorKind] = {
+    "fast": DetectorKind(Fast, fit_transplant, restore_transplant),
+    "strict": DetectorKind(Strict, fit_transplant, restore_transplant),
+    "deviation": DetectorKind(Deviation, fit_deviation, restore_deviation),
+    "nodes": NODES,
+    "routing": ROUTING,
+    "effects": EFFECTS,
+    "mahalanobis": DetectorKind(Mahalanobis, fit_mahalanobis, restore_mahalanobis),
+    "attribution_mahalanobis": ATTRIBUTION_MAHALANOBIS,
+    "fine_tuned_kl": DetectorKind(FineTuned, fit_fine_tuned, restore_fine_tuned),
+    "max_probability": DetectorKind(MaxProbability, fit_max_probability, restore_max_probability),
+    "token_count": DetectorKind(TokenCount, fit_token_count, restore_token_count),
 }
+
+__all__ = [
+    "DETECTORS",
+    "AttributionMahalanobis",
+    "Deviation",
+    "Effects",
+    "Fast",
+    "FineTuned",
+    "Mahalanobis",
+    "MaxProbability",
+    "Nodes",
+    "Routing",
+    "Strict",
+    "TokenCount",
+]

@@ -15,15 +15,14 @@ It is resampling ablation (Chan et al. 2022, causal scrubbing; Conmy et al. 2023
 with the roles turned round: the input under suspicion is the donor.  The use as an anomaly score is
 this library's own.
 
-A circuit that keeps an edge it does not need is blind to what comes over that edge, and greedy
-discovery keeps some such edges.  Which ones is a matter of the prompts that it sees, so `strict`
-finds more circuits in the same way on redrawn trusted prompts.
+A circuit that keeps an edge it does not need is blind to what comes over that edge, so `strict`
+finds more circuits in the same way on redrawn trusted prompts (`mad.redrawn`).
 
 x and a host of different lengths are aligned at their ends, the first token (an attention sink)
 with the first.
 
-An explanation shares the score out over the edges off the circuit, by integrated gradients along
-the mask as in `mad.detectors.circuit`, from C(y; x) to M(y), where the score is 0.
+An explanation shares the score out over the edges off the circuit (`mad.attribution`), from C(y; x)
+to M(y), where the score is 0.
 
 Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, readers R, writers W.
 """
@@ -32,21 +31,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.batches import in_batches
 from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
-from circuits.extraction import rediscover
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
+from mad.attribution import explanation_bytes, integrated, shares
 from mad.detector import Context, Explained
-from mad.detectors.circuit import integrated
+from mad.detectors.settings import check_at_least_one
+from mad.redrawn import further_circuits, stacked
 
 MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
 
@@ -62,14 +63,12 @@ class Fast:
 
     def check(self) -> None:
         """Raises ValueError when a setting is out of range."""
-        _check(self)
+        check_at_least_one(self, "hosts", "circuits", "explain_steps")
 
 
 @dataclass
 class Strict:
-    """The same in more trusted prompts, and by several circuits, so that no one edge too many hides
-    a mechanism.
-    """
+    """The same in more trusted prompts and by several circuits: no edge too many hides anything."""
 
     name: str = "strict"
     hosts: int = 16  # trusted prompts that parts of an input are put into
@@ -79,13 +78,7 @@ class Strict:
 
     def check(self) -> None:
         """Raises ValueError when a setting is out of range."""
-        _check(self)
-
-
-def _check(config: Fast | Strict) -> None:
-    for name in ("hosts", "circuits", "explain_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}, but at least 1 is needed")
+        check_at_least_one(self, "hosts", "circuits", "explain_steps")
 
 
 @dataclass(frozen=True)
@@ -98,13 +91,14 @@ class TransplantDetector:
     masks: Float[Tensor, "C R W *T"]  # of all circuits; the first is `circuit`
     hosts: Prompts
     reference: Float[Tensor, "K P V"]
+    scores_under = "resample"
 
     @torch.no_grad()
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """How far the hosts' outputs move, on average.
 
         Raises:
-            ValueError: the circuit tells positions apart, and a prompt has another length than its
+            InputError: the circuit tells positions apart, and a prompt has another length than its
                 prompts.
         """
         moved = transplanted(
@@ -112,27 +106,25 @@ class TransplantDetector:
         )
         return moved.mean((0, 2))
 
-    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Explained:
-        """Shares of the score by edge, from one forward and backward pass per point of the integral
-        and host.
+    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
+        """Yields shares of the score by edge, for prompts that are run at once.
+
+        One forward and backward pass per point of the integral, circuit and host.
         """
         engine, steps = self.engine, self.config.explain_steps
         scores = self.score(prompts, memory=memory).to(engine.device)
-        total = torch.zeros(len(prompts), *engine.graph.exists.shape, device=engine.device)
-        for rows, hosts, ablated in _pairs(
-            engine, self.hosts, prompts, memory, lambda size: size.explanation
-        ):
-            run, reference = _repeated(self.hosts, self.reference, hosts, len(rows))
-            moved = functools.partial(
-                _moved, engine, run=run, ablated=ablated, reference=reference, per_example=True
-            )
-            for mask in self.masks:
-                parts = integrated(engine, mask, len(run), steps, moved)
-                total[rows] += (
-                    parts.unflatten(0, (len(rows), -1)).sum(1) / len(self.hosts) / len(self.masks)
+        for rows, pairs in _pairs(engine, self.hosts, prompts, memory, explanation_bytes):
+            total = torch.zeros(len(rows), *engine.graph.exists.shape, device=engine.device)
+            for columns, ablated in pairs:
+                run, reference = _repeated(self.hosts, self.reference, columns, len(rows))
+                moved = functools.partial(
+                    _moved, engine, run=run, ablated=ablated, reference=reference, per_example=True
                 )
-        shares = total.flatten(1) / scores.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
-        return Explained(shares.view(total.shape).cpu(), (1 - shares.sum(1)).cpu())
+                for mask in self.masks:
+                    parts = integrated(engine, mask, len(run), steps, moved)
+                    of_prompts = parts.unflatten(0, (len(rows), -1)).sum(1)
+                    total += of_prompts / len(self.hosts) / len(self.masks)
+            yield shares(total, scores[rows])
 
     def state(self) -> dict[str, Tensor]:
         """The hosts and the further circuits; the first is saved beside the detector."""
@@ -160,38 +152,31 @@ def transplanted(
         reference: the model's logits on the hosts, if they are known.
 
     Raises:
-        ValueError: edges are told apart by position, and a prompt has another length than theirs.
+        InputError: edges are told apart by position, and a prompt has another length than theirs.
         TooLittleMemory: not even one prompt fits with one host.
     """
     hosts = hosts.to(engine.device)
     reference = model_logits(engine, hosts, memory=memory) if reference is None else reference
     result = torch.empty(len(masks), len(prompts), len(hosts), device=engine.device)
-    for rows, columns, ablated in _pairs(
-        engine, hosts, prompts, memory, lambda size: size.masked()
-    ):
-        run, expected = _repeated(hosts, reference, columns, len(rows))
-        for circuit, mask in enumerate(masks):
-            moved = _moved(engine, mask, run, ablated, expected)
-            result[circuit, rows[:, None], columns] = moved.unflatten(0, (len(rows), -1)).float()
+    for rows, pairs in _pairs(engine, hosts, prompts, memory, lambda size: size.masked()):
+        for columns, ablated in pairs:
+            run, expected = _repeated(hosts, reference, columns, len(rows))
+            for circuit, mask in enumerate(masks):
+                moved = _moved(engine, mask, run, ablated, expected)
+                moved = moved.unflatten(0, (len(rows), -1)).float()
+                result[circuit, rows[:, None], columns] = moved
     return result.cpu()
 
 
-@torch.no_grad()
 def model_logits(
     engine: Engine, prompts: Prompts, *, memory: str = "2GB"
 ) -> Float[Tensor, "B P V"]:
     """Returns the model's logits at the scored positions."""
-    batches = prompts.batches(
-        most_prompts(prompts, footprint(engine, prompts).plain, parse_memory(memory))
-    )
-    batches = [batch.to(engine.device) for batch in batches]
+    batches = in_batches(engine, prompts, lambda size: size.plain, memory=memory)
     logits = [engine.logits(batch) for batch in batches]
-    width = max(
-        part.shape[1] for part in logits
-    )  # prompts of a batch may have fewer scored positions
-    return torch.cat(
-        [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
-    )
+    width = max(part.shape[1] for part in logits)  # a batch may have fewer scored positions
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in logits]
+    return torch.cat(padded)
 
 
 def aligned(
@@ -215,44 +200,43 @@ def aligned(
     return writers[:, torch.arange(len(lengths), device=writers.device)[:, None, None], index]
 
 
+Pairs = Iterator[tuple[Int[Tensor, "k"], Ablated]]  # rows of hosts, and what removed edges carry
+
+
 def _pairs(
     engine: Engine, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
-) -> Iterator[tuple[Int[Tensor, "b"], Int[Tensor, "k"], Ablated]]:
-    """Yields rows of prompts, rows of hosts, and what edges off the circuit carry in each pair of
-    them.
-    """
-    graph = engine.graph
-    if graph.n_positions is not None and (
-        other := set(prompts.lengths.tolist()) - {graph.n_positions}
-    ):
-        raise ValueError(
-            f"prompts of {min(other)} tokens, but edges are told apart by position for prompts of "
-            "exactly "
-            f"{graph.n_positions}"
-        )
-    size, whole = footprint(engine, hosts), footprint(engine, prompts)
-    pair = cost(size) + size.prepared(True)
-    pairs = _pairs_at_once(prompts, whole, pair, memory, size.mask)
-    columns = torch.arange(len(hosts), device=engine.device).split(pairs)
-    for rows in torch.arange(len(prompts)).split(max(1, pairs // len(hosts))):
+) -> Iterator[tuple[Int[Tensor, "b"], Pairs]]:
+    """Yields rows of prompts, and the pairs of them with hosts, as many at a time as fit."""
+    prompts.check_length(engine.graph.n_positions)
+    at_once = _pairs_at_once(engine, hosts, prompts, memory, cost)
+    columns = torch.arange(len(hosts), device=engine.device).split(at_once)
+    for rows in torch.arange(len(prompts)).split(max(1, at_once // len(hosts))):
         batch = prompts.select(rows).to(engine.device)
-        with torch.no_grad():
-            writers = engine.writers(batch)
-        for some in columns:
-            lengths = hosts.lengths[some]
-            values = aligned(writers, batch.lengths, lengths, int(lengths.max()))
-            if len(batch) > 1:  # one prompt's values are the same for all hosts, and stay one row
-                values = values.expand(-1, -1, len(some), -1, -1)
-            with torch.no_grad():
-                ablated = engine.ablated(values.flatten(1, 2))
-            yield rows.to(engine.device), some, ablated
+        yield rows.to(engine.device), _with_hosts(engine, hosts, columns, batch)
 
 
-def _pairs_at_once(prompts: Prompts, size: Footprint, pair: int, memory: str, shared: int) -> int:
+@torch.no_grad()
+def _with_hosts(
+    engine: Engine, hosts: Prompts, columns: Sequence[Tensor], prompts: Prompts
+) -> Pairs:
+    """Yields what edges off the circuit carry in runs of some hosts, for all of some prompts."""
+    writers = engine.writers(prompts)
+    for some in columns:
+        lengths = hosts.lengths[some]
+        values = aligned(writers, prompts.lengths, lengths, int(lengths.max()))
+        if len(prompts) > 1:  # one prompt's values are the same for all hosts, and stay one row
+            values = values.expand(-1, -1, len(some), -1, -1)
+        yield some, engine.ablated(values.flatten(1, 2))
+
+
+def _pairs_at_once(
+    engine: Engine, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
+) -> int:
     """How many pairs of a prompt and a host are run at once."""
-    budget = parse_memory(memory)
-    most_prompts(prompts, size.clean + pair, budget, shared)  # refuses what does not fit
-    return min((budget - shared) // (size.clean + pair), MOST_PAIRS)
+    budget, size = parse_memory(memory), footprint(engine, hosts)
+    each = footprint(engine, prompts).clean + cost(size) + size.prepared(True)
+    most_prompts(prompts, each, budget, size.mask)  # refuses what does not fit
+    return min((budget - size.mask) // each, MOST_PAIRS)
 
 
 def _repeated(
@@ -293,64 +277,34 @@ def fit_transplant(
             f"hosts={config.hosts}, but there are {len(trusted)} trusted prompts to fit on; give "
             "more, or lower hosts"
         )
-    hosts = trusted.select(range(config.hosts))
-    bare = replace(hosts, corrupt=None, answers=None, wrong_answers=None, labels=None)
-    return _build(config, context, bare, _more_circuits(config, context, trusted, memory), memory)
-
-
-def _more_circuits(
-    config: Fast | Strict, context: Context, trusted: Prompts, memory: str
-) -> list[Bool[Tensor, "R W *T"]]:
-    """Circuits found by the first one's method on trusted prompts that are redrawn, with
-    replacement, each time.
-    """
-    if config.circuits == 1 or context.circuit is None:
-        return []
-    rest = trusted.select(slice(config.hosts, None))
-    found_on = (
-        context.circuit.about.get("splits", {}).get("discovery", {}).get("prompts", len(rest))
-    )
-    if len(rest) < 2:
+    circuit, engine = context.circuit_for(config.name), context.engine
+    if config.circuits > 1 and len(trusted) < config.hosts + 2:
         raise ValueError(
             f"circuits={config.circuits} and hosts={config.hosts} need at least {config.hosts + 2} "
-            "trusted prompts to "
-            f"fit on, but there are {len(trusted)}; give more, or lower circuits and hosts"
+            f"trusted prompts to fit on, but there are {len(trusted)}; give more, or lower "
+            "circuits and hosts"
         )
-    found = []
-    for number in range(1, config.circuits):
-        drawn = redrawn(rest, min(len(rest), found_on), seed=number)
-        found.append(rediscover(context.circuit, context.engine, drawn, memory=memory))
-    return found
-
-
-def redrawn(prompts: Prompts, count: int, seed: int) -> Prompts:
-    """Returns so many of some prompts, drawn with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    return prompts.select(torch.randint(len(prompts), (count,), generator=generator))
+    hosts, rest = trusted.select(slice(config.hosts)), trusted.select(slice(config.hosts, None))
+    further = further_circuits(circuit, engine, rest, config.circuits - 1, memory=memory)
+    return _build(config, context, hosts.bare(), further, memory)
 
 
 def restore_transplant(
-    config: Fast | Strict, context: Context, state: Mapping[str, Tensor]
+    config: Fast | Strict, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
 ) -> TransplantDetector:
     """Returns a saved detector."""
-    ids = tuple(f"host-{row}" for row in range(len(state["clean"])))
-    hosts = Prompts(
-        clean=state["clean"],
-        lengths=state["lengths"],
-        corrupt=None,
-        positions=state["positions"],
-        answers=None,
-        wrong_answers=None,
-        labels=None,
-        ids=ids,
+    config.check()
+    hosts = Prompts.from_tokens(
+        state["clean"], lengths=state["lengths"], positions=state["positions"]
     )
-    return _build(config, context, hosts, list(state.get("masks", [])), "2GB")
+    return _build(config, context, hosts, list(state.get("masks", [])), memory)
 
 
 def _build(
-    config: Fast | Strict, context: Context, hosts: Prompts, more: Sequence[Tensor], memory: str
+    config: Fast | Strict, context: Context, hosts: Prompts, further: Sequence[Tensor], memory: str
 ) -> TransplantDetector:
-    circuit, hosts = context.circuit_for(config.name), hosts.to(context.engine.device)
-    reference = model_logits(context.engine, hosts, memory=memory)
-    masks = torch.stack([circuit.mask, *(mask.float() for mask in more)])
-    return TransplantDetector(config, context.engine, circuit, masks, hosts, reference)
+    circuit, engine = context.circuit_for(config.name), context.engine
+    hosts = hosts.to(engine.device)
+    reference = model_logits(engine, hosts, memory=memory)
+    masks = stacked(circuit, further)
+    return TransplantDetector(config, engine, circuit, masks, hosts, reference)

@@ -13,7 +13,6 @@ from torch import Tensor
 from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory, footprint
-from circuits.metrics import METRICS
 from circuits.prompts import Prompts, prompts_from_records
 from mad.departure import Departure, departure
 from tests import tiny
@@ -58,37 +57,22 @@ def circuit(engine: Engine, kept: float, seed: int = 0) -> Tensor:
     ) & (engine.graph.exists)
 
 
-def kl(model: Tensor, other: Tensor) -> float:
-    p, q = model.double().softmax(-1).tolist(), other.double().softmax(-1).tolist()
-    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
-
-
 def log_odds(pattern: Tensor, key: int) -> float:
     """Of a key against all others, from probabilities; 0 where there are no others."""
     others = [share for place, share in enumerate(pattern.tolist()) if place != key]
     return math.log(pattern[key].item() / sum(others)) if sum(others) else 0.0
 
 
-def slow(
-    engine: Engine, mask: Tensor, ablation: Ablation, prompts: Prompts, *, one_step: bool
-) -> list[dict]:
-    """For each prompt what departs, by `output` or the name of the node, as (squared gap, log-odds
-    gap).
-    """
+def slow(engine: Engine, mask: Tensor, ablation: Ablation, prompts: Prompts) -> list[dict]:
+    """For each prompt and node what departs, as (squared gap, log-odds gap)."""
     graph, found = engine.graph, []
     for row, ids in enumerate(prompts.sequences()):
         tokens, one = torch.tensor([ids]), prompts.select([row])
         removed = ablation.writers(engine, one)
-        model, made = {}, {}
-        whole = through_hooks(engine, tokens, torch.ones(graph.exists.shape), removed, seen=model)
-        upstream = model["written"] if one_step else None
-        reduced = through_hooks(
-            engine, tokens, mask.double(), removed, upstream=upstream, seen=made
-        )
+        model, made, gaps = {}, {}, {}
+        through_hooks(engine, tokens, torch.ones(graph.exists.shape), removed, seen=model)
+        through_hooks(engine, tokens, mask.double(), removed, seen=made)
         positions = [position for position in one.positions[0].tolist() if position >= 0]
-        gaps: dict = {
-            "output": sum(kl(whole[0, p], reduced[0, p]) for p in positions) / len(positions)
-        }
         alive = read_by(graph, mask.double(), len(ids)).any(1)
         for writer, name in enumerate(graph.writers):
             if writer < graph.n_inputs or not alive[writer]:
@@ -113,32 +97,30 @@ def slow(
 
 def equal(ours: Departure, expected: list[dict]) -> None:
     heads = [name for name in expected[0] if name.startswith("a")]
-    assert list(ours.node_names) == [name for name in expected[0] if name != "output"]
+    assert list(ours.node_names) == list(expected[0])
     assert list(ours.head_names) == heads
-    output = torch.tensor([gaps["output"] for gaps in expected])
     nodes = torch.tensor([[gaps[name][0] for name in ours.node_names] for gaps in expected])
     routing = torch.tensor([[gaps[name][1] for name in heads] for gaps in expected])
-    for mine, theirs in ((ours.output, output), (ours.nodes, nodes), (ours.routing, routing)):
+    for mine, theirs in ((ours.nodes, nodes), (ours.routing, routing)):
         assert theirs.numel() and (theirs.abs() > 1e-3).any(), "nothing departs"
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 def same(ours: Departure, expected: Departure) -> None:
     assert (ours.node_names, ours.head_names) == (expected.node_names, expected.head_names)
-    for name in ("output", "routing", "nodes"):
+    for name in ("routing", "nodes"):
         mine, theirs = getattr(ours, name), getattr(expected, name)
         assert mine.dtype == torch.float32 and mine.device.type == "cpu"
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("one_step", [True, False])
 @pytest.mark.parametrize("name", ENGINES)
-def test_departures_are_those_of_a_loop(name, one_step):
+def test_departures_are_those_of_a_loop(name):
     engine = ENGINES[name]
     new, means = prompts(engine, 4, 1), fitted(engine)
     mask = circuit(engine, 0.4 if engine.graph.n_positions is None else 0.15)
-    found = departure(engine, mask, means, new, one_step=one_step)
-    equal(found, slow(engine, mask, means, new, one_step=one_step))
+    found = departure(engine, mask, means, new)
+    equal(found, slow(engine, mask, means, new))
     if (
         name == "gemma2"
     ):  # a head that is not alive enters the others' post-norm with its inputs ablated
@@ -150,61 +132,34 @@ def test_departures_under_every_ablation(name):
     engine = ENGINES["gpt2"]
     new, mask = prompts(engine, 3, 2), circuit(engine, 0.4)
     ablation = fit_ablation(AblationConfig(name), engine, tiny.prompts(12, 9, shortest=9))
-    equal(departure(engine, mask, ablation, new), slow(engine, mask, ablation, new, one_step=True))
+    equal(departure(engine, mask, ablation, new), slow(engine, mask, ablation, new))
 
 
-@pytest.mark.parametrize("one_step", [True, False])
-def test_output_is_the_divergence_of_metrics(engine, one_step):
-    new, means, mask = prompts(engine, 5, 1), fitted(engine), circuit(engine, 0.6)
-    clean = engine.clean(new)
-    logits = engine.masked(
-        new, mask, means.values(engine, new), upstream=clean.writers if one_step else None
-    )
-    expected = METRICS["kl"](logits, new, clean.logits).float()
-    assert expected.min() > 1e-3
-    torch.testing.assert_close(
-        departure(engine, mask, means, new, one_step=one_step).output, expected
-    )
-
-
-@pytest.mark.parametrize("one_step", [True, False])
-def test_nothing_departs_from_a_complete_circuit(engine, one_step):
-    found = departure(
-        engine, engine.graph.exists, fitted(engine), prompts(engine, 4, 1), one_step=one_step
-    )
+def test_nothing_departs_from_a_complete_circuit(engine):
+    found = departure(engine, engine.graph.exists, fitted(engine), prompts(engine, 4, 1))
     assert found.node_names == engine.graph.writers[engine.graph.n_inputs :]
     assert found.head_names == tuple(name for name in found.node_names if name.startswith("a"))
-    for values in (found.output, found.nodes, found.routing):
+    for values in (found.nodes, found.routing):
         assert values.numel() and values.abs().max() < 1e-4
 
 
-def test_nodes_one_step_away_depart_only_where_they_lose_an_edge():
+def test_a_departure_is_handed_on():
     engine = ENGINES["gpt2"]
     graph, mask = engine.graph, engine.graph.exists.clone()
     mask[graph.reader_index["m0"], graph.writer_index["a0.h1"]] = False
-    new = prompts(engine, 4, 1)
-    near = departure(engine, mask, fitted(engine), new)
-    far = departure(engine, mask, fitted(engine), new, one_step=False)
-    changed = (near.nodes > 1e-6).any(0).tolist()
-    assert [name for name, here in zip(near.node_names, changed, strict=True) if here] == ["m0"]
-    assert near.routing.abs().max() < 1e-4 and near.output.abs().max() < 1e-6
-    changed = (far.nodes > 1e-6).any(0).tolist()
-    assert [name for name, here in zip(far.node_names, changed, strict=True) if here] == list(
-        graph.writers[graph.writer_index["m0"] :]
-    )
-    assert far.output.min() > 0
+    found = departure(engine, mask, fitted(engine), prompts(engine, 4, 1))
+    changed = (found.nodes > 1e-6).any(0).tolist()
+    departed = [name for name, here in zip(found.node_names, changed, strict=True) if here]
+    assert departed == list(graph.writers[graph.writer_index["m0"] :])
 
 
-def test_a_circuit_without_nodes_has_an_output_alone(engine):
+def test_nothing_departs_from_a_circuit_without_nodes(engine):
     mask = torch.zeros_like(engine.graph.exists)
     mask[-1, 0] = True
     new = prompts(engine, 3, 1)
     found = departure(engine, mask, fitted(engine), new)
-    assert (
-        found.routing.shape == found.nodes.shape == (3, 0)
-        and found.head_names == found.node_names == ()
-    )
-    assert found.output.min() > 1e-3
+    assert found.routing.shape == found.nodes.shape == (3, 0)
+    assert found.head_names == found.node_names == ()
 
 
 def test_scored_positions_are_averaged(engine):
@@ -221,7 +176,7 @@ def test_scored_positions_are_averaged(engine):
 
     first, second, third = at([[1], [2]]), at([[3], [2]]), at([[4], [2]])
     together = at([[1, 3, 4], [2]])
-    for name in ("output", "routing", "nodes"):
+    for name in ("routing", "nodes"):
         parts = [getattr(one, name) for one in (first, second, third)]
         torch.testing.assert_close(getattr(together, name), sum(parts) / 3, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(parts[0][0], parts[1][0], atol=1e-3)
@@ -236,9 +191,7 @@ def test_padding_and_memory_change_nothing(engine):
     for memory in (enough, enough + 2 * size.observed):
         same(departure(engine, mask, means, new, memory=str(memory)), together)
     alone = [departure(engine, mask, means, new.select([row])) for row in range(7)]
-    joined = [
-        torch.cat([getattr(one, name) for one in alone]) for name in ("output", "routing", "nodes")
-    ]
+    joined = [torch.cat([getattr(one, name) for one in alone]) for name in ("routing", "nodes")]
     same(Departure(*joined, alone[0].head_names, alone[0].node_names), together)
     with pytest.raises(TooLittleMemory, match=f"one prompt of {new.clean.shape[1]} tokens"):
         departure(engine, mask, means, new, memory=str(enough - 1))

@@ -12,10 +12,11 @@ import yaml
 from circuits.discovery import ACDC
 from circuits.prompts import write_jsonl
 from circuits.tasks.file import File
-from mad.calibration import fit, load_detector, sequence_hashes
-from mad.detectors import Deviation
-from mad.detectors.baselines import Mahalanobis
+from mad.calibration import fit, sequence_hashes
+from mad.detector import Context
+from mad.detectors import Deviation, Mahalanobis
 from mad.pipeline import make_run, open_run, trusted_splits
+from mad.saved_detector import load_detector
 from tests import tiny
 from tests.mad.test_scoring import records, run  # noqa: F401
 
@@ -95,16 +96,25 @@ def test_overlapping_splits_are_refused(run):  # noqa: F811
     folder, config = run
     again = open_run(folder / "run")
     splits = trusted_splits(config, again.model)
-    from mad.detector import Context
-
     context = Context(again.engine, again.circuit)
     with pytest.raises(ValueError, match="both the fit and the calibration"):
-        fit(Mahalanobis(), context, splits["fit"], splits["fit"])
-    used = {"discovery": sequence_hashes(splits["discovery"])}
-    with pytest.raises(
-        ValueError, match="16 prompts of the calibration split are in the circuit's discovery split"
-    ):
-        fit(Mahalanobis(), context, splits["fit"], splits["discovery"], used=used)
+        fit(Mahalanobis(), context, splits["fit"], splits["fit"], used={})
+    message = "16 prompts of the calibration split are in the circuit's discovery split"
+    for found_on in (splits["discovery"], sequence_hashes(splits["discovery"])):
+        used = {"discovery": found_on}
+        with pytest.raises(ValueError, match=message):
+            fit(Mahalanobis(), context, splits["fit"], splits["discovery"], used=used)
+
+
+def test_what_the_circuit_was_found_on_has_to_be_said(run):  # noqa: F811
+    folder, config = run
+    again = open_run(folder / "run")
+    splits = trusted_splits(config, again.model)
+    parts = splits["fit"], splits["calibration"]
+    with pytest.raises(ValueError, match="used=None, but prompts .* or used={} if there were none"):
+        fit(Mahalanobis(), Context(again.engine, again.circuit), *parts)
+    fitted = fit(Mahalanobis(), Context(again.engine), *parts)
+    assert fitted.score(splits["evaluation"]).isfinite().all()
 
 
 def test_few_prompts_are_split_in_proportion_and_anomalies_refused(run, tmp_path):  # noqa: F811

@@ -17,6 +17,7 @@ from circuits.model.load import ModelConfig
 from circuits.prompts import prompts_from_records
 from circuits.selection import Selection
 from circuits.tasks.file import File
+from mad.attribution import explanation_bytes
 from mad.calibration import fit
 from mad.detector import Context
 from mad.detectors import Deviation
@@ -152,7 +153,7 @@ def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_pa
     again, calibrated = opened(run)
     source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
     size = footprint(again.engine, tiny.prompts(1, shortest=6, longest=6))
-    few = str(size.shared(False) + size.mask + 3 * (size.plain + size.explanation))
+    few = str(size.shared(False) + size.mask + 3 * (size.plain + explanation_bytes(size)))
     whole, parts, mixed = (tmp_path / f"{name}.jsonl" for name in ("whole", "parts", "mixed"))
     score(source, whole, calibrated, again.model, scoring)
     score(source, parts, calibrated, again.model, scoring, memory=few)
@@ -180,7 +181,7 @@ def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_
 ):
     again, _ = opened(run)
     trusted, held_out = (prompts_from_records(records(16, seed)) for seed in (8, 9))
-    calibrated = fit(Deviation(), Context(again.engine, again.circuit), trusted, held_out)
+    calibrated = fit(Deviation(), Context(again.engine, again.circuit), trusted, held_out, used={})
     long = {"clean": [1, 2, 3] * 5, "id": "long"}
     good = [*({"clean": r["clean"]} for r in records(3, 5)), long]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
@@ -190,7 +191,7 @@ def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_
     ]
     scores = [size.shared(False) + size.mask + size.plain + size.masked() for size in sizes]
     explanations = [
-        size.shared(False) + size.mask + size.plain + size.explanation for size in sizes
+        size.shared(False) + size.mask + size.plain + explanation_bytes(size) for size in sizes
     ]
 
     def results(memory: int) -> list[dict]:
@@ -282,6 +283,19 @@ def test_an_input_whose_numbers_overflow_is_one_error_line(run, tmp_path, monkey
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert ["error" in result for result in results] == [False, False, True, False, False, False]
     assert "line 3: the score is not finite" in results[2]["error"]
+
+
+def test_a_fault_of_ours_is_no_fault_of_an_input(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+
+    def broken(self, prompts, *, memory):
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr(type(calibrated.detector), "score", broken)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        score(inputs(tmp_path), out, calibrated, again.model, Scoring(alpha=ALPHA))
+    assert not out.exists()
 
 
 def test_the_command_takes_another_model_and_another_detector(run, tmp_path, capsys):

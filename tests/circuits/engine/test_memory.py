@@ -31,6 +31,7 @@ from circuits.faithfulness import faithfulness_scale
 from circuits.metrics import METRICS
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
+from mad.attribution import explanation_bytes
 from mad.benchmark.speed import peak_of_eap
 from mad.departure import departure
 from mad.detectors.transplant import Strict, TransplantDetector, model_logits
@@ -121,7 +122,8 @@ def test_the_default_is_the_same_everywhere():
         "mad.benchmark.compare.score_groups",
     ]
     functions += ["mad.pipeline.RunConfig", "mad.commands.fit.Fit", "mad.commands.score.Score"]
-    functions += ["mad.detectors.circuit.fit_deviation", "mad.detectors.baselines.fit_mahalanobis"]
+    functions += ["mad.detectors.output_deviation.fit_deviation"]
+    functions += ["mad.detectors.mahalanobis.fit_mahalanobis"]
     functions += [
         "mad.detectors.transplant.fit_transplant",
         "mad.detectors.transplant.transplanted",
@@ -326,8 +328,8 @@ def measured(request) -> dict[str, tuple[int, int]]:
                 3 * pair + size.mask,
             ),
             "transplant, explained": (
-                peak(lambda: detector.explain(shorter)),
-                12 * (pair - size.masked() + size.explanation) + size.mask,
+                peak(lambda: list(detector.explain(shorter))),
+                12 * (pair - size.masked() + explanation_bytes(size)) + size.mask,
             ),
         }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from circuits.ablation import AblationConfig, fit_ablation
+from circuits.batches import joined
 from circuits.circuit import Circuit
 from circuits.discovery import EAPIG
 from circuits.engine import Engine
@@ -18,7 +19,9 @@ from circuits.engine.memory import TooLittleMemory, footprint
 from circuits.extraction import extract
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection, random_circuits
-from mad.detector import Context, ExplainingDetector
+from mad import redrawn
+from mad.attribution import explanation_bytes
+from mad.detector import Context, Explained, ExplainingDetector
 from mad.detectors import DETECTORS, transplant
 from mad.detectors.transplant import (
     Fast,
@@ -97,6 +100,11 @@ def transplanted(engine: Engine, mask: Tensor, *given, **named) -> Tensor:
     return transplant.transplanted(engine, mask[None].float(), *given, **named)[0]
 
 
+def explain(detector: ExplainingDetector, prompts: Prompts, **named) -> Explained:
+    """All explanations together."""
+    return joined(list(detector.explain(prompts, **named)))
+
+
 def kl(model: Tensor, other: Tensor) -> float:
     p, q = model.double().softmax(-1).tolist(), other.double().softmax(-1).tolist()
     return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
@@ -141,7 +149,7 @@ def budget(
 ) -> str:
     """The least memory for so many pairs at once."""
     size, whole = footprint(engine, hosts), footprint(engine, prompts)
-    cost = size.masked() if work == "masked" else size.explanation
+    cost = size.masked() if work == "masked" else explanation_bytes(size)
     return str(size.mask + pairs * (whole.clean + cost + size.prepared(True)))
 
 
@@ -337,7 +345,7 @@ def test_shares_sum_to_the_score_and_are_of_edges_off_the_circuit(name):
     detector = fixed(name, 100 if name == "gemma2" else 50, hosts=2)
     new = some(detector.engine, [7, 3], 11)
     assert detector.score(new).min() > 1e-2
-    explained = detector.explain(new)
+    explained = explain(detector, new)
     assert isinstance(detector, ExplainingDetector)
     assert explained.shares.shape == (2, *detector.engine.graph.exists.shape)
     kept, exists = detector.circuit.mask != 0, detector.engine.graph.exists
@@ -356,7 +364,7 @@ def test_shares_are_integrals_of_single_gradients_by_finite_differences(context)
     new, mask = some(engine, [7], 11), circuit(engine)
     halfway = mask.double() + 0.5 * (engine.graph.exists & ~mask)
     shares, score = (
-        detector.explain(new).shares[0],
+        explain(detector, new).shares[0],
         slow(engine, mask, detector.hosts, new).mean().item(),
     )
     off = (engine.graph.exists & ~mask).nonzero().tolist()
@@ -376,8 +384,8 @@ def test_shares_are_integrals_of_single_gradients_by_finite_differences(context)
 def test_explaining_one_prompt_equals_explaining_it_among_others():
     detector = fixed("gpt2", 3)
     several = some(detector.engine, [8, 1, 5, 6], 12)
-    together = detector.explain(several)
-    alone = [detector.explain(several.select([row])) for row in range(4)]
+    together = explain(detector, several)
+    alone = [explain(detector, several.select([row])) for row in range(4)]
     torch.testing.assert_close(
         together.shares, torch.cat([one.shares for one in alone]), atol=1e-5, rtol=1e-4
     )
@@ -392,19 +400,19 @@ def test_explanations_do_not_depend_on_the_memory(name, pairs):
     detector = fixed(name, 3)
     new = some(detector.engine, [8, 1, 5], 12)
     few = budget(detector.engine, detector.hosts, new, pairs, "explanation")
-    ours, expected = detector.explain(new, memory=few), detector.explain(new)
+    ours, expected = explain(detector, new, memory=few), explain(detector, new)
     torch.testing.assert_close(ours.shares, expected.shares, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours.residual, expected.residual, atol=1e-5, rtol=1e-4)
     if pairs == 1:
         with pytest.raises(TooLittleMemory):
-            detector.explain(new, memory=str(int(few) - 1))
+            explain(detector, new, memory=str(int(few) - 1))
 
 
 def test_a_score_of_nothing_has_no_shares(context):
     engine = context.engine
     complete = Circuit(engine.graph, engine.graph.exists, engine.graph.exists.float())
     detector = fit_transplant(Fast(), Context(engine, complete), hosts_of(engine))
-    explained = detector.explain(prompts_of(engine))
+    explained = explain(detector, prompts_of(engine))
     assert not explained.shares.any() and explained.residual.isfinite().all()
 
 
@@ -428,15 +436,15 @@ def test_scores_and_shares_are_means_over_circuits():
     scores = torch.stack([one.score(new) for one in alone])
     assert scores.std(0).min() > 1e-3
     torch.testing.assert_close(detector.score(new), scores.mean(0))
-    explained = [one.explain(new) for one in alone]
+    explained = [explain(one, new) for one in alone]
     parts = torch.stack(
         [one.shares * score[:, None, None] for one, score in zip(explained, scores, strict=True)]
     )
     expected = parts.mean(0) / scores.mean(0)[:, None, None]
-    torch.testing.assert_close(detector.explain(new).shares, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(explain(detector, new).shares, expected, atol=1e-5, rtol=1e-4)
     few = budget(detector.engine, detector.hosts, new, 2, "explanation")
     torch.testing.assert_close(
-        detector.explain(new, memory=few).shares, expected, atol=1e-5, rtol=1e-4
+        explain(detector, new, memory=few).shares, expected, atol=1e-5, rtol=1e-4
     )
 
 
@@ -460,13 +468,13 @@ def extracted() -> Context:
 def test_further_circuits_are_those_that_its_method_finds_on_redrawn_prompts(
     extracted, monkeypatch
 ):
-    trusted, real, given = tiny.prompts(20, 23), transplant.rediscover, []
+    trusted, real, given = tiny.prompts(20, 23), redrawn.rediscover, []
 
     def noting(circuit, engine, prompts, **named):
         given.append(prompts)
         return real(circuit, engine, prompts, **named)
 
-    monkeypatch.setattr(transplant, "rediscover", noting)
+    monkeypatch.setattr(redrawn, "rediscover", noting)
     config = Strict(hosts=4, circuits=3)
     detector = fit_transplant(config, extracted, trusted)
     assert len(given) == 2 and detector.masks.shape == (3, *extracted.engine.graph.exists.shape)
@@ -496,7 +504,10 @@ def test_further_circuits_are_those_that_its_method_finds_on_redrawn_prompts(
 
 def test_circuits_that_cannot_be_found_again_are_refused(extracted, context):
     trusted = tiny.prompts(5, 23)
-    message = "circuits=2 and hosts=4 need at least 6 trusted prompts to fit on, but there are 5; give more, or lower"
+    message = (
+        "circuits=2 and hosts=4 need at least 6 trusted prompts to fit on, but there are 5; "
+        "give more, or lower"
+    )
     with pytest.raises(ValueError, match=message):
         fit_transplant(Strict(hosts=4, circuits=2), extracted, trusted)
     with pytest.raises(ValueError, match="the circuit does not say by which method it was found"):
@@ -514,13 +525,14 @@ def test_a_restored_detector_scores_and_explains_the_same(name):
         again = restore_transplant(detector.config, context, state)
         new = some(context.engine, [7, 3, 9], 11)
         assert torch.equal(detector.score(new), again.score(new))
-        assert torch.equal(detector.explain(new).shares, again.explain(new).shares)
+        assert torch.equal(explain(detector, new).shares, explain(again, new).shares)
         assert all(map(torch.equal, detector.state().values(), again.state().values()))
 
 
 def test_fast_and_strict_differ_in_their_hosts_and_circuits_alone(context):
-    (fast, *functions), (strict, *others) = DETECTORS["fast"], DETECTORS["strict"]
-    assert functions == others == [fit_transplant, restore_transplant]
+    for kind in (DETECTORS["fast"], DETECTORS["strict"]):
+        assert (kind.fit, kind.restore) == (fit_transplant, restore_transplant)
+    fast, strict = DETECTORS["fast"].schema, DETECTORS["strict"].schema
     settings = [
         {
             name: value
@@ -537,7 +549,7 @@ def test_fast_and_strict_differ_in_their_hosts_and_circuits_alone(context):
         fit_transplant(config(hosts=3, circuits=1), context, trusted) for config in (fast, strict)
     )
     assert torch.equal(one.score(new), other.score(new))
-    assert torch.equal(one.explain(new).shares, other.explain(new).shares)
+    assert torch.equal(explain(one, new).shares, explain(other, new).shares)
 
 
 @pytest.mark.parametrize("config", [Fast, Strict])
@@ -562,7 +574,7 @@ def test_other_lengths_are_refused_where_edges_have_positions():
     context = of("gpt2, positions")
     detector = fit_transplant(Fast(), context, hosts_of(context.engine))
     other = tiny.prompts(3, 1, shortest=5, longest=6)
-    for work in (detector.score, detector.explain):
+    for work in (detector.score, partial(explain, detector)):
         with pytest.raises(
             ValueError,
             match="prompts of 5 tokens, but edges are told apart by position .* exactly 7",

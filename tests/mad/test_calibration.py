@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mad.detector import Calibration
+from mad.calibration import Calibration
 
 scores = st.lists(
     st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 1)), min_size=1, max_size=40

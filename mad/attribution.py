@@ -1,0 +1,64 @@
+"""Which edges off a circuit a score comes from: integrated gradients along the mask.
+
+A score that is 0 for the model itself is shared out over the edges off the circuit, from the circuit
+(alpha = 0) to the model (alpha = 1):
+
+    part(e) = - integral over alpha of dscore / dm_e    at mask  circuit + alpha (1 - circuit)
+
+(Sundararajan et al. 2017, arXiv 1703.01365).  By completeness the parts sum to the score; the
+integral is a midpoint sum, and what it misses is the residual.
+
+Shapes: rows n (prompts, or pairs of a prompt and a host), readers R, writers W; `*S` positions,
+where edges are told apart by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.engine import Engine
+from circuits.engine.memory import Footprint
+from mad.detector import Explained
+
+
+def off_circuit(engine: Engine, kept: Float[Tensor, "R W *S"]) -> Bool[Tensor, "R W *S"]:
+    """Returns which edges a circuit lacks, on the engine's device."""
+    return engine.graph.exists.to(engine.device) & (kept.to(engine.device) == 0)
+
+
+def integrated(
+    engine: Engine,
+    kept: Float[Tensor, "R W *S"],
+    rows: int,
+    steps: int,
+    measure: Callable[[Float[Tensor, "n R W *S"]], Float[Tensor, "n"]],
+) -> Float[Tensor, "n R W *S"]:
+    """Returns the parts of all edges, 0 on the circuit, for each of so many rows.
+
+    `measure` takes one mask per row and runs under all of them.
+    """
+    kept, off = kept.to(engine.device), off_circuit(engine, kept)
+    total = torch.zeros(rows, *kept.shape, device=engine.device)
+    for step in range(steps):
+        mask = kept + (step + 0.5) / steps * off
+        masks = mask.repeat(rows, *(1 for _ in kept.shape)).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(measure(masks).sum(), masks)
+        total -= gradient * off / steps
+    return total
+
+
+def explanation_bytes(size: Footprint) -> int:
+    """What it takes to integrate over one row and to hold its parts beside the others'."""
+    return size.explanation + size.mask
+
+
+def shares(parts: Float[Tensor, "B R W *S"], scores: Float[Tensor, "B"]) -> Explained:
+    """Returns the parts as shares of their scores, on the CPU; a score of 0 has none."""
+    least = torch.finfo(scores.dtype).tiny
+    flat = parts.flatten(1) / scores.clamp(min=least)[:, None]
+    return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu())

@@ -1,0 +1,166 @@
+"""KL(model || a copy fine-tuned on trusted prompts), averaged over scored positions, nats.
+
+The copy learns to give the model's own first choice on trusted prompts; weight decay moves it off
+what these do not need.  It needs no circuit.
+
+Shapes: prompts B, positions S, scored positions P, vocabulary V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.batches import in_batches, over_batches
+from circuits.engine import Engine
+from circuits.metrics import METRICS
+from circuits.model.load import _quietly, local_path
+from circuits.prompts import NONE, Prompts
+from mad.detector import Context
+from mad.detectors.settings import check_at_least_one
+
+
+@dataclass
+class FineTuned:
+    """How far the model is from a copy that was fine-tuned on trusted prompts."""
+
+    name: str = "fine_tuned_kl"
+    steps: int = 200  # of AdamW, on all weights
+    batch: int = 64  # prompts in each, drawn without replacement
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1  # moves the copy off what trusted prompts do not need
+    seed: int = 0  # of the batches
+
+    def check(self) -> None:
+        """Raises ValueError when a number is out of range."""
+        check_at_least_one(self, "batch")
+        for name in ("steps", "learning_rate", "weight_decay"):
+            if (value := vars(self)[name]) < 0:
+                raise ValueError(f"{name}={value}, but it must be at least 0")
+
+
+@dataclass(frozen=True)
+class FineTunedDetector:
+    """A model and its copy."""
+
+    config: FineTuned
+    engine: Engine
+    tuned: Any  # a HuggingFace model
+    circuit = None
+    scores_under = None
+
+    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How far the model is from the copy."""
+        return over_batches(
+            self._score,
+            self.engine,
+            prompts,
+            lambda size: 3 * size.plain,  # two runs, and their metric
+            memory=memory,
+        )
+
+    @torch.no_grad()
+    def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
+        logits = logits_of(self.tuned, prompts)
+        return METRICS["kl"](logits, prompts, self.engine.logits(prompts)).float().cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """The copy's weights; tied ones once."""
+        return dict(self.tuned.named_parameters())
+
+
+def fit_fine_tuned(
+    config: FineTuned, context: Context, trusted: Prompts, *, memory: str = "2GB"
+) -> FineTunedDetector:
+    """Returns the detector; there is no dropout, and the random state is left as it was.
+
+    Raises:
+        ValueError: the model did not come from a HuggingFace folder, or a setting is out of range.
+    """
+    config.check()
+    engine = context.engine
+    tuned, prompts = _copy(engine), trusted.to(engine.device)
+    wanted = _first_choices(engine, prompts, memory)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def loss() -> Float[Tensor, ""]:
+        rows = torch.randperm(len(prompts), generator=generator)[: config.batch].to(engine.device)
+        logits = logits_of(tuned, prompts.select(rows))  # [B, P, V]
+        targets = wanted[rows, : logits.shape[1]]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=NONE
+        )
+
+    optimiser = torch.optim.AdamW(
+        tuned.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    for _ in range(config.steps):
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+    return FineTunedDetector(config, engine, tuned.requires_grad_(False))
+
+
+def restore_fine_tuned(
+    config: FineTuned, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
+) -> FineTunedDetector:
+    """Returns a saved detector; the model's own folder says what the copy is made like.
+
+    Raises:
+        ValueError: the model did not come from a HuggingFace folder.
+    """
+    config.check()
+    tuned = _copy(context.engine).requires_grad_(False)
+    for name, weight in tuned.named_parameters():
+        weight.copy_(state[name])
+    return FineTunedDetector(config, context.engine, tuned)
+
+
+def _copy(engine: Engine) -> Any:
+    """The model, read once more from its folder and not wrapped; in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    model = engine.model
+    if model.hf_config is None or model.head is not None:
+        raise ValueError(
+            f"model.path={model.path!r} is no HuggingFace language model with its own unembedding, "
+            "so that no copy of it can be fine-tuned; leave fine_tuned_kl out"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]), _quietly():
+            copy: Any = AutoModelForCausalLM.from_pretrained(
+                str(local_path(model.path)), local_files_only=True, dtype=engine.dtype
+            )
+    except OSError as error:
+        raise ValueError(
+            f"model.path={model.path!r} is no HuggingFace folder to read a copy from; save the "
+            "model and load it with load_model"
+        ) from error
+    return copy.to(engine.device).eval()
+
+
+def _first_choices(engine: Engine, prompts: Prompts, memory: str) -> Int[Tensor, "B P"]:
+    """The model's first choice at the scored positions; -1 where a prompt has fewer."""
+    found, start = torch.full_like(prompts.positions, NONE), 0
+    for batch in in_batches(engine, prompts, lambda size: size.plain, memory=memory):
+        choices = engine.logits(batch).argmax(-1).masked_fill(batch.positions < 0, NONE)
+        found[start : start + len(batch), : choices.shape[1]] = choices
+        start += len(batch)
+    return found
+
+
+def logits_of(model: Any, prompts: Prompts) -> Float[Tensor, "B P V"]:
+    """A HuggingFace model's logits at the scored positions; absent ones give those of position 0.
+
+    All families that are read from HuggingFace are causal, so that padding on the right needs no
+    mask; with one, a padding token whose window holds nothing but padding is NaN and spoils the
+    rest (Gemma 2).
+    """
+    kept, index = prompts.positions.clamp(min=0).unique(return_inverse=True)
+    logits = model(prompts.clean, logits_to_keep=kept, use_cache=False).logits
+    return logits[torch.arange(len(prompts), device=index.device)[:, None], index]
