@@ -29,7 +29,7 @@ from abstraction.ground_truth.compiled import compile
 from abstraction.ground_truth.effects import BOUND, effects, mask_of
 from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
-from abstraction.ground_truth.trained import TRUTHS, load
+from abstraction.ground_truth.trained import TRUTHS, load_trained
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import METHODS, Found
 from circuits.engine import Engine
@@ -121,7 +121,7 @@ def _subject(
 ) -> tuple[Objective, Bool[Tensor, "R W"]]:
     """What methods go by on a model, with KL as metric, and the true edges."""
     if variant == TRAINED:
-        made = load(program)
+        made = load_trained(program)
     else:
         made = compile(PROGRAMS[program](), COMPILED[variant])
     engine = Engine(made.model)

@@ -195,7 +195,7 @@ def wanted(config: TrainedTruth) -> Wanted:
     return Wanted(program, nodes, edges, fixed)
 
 
-def load(name: str) -> Trained:
+def load_trained(name: str) -> Trained:
     """Returns a shipped model, or one in a folder, with its program, nodes and edges.
 
     Raises:

@@ -202,8 +202,8 @@ def _circuit(trained: Trained, report: Mapping[str, Any]) -> str:
         "nats, is what removing each\none alone does to the answers, with its value on another "
         "input in its place, or nothing where the program reads the\nposition alone.\n\n"
         f"{effects}\n{unused}\n"
-        "    from abstraction.ground_truth.trained import load\n"
-        f'    trained = load("{name}")\n'
+        "    from abstraction.ground_truth.trained import load_trained\n"
+        f'    trained = load_trained("{name}")\n'
         "    trained.model, trained.program, trained.nodes, trained.edges, "
         "trained.records(64, seed=0)"
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from circuits.model.huggingface import read_module, read_tokenizer
 from circuits.model.output_head import OutputHead, load_output_head
 from circuits.model.refusals import first_line, refuse_dtype, refuse_module, refuse_parameters
 from circuits.model.state_dicts import DTYPES, read_bridge
+from circuits.prompts.collation import prompts_from_records
+from circuits.prompts.prompts import Prompts
 
 
 @dataclass
@@ -73,6 +75,21 @@ class LoadedModel:
             return self.head.outputs
         own = getattr(self.bridge.cfg, "d_vocab_out", -1)
         return own if own > 0 else self.vocabulary
+
+    def prompts(self, records: Iterable[Mapping[str, Any]]) -> Prompts:
+        """Records as this model's prompts: by its tokenizer, BOS, context and vocabulary.
+
+        Raises:
+            ValueError: a bad record, which is named.
+        """
+        return prompts_from_records(
+            records,
+            tokenizer=self.tokenizer,
+            prepend_bos=self.prepend_bos,
+            max_length=self.context,
+            vocabulary=self.vocabulary,
+            outputs=self.outputs,
+        )
 
 
 def load_model(config: ModelConfig | str | Path) -> LoadedModel:

@@ -33,4 +33,4 @@ _WHERE = {
 
 __all__ = [*_WHERE]
 
-__getattr__ = lazy(__name__, _WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

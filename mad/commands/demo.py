@@ -18,7 +18,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mad.pipeline import RunConfig, Splits
+from mad.pipeline import RunConfig
+from mad.trusted import Splits
 
 
 @dataclass
@@ -49,7 +50,7 @@ def run(config: Demo) -> None:
     from mad.commands.plot import draw
     from mad.detector import Context
     from mad.detectors import Deviation, Mahalanobis, MaxProbability, Strict
-    from mad.pipeline import load_prompts, make_run
+    from mad.pipeline import make_run
     from mad.saved_detector import save_detector
     from mad.scoring import Scoring, score
     from mad.tasks.recall_redirect import RecallRedirect, groups
@@ -87,7 +88,7 @@ def run(config: Demo) -> None:
     )
 
     console.print("4. beside baselines and random circuits")
-    inputs = {name: load_prompts(records, done.model) for name, records in drawn.items()}
+    inputs = {name: done.model.prompts(records) for name, records in drawn.items()}
     comparisons = [
         compare(config.detector.name, done.detector, inputs, config.alpha, memory=config.memory)
     ]

@@ -58,7 +58,7 @@ class Score:
 
 def run(config: Score) -> int:
     """Scores, and reports on stderr."""
-    from mad.pipeline import open_run
+    from mad.folder import open_run
     from mad.scoring import Scoring, score
 
     opened = open_run(

@@ -21,7 +21,7 @@ from abstraction.ground_truth.trained import (
     Trained,
     TrainedTruth,
     edge_effects,
-    load,
+    load_trained,
     measure,
     objectives,
     wanted,
@@ -40,7 +40,7 @@ NEGLIGIBLE = 0.02  # nats: what all edges outside the circuit may do together
 
 @cache
 def shipped(name: str) -> Trained:
-    return load(name)
+    return load_trained(name)
 
 
 @pytest.fixture(params=TRUTHS)
@@ -149,7 +149,7 @@ def test_run_saves_what_load_reads(tmp_path, monkeypatch):
         "abstraction.ground_truth.training.GATES", dict.fromkeys(GATES, float("-inf"))
     )
     out = str(tmp_path / "out")
-    made, again = run(TINY, out), load(out)
+    made, again = run(TINY, out), load_trained(out)
     assert again.config == TINY and again.model.weight_hash == made.model.weight_hash
     assert again.nodes == made.nodes and again.edges == made.edges
     assert again.gates == {name: round(value, 4) for name, value in made.gates.items()}
@@ -191,7 +191,7 @@ def test_refusals():
         ValueError,
         match=r"no trained truth 'nothing'; name a folder with config.json, or one of recal",
     ):
-        load("nothing")
+        load_trained("nothing")
     with pytest.raises(
         ValueError, match="program='nothing' is unknown; the programs are modular_addition, "
     ):
