@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from circuits.discovery.found import Found
+from circuits.discovery.method import Found
 
 from abstraction.ground_truth.scoreboard import Result, judge, put_to_the_test
 from abstraction.ground_truth.scoreboard_plot import draw_truth
