@@ -51,6 +51,25 @@ class Circuit:
             parts += [f"{field_name}={name}"] if name else []
         return f"Circuit({', '.join(parts)})"
 
+    def draw(self, path: str | Path) -> Path:
+        """Draws the circuit into an .svg, .png or .pdf file and returns its path.
+
+        Raises:
+            ValueError: another kind of file, or more edges than a picture holds.
+        """
+        from circuits.plot.circuit import draw_circuit
+
+        path = Path(path)
+        (drawn,) = draw_circuit(
+            self.edges_over_positions,
+            path.parent,
+            path.stem,
+            formats=[path.suffix.removeprefix(".")],
+            caption=repr(self),
+            kv_group=self.graph.kv_group,
+        )
+        return drawn
+
     def _repr_html_(self) -> str:
         from circuits.plot.notebook import circuit_html
 
