@@ -1,7 +1,7 @@
 """Which edges off a circuit a score comes from: integrated gradients along the mask.
 
-A score that is 0 for the model itself is shared out over the edges off the circuit, from the circuit
-(alpha = 0) to the model (alpha = 1):
+A score that is 0 for the model itself is shared out over the edges off the circuit, from the
+circuit (alpha = 0) to the model (alpha = 1):
 
     part(e) = - integral over alpha of dscore / dm_e    at mask  circuit + alpha (1 - circuit)
 

@@ -1,4 +1,4 @@
-"""What a detector is: fitted on trusted inputs, it gives every input a score; **high is anomalous**.
+"""What a detector is: fitted on trusted inputs, it scores others, and **high is anomalous**.
 
 Shapes: inputs B, readers R, writers W; `*S` positions, where edges are told apart by position.
 """

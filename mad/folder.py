@@ -65,13 +65,16 @@ class Opened:
     engine: Engine
     circuit: Circuit
 
-    def detector(self, name: str, *, allow_other_weights: bool = False) -> Calibrated:
+    def detector(
+        self, name: str, *, allow_other_weights: bool = False, memory: str = "2GB"
+    ) -> Calibrated:
         """The run's calibrated detector of that name."""
         return load_detector(
             self.folder / "detector" / name,
             Context(self.engine, self.circuit),
             weight_hash=self.model.weight_hash,
             allow_other_weights=allow_other_weights,
+            memory=memory,
         )
 
 

@@ -31,7 +31,7 @@ def save_detector(calibrated: Calibrated, folder: Path, *, weight_hash: str) -> 
         "circuit_hash": circuit_hash(calibrated.detector),
         **calibrated.about,
     }
-    state = calibrated.detector.state() | {"calibration": calibrated.calibration.scores}
+    state = {**calibrated.detector.state(), "calibration": calibrated.calibration.scores}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "detector.safetensors")
     (folder / "detector.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -1,11 +1,7 @@
-"""Scores a stream of inputs: any number of lines in constant memory, resumable, one result line per
-input line.
+"""Scores a stream of inputs: one result line per input line, in constant memory, resumable.
 
-Inputs are read in chunks of a fixed number of lines.  After each chunk its results are appended to
-`OUT.partial` and flushed; when all are done that file becomes `OUT`.  A run that finds
-`OUT.partial` of the same job goes on at the first chunk that is not wholly there, so that every
-chunk is always computed as a whole and the finished file is the same, byte for byte, as that of a
-run that was never interrupted.
+Inputs are read in chunks of a fixed number of lines, and results are written chunk by chunk (see
+`mad.resuming`).
 """
 
 from __future__ import annotations
@@ -13,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,8 @@ from circuits.model.load import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, InputError, collate, encode_record, parse_line
 from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
+from mad.resuming import finish, resume
 from mad.saved_detector import circuit_hash
-
-log = logging.getLogger(__name__)
 
 EXPLAIN = ("flagged", "all", "none")
 Result = dict[str, Any]  # one line of the output
@@ -85,14 +80,14 @@ def score(
     parse_memory(memory)
     _check_files(inputs, out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    unfinished = out.with_name(out.name + ".partial")
     job = _job(inputs, calibrated, model, scoring)
-    done = _resume(partial, job, scoring.chunk, overwrite=overwrite)
-    with partial.open("rb") as file:
+    done = resume(unfinished, job, scoring.chunk, overwrite=overwrite)
+    with unfinished.open("rb") as file:
         next(file)  # names the job
         errors, flagged = _counts(map(json.loads, file))  # of an earlier run
     number = done
-    with inputs.open("rb") as source, partial.open("ab") as sink:
+    with inputs.open("rb") as source, unfinished.open("ab") as sink:
         for lines in _chunks(source, done, scoring.chunk):
             results = score_lines(lines, number + 1, calibrated, model, scoring, memory)
             for result in results:
@@ -101,7 +96,7 @@ def score(
             more_errors, more_flagged = _counts(results)
             errors, flagged = errors + more_errors, flagged + more_flagged
             number += len(lines)
-    _finish(partial, out)
+    finish(unfinished, out)
     return Tally(number, errors, flagged, done)
 
 
@@ -167,6 +162,10 @@ class _Line:
         self.result.clear()
         self.result.update({"id": identifier, "error": f"line {self.number}: {error}"})
 
+    def leave_unexplained(self, error: Exception) -> None:
+        """Says why there is no explanation."""
+        self.result["because_error"] = str(error)
+
 
 def score_lines(
     lines: Sequence[bytes],
@@ -186,7 +185,8 @@ def score_lines(
             good.append(_Line(number, _encode(line, number, model, result), result))
         except ValueError as error:  # the record's own fault; UnicodeDecodeError is one
             result["error"] = f"line {number}: {error}"
-    _score_each(good, calibrated, scoring, memory)
+    work = partial(_score, calibrated=calibrated, scoring=scoring, memory=memory)
+    _together_or_alone(work, good, InputError, _Line.refuse)
     return results
 
 
@@ -209,20 +209,22 @@ def _encode(line: bytes, number: int, model: LoadedModel, result: Result) -> Enc
     )
 
 
-def _score_each(
-    lines: Sequence[_Line], calibrated: Calibrated, scoring: Scoring, memory: str
+def _together_or_alone(
+    work: Callable[[Sequence[_Line]], None],
+    lines: Sequence[_Line],
+    fault: type[InputError],
+    blame: Callable[[_Line, InputError], None],
 ) -> None:
-    """Scores lines together or, where an input is at fault, each by itself to find out which."""
-    if not lines:
-        return
+    """Does work on lines together or, where an input is at fault, on each to find out which."""
     try:
-        _score(lines, calibrated, scoring, memory)
-    except InputError as error:
+        if lines:
+            work(lines)
+    except fault as error:
         if len(lines) == 1:
-            lines[0].refuse(error)
+            blame(lines[0], error)
             return
         for line in lines:
-            _score_each([line], calibrated, scoring, memory)
+            _together_or_alone(work, [line], fault, blame)
 
 
 def _score(lines: Sequence[_Line], calibrated: Calibrated, scoring: Scoring, memory: str) -> None:
@@ -242,35 +244,28 @@ def _score(lines: Sequence[_Line], calibrated: Calibrated, scoring: Scoring, mem
     if scoring.explain == "none" or not isinstance(detector, ExplainingDetector):
         return
     explained = [line for line in lines if scoring.explain == "all" or line.result["anomalous"]]
-    if explained:
-        _explain(explained, detector, scoring.edges, memory)
+    work = partial(_explain, detector=detector, edges=scoring.edges, memory=memory)
+    _together_or_alone(work, explained, TooLittleMemory, _Line.leave_unexplained)
 
 
 def _explain(lines: Sequence[_Line], detector: ExplainingDetector, edges: int, memory: str) -> None:
-    """Adds because and because_residual, or because_error where memory is too little.
+    """Adds because and because_residual.
 
     Raises:
         InputError: an explanation is not finite.
+        TooLittleMemory: not even one fits.
     """
-    prompts = collate([line.prompt for line in lines])
-    left = iter(lines)
     assert detector.circuit is not None
-    try:
-        for explained in detector.explain(prompts, memory=memory):
-            if not torch.isfinite(explained.residual).all():
-                raise InputError(
-                    "the explanation is not finite; the model's numbers overflow on this input"
-                )
-            pairs = zip(explained.shares, explained.residual.tolist(), strict=True)
-            for (shares, residual), line in zip(pairs, left, strict=False):
-                because = _because(shares, detector.circuit.graph, edges)
-                line.result.update({"because": because, "because_residual": residual})
-    except TooLittleMemory as error:
-        if len(lines) == 1:
-            lines[0].result["because_error"] = str(error)
-            return
-        for line in lines:
-            _explain([line], detector, edges, memory)
+    graph, left = detector.circuit.graph, iter(lines)
+    prompts = collate([line.prompt for line in lines])
+    for explained in detector.explain(prompts, memory=memory):
+        if not torch.isfinite(explained.residual).all():
+            raise InputError(
+                "the explanation is not finite; the model's numbers overflow on this input"
+            )
+        for shares, residual in zip(explained.shares, explained.residual.tolist(), strict=True):
+            because = _because(shares, graph, edges)
+            next(left).result.update({"because": because, "because_residual": residual})
 
 
 def _because(shares: Tensor, graph: Graph, count: int) -> list[Result]:
@@ -304,50 +299,6 @@ def _job(
         "fitted": weight_hash({**detector.state(), "calibration": calibrated.calibration.scores}),
         "scoring": asdict(scoring),
     }
-
-
-def _resume(partial: Path, job: dict[str, Any], chunk: int, *, overwrite: bool) -> int:
-    """Makes `partial` ready to be appended to and returns how many lines are done.
-
-    Its first line names the job; what follows a whole number of chunks is cut off.  Results of
-    another job are refused, or with `overwrite` dropped.
-    """
-    header = json.dumps({"job": job}).encode() + b"\n"
-    if not partial.exists():
-        partial.write_bytes(header)
-        return 0
-    with partial.open("rb+") as file:
-        if file.readline() != header:
-            if overwrite:
-                partial.write_bytes(header)
-                return 0
-            raise ValueError(
-                f"{partial} is the beginning of another job (other inputs, circuit, detector or "
-                "settings); delete it to start over, or choose another out="
-            )
-        lines, keep, end = 0, 0, file.tell()
-        whole = end
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            lines, end = lines + 1, end + len(line)
-            if lines % chunk == 0:
-                keep, whole = lines, end
-        file.truncate(whole)
-    if keep:
-        log.info("going on after %d lines of %s", keep, partial)
-    return keep
-
-
-def _finish(partial: Path, out: Path) -> None:
-    """Moves the results, without the job line, to `out`."""
-    ready = out.with_name(out.name + ".ready")
-    with partial.open("rb") as source, ready.open("wb") as sink:
-        source.readline()
-        while block := source.read(1 << 20):
-            sink.write(block)
-    ready.replace(out)
-    partial.unlink()
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:

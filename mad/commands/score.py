@@ -68,7 +68,9 @@ def run(config: Score) -> int:
         allow_other_weights=config.allow_other_weights,
     )
     calibrated = opened.detector(
-        config.detector.name, allow_other_weights=config.allow_other_weights
+        config.detector.name,
+        allow_other_weights=config.allow_other_weights,
+        memory=config.memory,
     )
     scoring = Scoring(config.alpha, config.explain, config.edges, config.chunk)
     out = Path(config.out)

@@ -7,15 +7,11 @@ from mad.detectors.attribution import ATTRIBUTION_MAHALANOBIS, AttributionMahala
 from mad.detectors.edge_effects import EFFECTS, Effects
 from mad.detectors.fine_tuned import FineTuned, fit_fine_tuned, restore_fine_tuned
 from mad.detectors.mahalanobis import Mahalanobis, fit_mahalanobis, restore_mahalanobis
-from mad.detectors.max_probability import (
-    MaxProbability,
-    fit_max_probability,
-    restore_max_probability,
-)
+from mad.detectors.max_probability import MAX_PROBABILITY, MaxProbability
 from mad.detectors.node_deviation import NODES, Nodes
 from mad.detectors.output_deviation import Deviation, fit_deviation, restore_deviation
 from mad.detectors.routing import ROUTING, Routing
-from mad.detectors.token_count import TokenCount, fit_token_count, restore_token_count
+from mad.detectors.token_count import TOKEN_COUNT, TokenCount
 from mad.detectors.transplant import Fast, Strict, fit_transplant, restore_transplant
 
 DETECTORS: dict[str, DetectorKind] = {
@@ -28,8 +24,8 @@ DETECTORS: dict[str, DetectorKind] = {
     "mahalanobis": DetectorKind(Mahalanobis, fit_mahalanobis, restore_mahalanobis),
     "attribution_mahalanobis": ATTRIBUTION_MAHALANOBIS,
     "fine_tuned_kl": DetectorKind(FineTuned, fit_fine_tuned, restore_fine_tuned),
-    "max_probability": DetectorKind(MaxProbability, fit_max_probability, restore_max_probability),
-    "token_count": DetectorKind(TokenCount, fit_token_count, restore_token_count),
+    "max_probability": MAX_PROBABILITY,
+    "token_count": TOKEN_COUNT,
 }
 
 __all__ = [

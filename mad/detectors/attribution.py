@@ -20,7 +20,7 @@ from torch import Tensor
 
 from circuits.batches import over_batches
 from circuits.prompts import Prompts
-from mad.detectors.measured import Instrument, measuring
+from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.settings import check_ablation, check_shrinkage
 from mad.statistics import distance
 
@@ -58,10 +58,11 @@ def attributions(instrument: Instrument, prompts: Prompts, memory: str) -> Float
 
 @torch.no_grad()
 def _attributions(instrument: Instrument, prompts: Prompts) -> Float[Tensor, "B E"]:
-    engine, graph = instrument.engine, instrument.engine.graph
+    engine, graph, means = instrument.engine, instrument.engine.graph, instrument.ablation
+    assert means is not None
     clean = engine.clean(prompts)
     embedded = clean.writers[: graph.n_inputs].sum(0)
-    difference = clean.writers.sub_(instrument.ablation.writers(engine, prompts))
+    difference = clean.writers.sub_(means.writers(engine, prompts))
     exists = graph.exists if graph.n_positions is None else graph.exists.any(-1)
     products = difference.new_zeros(len(prompts), *exists.shape)
 
@@ -81,5 +82,5 @@ ATTRIBUTION_MAHALANOBIS = measuring(
     AttributionMahalanobis,
     attributions,
     lambda config: distance(config.shrinkage),
-    of_circuit=False,
+    ablation=chosen_or_means,
 )

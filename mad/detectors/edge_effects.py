@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.batches import over_batches
 from circuits.prompts import Prompts
 from mad.attribution import explanation_bytes, integrated, off_circuit
-from mad.detectors.measured import Instrument, measuring
+from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.output_deviation import deviation_from
 from mad.detectors.settings import check_ablation, check_at_least_one, check_choice
 from mad.statistics import LARGEST, TAILS, TOTAL
@@ -37,8 +37,7 @@ class Effects:
     # mass: of all edges; max: of the edge that does most, as trusted prompts go; tails: how many
     # edges do more than they usually do, and how rarely they do as much
     summary: str = "mass"
-    # what removed edges carry: mean, positional_mean or zero; null: means, by position where edges
-    # are told apart by position
+    # what removed edges carry: mean, positional_mean, zero; null: means, by position if edges are
     ablation: str | None = None
     steps: int = 8  # points of the integral
 
@@ -51,8 +50,8 @@ class Effects:
 
 def effects(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B E"]:
     """Returns each removed edge's |part| in the KL, nats; edges in the order of the mask."""
-    engine, ablation = instrument.engine, instrument.ablation
-    kept, steps = instrument.kept.float(), instrument.config.steps
+    engine, circuit, ablation = instrument.against
+    kept, steps = circuit.mask, instrument.config.steps
     removed = off_circuit(engine, kept)
 
     def work(batch: Prompts) -> Tensor:
@@ -70,5 +69,10 @@ def effects(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tens
 
 
 EFFECTS = measuring(
-    Effects, effects, lambda config: SUMMARIES[config.summary], most_trusted=MOST_TRUSTED
+    Effects,
+    effects,
+    lambda config: SUMMARIES[config.summary],
+    of_circuit=True,
+    ablation=chosen_or_means,
+    most_trusted=MOST_TRUSTED,
 )

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.batches import in_batches, over_batches
+from circuits.batches import over_batches
 from circuits.engine import Engine
 from circuits.metrics import METRICS
 from circuits.model.huggingface import quietly
@@ -80,22 +80,22 @@ def fit_fine_tuned(
 ) -> FineTunedDetector:
     """Returns the detector; there is no dropout, and the random state is left as it was.
 
+    A step of training takes its batch at once, whatever `memory` is.
+
     Raises:
         ValueError: the model did not come from a HuggingFace folder, or a setting is out of range.
     """
     config.check()
     engine = context.engine
     tuned, prompts = _copy(engine), trusted.to(engine.device)
-    wanted = _first_choices(engine, prompts, memory)
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss() -> Float[Tensor, ""]:
-        rows = torch.randperm(len(prompts), generator=generator)[: config.batch].to(engine.device)
-        logits = logits_of(tuned, prompts.select(rows))  # [B, P, V]
-        targets = wanted[rows, : logits.shape[1]]
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=NONE
-        )
+        rows = torch.randperm(len(prompts), generator=generator)[: config.batch]
+        batch = prompts.select(rows)
+        wanted = engine.logits(batch).argmax(-1).masked_fill(batch.positions < 0, NONE)  # [B, P]
+        logits = logits_of(tuned, batch).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, wanted.flatten(), ignore_index=NONE)
 
     optimiser = torch.optim.AdamW(
         tuned.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -143,16 +143,6 @@ def _copy(engine: Engine) -> Any:
             "model and load it with load_model"
         ) from error
     return copy.to(engine.device).eval()
-
-
-def _first_choices(engine: Engine, prompts: Prompts, memory: str) -> Int[Tensor, "B P"]:
-    """The model's first choice at the scored positions; -1 where a prompt has fewer."""
-    found, start = torch.full_like(prompts.positions, NONE), 0
-    for batch in in_batches(engine, prompts, lambda size: size.plain, memory=memory):
-        choices = engine.logits(batch).argmax(-1).masked_fill(batch.positions < 0, NONE)
-        found[start : start + len(batch), : choices.shape[1]] = choices
-        start += len(batch)
-    return found
 
 
 def logits_of(model: Any, prompts: Prompts) -> Float[Tensor, "B P V"]:

@@ -1,13 +1,10 @@
 """Minus the log-probability of the model's first choice, averaged over scored positions.
 
 Hendrycks & Gimpel 2017, arXiv 1610.02136.
-
-Shapes: prompts B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.batches import over_batches
-from circuits.engine import Engine
 from circuits.prompts import Prompts
-from mad.detector import Context
+from mad.detectors.measured import Instrument, measuring
+from mad.statistics import TOTAL
 
 
 @dataclass
@@ -30,40 +27,16 @@ class MaxProbability:
         """There is nothing to get wrong."""
 
 
-@dataclass(frozen=True)
-class MaxProbabilityDetector:
-    """How unsure a model is."""
+@torch.no_grad()
+def uncertainty(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B 1"]:
+    """Returns minus the log-probability of each prompt's first choice."""
+    engine = instrument.engine
 
-    config: MaxProbability
-    engine: Engine
-    circuit = None
-    scores_under = None
+    def work(batch: Prompts) -> Tensor:
+        largest = engine.logits(batch).float().log_softmax(-1).amax(-1)
+        return -batch.mean_over_scored(largest).cpu()[:, None]
 
-    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
-        """Minus the log-probability of the first choice."""
-        return over_batches(
-            self._score, self.engine, prompts, lambda size: size.plain, memory=memory
-        )
-
-    @torch.no_grad()
-    def _score(self, prompts: Prompts) -> Float[Tensor, "B"]:
-        largest = self.engine.logits(prompts).float().log_softmax(-1).amax(-1)
-        return -prompts.mean_over_scored(largest).cpu()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing was fitted."""
-        return {}
+    return over_batches(work, engine, prompts, lambda size: size.plain, memory=memory)
 
 
-def fit_max_probability(
-    config: MaxProbability, context: Context, trusted: Prompts, *, memory: str = "2GB"
-) -> MaxProbabilityDetector:
-    """Returns the detector; trusted prompts only calibrate it."""
-    return MaxProbabilityDetector(config, context.engine)
-
-
-def restore_max_probability(
-    config: MaxProbability, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
-) -> MaxProbabilityDetector:
-    """Returns a saved detector."""
-    return MaxProbabilityDetector(config, context.engine)
+MAX_PROBABILITY = measuring(MaxProbability, uncertainty, lambda config: TOTAL)

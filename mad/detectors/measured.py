@@ -30,13 +30,13 @@ class Instrument:
     config: Any  # of the detector
     engine: Engine
     circuit: Circuit | None  # None: the numbers are of the model alone
-    ablation: Ablation  # what removed edges carry
+    ablation: Ablation | None  # what removed edges carry; None: none are removed
 
     @property
-    def kept(self) -> Tensor:
-        """The edges of the circuit, for numbers that are measured against one."""
-        assert self.circuit is not None
-        return self.circuit.kept
+    def against(self) -> tuple[Engine, Circuit, Ablation]:
+        """What the numbers of a circuit are measured with."""
+        assert self.circuit is not None and self.ablation is not None
+        return self.engine, self.circuit, self.ablation
 
 
 Measure = Callable[[Instrument, Prompts, str], Float[Tensor, "B c"]]  # the text is the memory
@@ -63,7 +63,7 @@ class MeasuringDetector:
     @property
     def scores_under(self) -> str | None:
         """The ablation of that circuit."""
-        return None if self.circuit is None else self.instrument.ablation.name
+        return None if self.circuit is None else self.instrument.against[2].name
 
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """How unusual a prompt's numbers are."""
@@ -71,8 +71,9 @@ class MeasuringDetector:
 
     def state(self) -> Mapping[str, Tensor]:
         """The ablation's values, and what trusted inputs are like."""
-        ablation = labelled("ablation", self.instrument.ablation.state())
-        return ablation | labelled("usual", vars(self.usual))
+        ablation = self.instrument.ablation
+        values = {} if ablation is None else ablation.state()
+        return labelled("ablation", values) | labelled("usual", vars(self.usual))
 
 
 def measuring(
@@ -80,50 +81,52 @@ def measuring(
     measure: Measure,
     summary: Callable[[Any], Summary],
     *,
-    of_circuit: bool = True,
+    of_circuit: bool = False,
+    ablation: Callable[[Any, Engine], str] | None = None,
     most_trusted: int | None = None,
 ) -> DetectorKind:
     """Returns a kind of detector that measures.
 
     Args:
-        schema: its configuration, with an `ablation` (None: means, at each position where edges
-            have one) and a `check`.
+        schema: its configuration.
         measure: what is measured.
         summary: by which it is compared with trusted inputs, given the configuration.
         of_circuit: whether numbers are measured against a circuit.
-        most_trusted: on how many trusted prompts they are measured; None: all.
+        ablation: what removed edges carry, fitted on trusted prompts; None: none are removed.
+        most_trusted: on how many trusted prompts numbers are measured; None: all.
     """
 
     def circuit_of(config: Any, context: Context) -> Circuit | None:
+        config.check()
         return context.circuit_for(config.name) if of_circuit else None
 
     def fit(
         config: Any, context: Context, trusted: Prompts, *, memory: str = "2GB"
     ) -> MeasuringDetector:
-        circuit, engine = circuit_of(config, context), context.engine
-        config.check()
-        ablation = AblationConfig(_ablation_of(config, engine))
-        means = fit_ablation(ablation, engine, trusted, memory=memory)
-        instrument, chosen = Instrument(config, engine, circuit, means), summary(config)
-        if chosen.fit is None:
-            return MeasuringDetector(instrument, measure, chosen.restore())
+        circuit, engine, values = circuit_of(config, context), context.engine, None
+        if ablation is not None:
+            chosen = AblationConfig(ablation(config, engine))
+            values = fit_ablation(chosen, engine, trusted, memory=memory)
+        instrument, compared = Instrument(config, engine, circuit, values), summary(config)
+        if compared.fit is None:
+            return MeasuringDetector(instrument, measure, compared.restore())
         rows = measure(instrument, trusted.select(slice(most_trusted)), memory)
-        return MeasuringDetector(instrument, measure, chosen.fit(rows))
+        return MeasuringDetector(instrument, measure, compared.fit(rows))
 
     def restore(
         config: Any, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
     ) -> MeasuringDetector:
-        circuit, engine = circuit_of(config, context), context.engine
-        config.check()
-        name = _ablation_of(config, engine)
-        means = restore_ablation(name, engine, part("ablation", state))
+        circuit, engine, values = circuit_of(config, context), context.engine, None
+        if ablation is not None:
+            values = restore_ablation(ablation(config, engine), engine, part("ablation", state))
         usual = summary(config).restore(**part("usual", state))
-        return MeasuringDetector(Instrument(config, engine, circuit, means), measure, usual)
+        return MeasuringDetector(Instrument(config, engine, circuit, values), measure, usual)
 
     return DetectorKind(schema, fit, restore)
 
 
-def _ablation_of(config: Any, engine: Engine) -> str:
+def chosen_or_means(config: Any, engine: Engine) -> str:
+    """The configured ablation, or means: at each position where edges are told apart by it."""
     if config.ablation is not None:
         return config.ablation
     return "mean" if engine.graph.n_positions is None else "positional_mean"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.prompts import Prompts
 from mad.departure import departure
-from mad.detectors.measured import Instrument, measuring
+from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.settings import check_ablation, check_choice, check_shrinkage
 from mad.statistics import LARGEST, Summary, distance
 
@@ -29,11 +29,9 @@ class Nodes:
     name: str = "nodes"
     # distance: squared Mahalanobis distance over all nodes; max: the largest z of a node
     summary: str = "distance"
-    # what removed edges carry: mean, positional_mean or zero; null: means, by position where edges
-    # are told apart by position
+    # what removed edges carry: mean, positional_mean, zero; null: means, by position if edges are
     ablation: str | None = None
-    # of the standardised covariance towards the identity: circuits have up to tens of correlated
-    # nodes
+    # of the covariance towards the identity: circuits have up to tens of correlated nodes
     shrinkage: float = 0.1
 
     def check(self) -> None:
@@ -45,8 +43,8 @@ class Nodes:
 
 def node_departures(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B n"]:
     """Returns the logarithm of each node's departure."""
-    engine, ablation = instrument.engine, instrument.ablation
-    found = departure(engine, instrument.kept, ablation, prompts, memory=memory)
+    engine, circuit, ablation = instrument.against
+    found = departure(engine, circuit.kept, ablation, prompts, memory=memory)
     return (found.nodes + FLOOR).log()
 
 
@@ -54,4 +52,4 @@ def _summary(config: Nodes) -> Summary:
     return LARGEST if config.summary == "max" else distance(config.shrinkage)
 
 
-NODES = measuring(Nodes, node_departures, _summary)
+NODES = measuring(Nodes, node_departures, _summary, of_circuit=True, ablation=chosen_or_means)

@@ -100,9 +100,10 @@ class DeviationDetector:
             measure = self._deviation(prompts)
             scores = self._scores(measure)
         measure_each = partial(measure, per_example=True)
-        steps, total = self.config.explain_steps, 0.0
+        total = torch.zeros(len(prompts), *self.circuit.kept.shape, device=self.engine.device)
         for mask in self.masks:
-            total = total + integrated(self.engine, mask, len(prompts), steps, measure_each)
+            steps = self.config.explain_steps
+            total += integrated(self.engine, mask, len(prompts), steps, measure_each)
         return shares(total / len(self.masks), scores)
 
     def _deviation(self, prompts: Prompts) -> Callable[..., Float[Tensor, "B"]]:

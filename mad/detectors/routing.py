@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.prompts import Prompts
 from mad.departure import departure
-from mad.detectors.measured import Instrument, measuring
+from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.settings import check_ablation, check_shrinkage
 from mad.statistics import distance
 
@@ -24,8 +24,7 @@ class Routing:
     """How unusually the circuit's heads are pointed."""
 
     name: str = "routing"
-    # what removed edges carry: mean, positional_mean or zero; null: means, by position where edges
-    # are told apart by position
+    # what removed edges carry: mean, positional_mean, zero; null: means, by position if edges are
     ablation: str | None = None
     shrinkage: float = 0.1  # of the standardised covariance towards the identity
 
@@ -37,8 +36,14 @@ class Routing:
 
 def head_departures(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B h"]:
     """Returns each head's departure in log-odds."""
-    engine, ablation = instrument.engine, instrument.ablation
-    return departure(engine, instrument.kept, ablation, prompts, memory=memory).routing
+    engine, circuit, ablation = instrument.against
+    return departure(engine, circuit.kept, ablation, prompts, memory=memory).routing
 
 
-ROUTING = measuring(Routing, head_departures, lambda config: distance(config.shrinkage))
+ROUTING = measuring(
+    Routing,
+    head_departures,
+    lambda config: distance(config.shrinkage),
+    of_circuit=True,
+    ablation=chosen_or_means,
+)

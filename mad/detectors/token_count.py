@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.prompts import Prompts
-from mad.detector import Context
+from mad.detectors.measured import Instrument, measuring
+from mad.statistics import TOTAL
 
 
 @dataclass
@@ -22,32 +22,9 @@ class TokenCount:
         """There is nothing to get wrong."""
 
 
-@dataclass(frozen=True)
-class TokenCountDetector:
-    """How long prompts are."""
-
-    config: TokenCount
-    circuit = None
-    scores_under = None
-
-    def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
-        """The number of tokens."""
-        return prompts.lengths.float().cpu()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing was fitted."""
-        return {}
+def token_count(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B 1"]:
+    """Returns the number of tokens of each prompt."""
+    return prompts.lengths[:, None].float().cpu()
 
 
-def fit_token_count(
-    config: TokenCount, context: Context, trusted: Prompts, *, memory: str = "2GB"
-) -> TokenCountDetector:
-    """Returns the detector; trusted prompts only calibrate it."""
-    return TokenCountDetector(config)
-
-
-def restore_token_count(
-    config: TokenCount, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
-) -> TokenCountDetector:
-    """Returns a saved detector."""
-    return TokenCountDetector(config)
+TOKEN_COUNT = measuring(TokenCount, token_count, lambda config: TOTAL)

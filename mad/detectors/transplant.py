@@ -67,25 +67,20 @@ class Fast:
 
 
 @dataclass
-class Strict:
+class Strict(Fast):
     """The same in more trusted prompts and by several circuits: no edge too many hides anything."""
 
     name: str = "strict"
     hosts: int = 16  # trusted prompts that parts of an input are put into
     # the first is the one that was extracted, the others are found by its method on redrawn prompts
     circuits: int = 3
-    explain_steps: int = 16  # points of the integral when a score is explained
-
-    def check(self) -> None:
-        """Raises ValueError when a setting is out of range."""
-        check_at_least_one(self, "hosts", "circuits", "explain_steps")
 
 
 @dataclass(frozen=True)
 class TransplantDetector:
     """A circuit and the hosts, with the model's own logits on them."""
 
-    config: Fast | Strict
+    config: Fast
     engine: Engine
     circuit: Circuit
     masks: Float[Tensor, "C R W *T"]  # of all circuits; the first is `circuit`
@@ -263,7 +258,7 @@ def _moved(
 
 
 def fit_transplant(
-    config: Fast | Strict, context: Context, trusted: Prompts, *, memory: str = "2GB"
+    config: Fast, context: Context, trusted: Prompts, *, memory: str = "2GB"
 ) -> TransplantDetector:
     """Returns the detector whose hosts are the first trusted prompts; further circuits are found on
     the others.
@@ -290,7 +285,7 @@ def fit_transplant(
 
 
 def restore_transplant(
-    config: Fast | Strict, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
+    config: Fast, context: Context, state: Mapping[str, Tensor], *, memory: str = "2GB"
 ) -> TransplantDetector:
     """Returns a saved detector."""
     config.check()
@@ -301,7 +296,7 @@ def restore_transplant(
 
 
 def _build(
-    config: Fast | Strict, context: Context, hosts: Prompts, further: Sequence[Tensor], memory: str
+    config: Fast, context: Context, hosts: Prompts, further: Sequence[Tensor], memory: str
 ) -> TransplantDetector:
     circuit, engine = context.circuit_for(config.name), context.engine
     hosts = hosts.to(engine.device)

@@ -151,9 +151,9 @@ def test_an_interrupted_run_resumes_to_the_same_file(
 
 def test_less_memory_gives_the_same_results_and_may_go_on_with_a_job(run, tmp_path, monkeypatch):
     again, calibrated = opened(run)
-    source, scoring = inputs(tmp_path), Scoring(alpha=ALPHA, chunk=8, explain="all")
+    source, scoring = inputs(tmp_path, 24), Scoring(alpha=ALPHA, chunk=8, explain="all")
     size = footprint(again.engine, tiny.prompts(1, shortest=6, longest=6))
-    few = str(size.shared(False) + size.mask + 3 * (size.plain + explanation_bytes(size)))
+    few = str(size.shared(False) + size.mask + 8 * (size.plain + explanation_bytes(size)))
     whole, parts, mixed = (tmp_path / f"{name}.jsonl" for name in ("whole", "parts", "mixed"))
     score(source, whole, calibrated, again.model, scoring)
     score(source, parts, calibrated, again.model, scoring, memory=few)
@@ -325,3 +325,34 @@ def test_the_command_takes_another_model_and_another_detector(run, tmp_path, cap
     assert "detector=fast|mahalanobis" in capsys.readouterr().err
     assert main(["score", *words, f"out={source}", "overwrite=true"]) == 1
     assert "is the input file itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deviation", "detector.circuits=2"],
+        ["nodes", "detector.summary=max"],
+        ["routing"],
+        ["effects", "detector.summary=tails", "detector.steps=2"],
+        ["mahalanobis", "detector.layers=1", "detector.tokens=all"],
+        ["attribution_mahalanobis"],
+        ["fine_tuned_kl", "detector.steps=2"],
+        ["token_count"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_detector_is_fitted_and_scores_from_the_command_line(run, tmp_path, words):
+    from mad.commands.main import main
+
+    folder, _ = run
+    name, *settings = words
+    trusted, source = tmp_path / "trusted.jsonl", tmp_path / "in.jsonl"
+    trusted.write_text("".join(json.dumps(r) + "\n" for r in records(40, 77)))
+    source.write_text("".join(json.dumps(r) + "\n" for r in records(3, 78)))
+    circuit, detector = f"circuit={folder / 'run'}", f"detector={name}"
+    fit = ["fit", circuit, f"trusted={trusted}", detector, *settings, "overwrite=true"]
+    assert main(fit) == 0
+    out = tmp_path / "out.jsonl"
+    words = ["score", circuit, f"inputs={source}", f"out={out}", detector, "alpha=0.2"]
+    assert main(words) == 0
+    assert all(0 < result["p_value"] <= 1 for result in read_results(out))

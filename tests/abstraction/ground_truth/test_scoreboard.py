@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from circuits.discovery.method import Found
 
 from abstraction.ground_truth.scoreboard import Result, judge, put_to_the_test
 from abstraction.ground_truth.scoreboard_plot import draw_truth
 from circuits.discovery import ACDC, EAP, EAPIG, METHODS
+from circuits.discovery.method import Found
 from circuits.graph import Graph
 from mad.commands.main import main
 

@@ -314,6 +314,8 @@ def test_memory_for_no_pair_is_refused(context):
             score(new, memory=str(int(few) - 1))
     with pytest.raises(TooLittleMemory):
         fit_transplant(Strict(hosts=5, circuits=1), context, hosts, memory="1kB")
+    with pytest.raises(TooLittleMemory):
+        restore_transplant(detector.config, context, detector.state(), memory="1kB")
 
 
 def test_logits_of_the_model_at_scored_positions(engine):
