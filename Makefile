@@ -27,8 +27,8 @@ lint: .venv/installed ## ruff and pyright
 bench: .venv/installed ## time the engine
 	$(BIN)/madcap bench suite=engine
 
-study: .venv/installed ## which scores tell anomalies from normals -> runs/detectors (half an hour; STORIES=folder of stories260K)
-	$(BIN)/madcap bench suite=detectors out=runs/detectors $(if $(STORIES),study.natural=$(STORIES))
+study: .venv/installed ## which detectors tell anomalies from normals -> runs/detectors (half an hour; STORIES=folder of stories260K)
+	$(BIN)/madcap bench suite=detectors out=runs/detectors $(if $(STORIES),benchmark.natural=$(STORIES))
 
 figures: .venv/installed ## redraw every published figure
 	@set -e; for figure in figures/*.py; do \

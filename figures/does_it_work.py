@@ -10,10 +10,10 @@ from pathlib import Path
 from mad.commands.main import main
 
 OUT = Path("runs/detectors")  # kept: what is there is not computed again
-PICTURES = ("worst", "grid_transplant_4", "false_alarms", "agree")
+PICTURES = ("worst", "false_alarms", "agree")
 
-natural = [f"study.natural={sys.argv[1]}"] if len(sys.argv) > 1 else []
+natural = [f"benchmark.natural={sys.argv[1]}"] if len(sys.argv) > 1 else []
 if code := main(["bench", "suite=detectors", f"out={OUT}", *natural]):
     raise SystemExit(code)
 for name in PICTURES:
-    shutil.copyfile(OUT / f"{name}.png", Path(__file__).parent / f"study_{name}.png")
+    shutil.copyfile(OUT / f"{name}.png", Path(__file__).parent / f"detectors_{name}.png")

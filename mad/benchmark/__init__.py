@@ -1,3 +1,12 @@
-"""Detectors on tasks with anomalies: how well they separate, whom they flag, and what the engine's
-work costs.
+"""Detectors on tasks with anomalies, and what the engine's work costs.
+
+plan         what is measured: tasks, detectors, how many prompts of what
+subject      one model with its trusted prompts and the groups that a detector is to tell apart
+run          everything on everything, resumable; workers: the processes that it takes
+results      the scores that a run leaves
+auroc        how well scores separate anomalies from normals; flags: whom they flag
+worst_case   the smallest AUROC over all places, of detectors, baselines and random circuits
+summary      all of it; report, tables and pictures show it
+roc          ROC curves and scores of a few detectors
+speed        time and memory
 """

