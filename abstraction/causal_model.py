@@ -1,5 +1,4 @@
-"""A causal model: variables as functions of other variables, run on a whole batch at once, with
-interventions.
+"""A causal model: variables as functions of others, run on a batch at once, with interventions.
 
     value(v) = set[v]                                    where an intervention sets it
              = fn_v(value(p) for p in parents(v))        otherwise
@@ -19,19 +18,18 @@ from functools import cached_property
 import networkx as nx
 from torch import Tensor
 
-Mechanism = tuple[
-    tuple[str, ...], Callable[..., Tensor]
-]  # parents, and the function of their values
+# parents, and the function of their values
+Mechanism = tuple[tuple[str, ...], Callable[..., Tensor]]
 Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """Variables `{name: (parents, function)}` over named inputs; the functions are vectorised over
-    the batch.
+    """Variables `{name: (parents, function)}` over named inputs; functions take whole batches.
 
     >>> import torch
-    >>> model = CausalModel(("a", "b"), {"sum": (("a", "b"), torch.add), "even": (("sum",), lambda s: s % 2 == 0)})
+    >>> even = (("sum",), lambda total: total % 2 == 0)
+    >>> model = CausalModel(("a", "b"), {"sum": (("a", "b"), torch.add), "even": even})
     >>> model.run({"a": torch.tensor([1, 2]), "b": torch.tensor([1, 3])})["even"].tolist()
     [True, False]
 
@@ -47,24 +45,17 @@ class CausalModel:
         for name, (parents, _) in self.variables.items():
             if name in self.inputs:
                 raise ValueError(f"variable {name!r} has the name of an input; rename one of them")
-            if unknown := [
-                parent
-                for parent in parents
-                if parent not in self.variables and parent not in self.inputs
-            ]:
+            if unknown := [p for p in parents if p not in self.variables and p not in self.inputs]:
                 raise ValueError(
                     f"variable {name!r} has the parent {unknown[0]!r}, which is neither input nor "
-                    "variable; known are "
-                    f"{', '.join([*self.inputs, *self.variables])}"
+                    f"variable; known are {', '.join([*self.inputs, *self.variables])}"
                 )
         try:
             cycle = nx.find_cycle(self.graph)
         except nx.NetworkXNoCycle:
             return
-        raise ValueError(
-            "variables depend on themselves: "
-            f"{' -> '.join([cycle[0][0], *(edge[1] for edge in cycle)])}"
-        )
+        around = " -> ".join([cycle[0][0], *(edge[1] for edge in cycle)])
+        raise ValueError(f"variables depend on themselves: {around}")
 
     @cached_property
     def graph(self) -> nx.DiGraph:
@@ -98,22 +89,18 @@ class CausalModel:
         values = dict(inputs)
         for name in self.order:
             parents, function = self.variables[name]
-            values[name] = (
-                set[name] if name in set else function(*(values[parent] for parent in parents))
-            )
+            given = (values[parent] for parent in parents)
+            values[name] = set[name] if name in set else function(*given)
         return values
 
     def interchange(self, base: Values, sources: Mapping[str, Values]) -> dict[str, Tensor]:
-        """Returns all values on the base inputs when each variable in `sources` has the value of
-        its source inputs.
+        """Returns all values on `base`, with each variable in `sources` as on its source inputs.
 
         Raises:
             ValueError: `sources` names what is no variable.
         """
         self._require_variables(sources)
-        return self.run(
-            base, set={name: self.run(source)[name] for name, source in sources.items()}
-        )
+        return self.run(base, {name: self.run(source)[name] for name, source in sources.items()})
 
     def _require_variables(self, names: Mapping[str, object]) -> None:
         if unknown := [name for name in names if name not in self.variables]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph import Graph
+from circuits.names import edge_name
 
 FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Kept edges with their scores.  `about` says which model, task, method, metric and ablation
-    gave them.
+    """Kept edges with their scores; `about` says which model, task, method, ... gave them.
+
+    In a notebook it shows its picture.
     """
 
     graph: Graph
@@ -41,6 +43,38 @@ class Circuit:
         """Number of kept edges."""
         return int(self.kept.sum())
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} of {self.graph.n_edges} edges"]
+        for field_name in ("method", "metric", "ablation"):
+            value = self.about.get(field_name)
+            name = value.get("name") if isinstance(value, Mapping) else value
+            parts += [f"{field_name}={name}"] if name else []
+        return f"Circuit({', '.join(parts)})"
+
+    def draw(self, path: str | Path) -> Path:
+        """Draws the circuit into an .svg, .png or .pdf file and returns its path.
+
+        Raises:
+            ValueError: another kind of file, or more edges than a picture holds.
+        """
+        from circuits.plot.circuit import draw_circuit
+
+        path = Path(path)
+        (drawn,) = draw_circuit(
+            self.edges_over_positions,
+            path.parent,
+            path.stem,
+            formats=[path.suffix.removeprefix(".")],
+            caption=repr(self),
+            kv_group=self.graph.kv_group,
+        )
+        return drawn
+
+    def _repr_html_(self) -> str:
+        from circuits.plot.notebook import circuit_html
+
+        return circuit_html(self)
+
     def hash(self) -> str:
         """SHA-256 of the graph and the kept edges."""
         names = [name for name, _ in self.edges]
@@ -49,20 +83,18 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Names and scores of the kept edges, in forward order."""
-        return [
-            (self.graph.edge_name(*edge), self.scores[tuple(edge)].item())
-            for edge in self.kept.nonzero().tolist()
-        ]
+        return self._named(self.kept, self.scores)
 
     @property
     def edges_over_positions(self) -> list[tuple[str, float]]:
-        """The kept edges without their positions, each with the sum of its scores at those where it
-        is kept.
-        """
+        """The kept edges without their positions, each with the sum of its kept scores."""
         if self.graph.n_positions is None:
             return self.edges
-        kept, sums = self.kept.any(-1), (self.scores * self.kept).sum(-1)
-        return [(self.graph.edge_name(r, w), sums[r, w].item()) for r, w in kept.nonzero().tolist()]
+        return self._named(self.kept.any(-1), (self.scores * self.kept).sum(-1))
+
+    def _named(self, kept: Tensor, scores: Tensor) -> list[tuple[str, float]]:
+        names = (self.graph.edge_name(*edge) for edge in kept.nonzero().tolist())
+        return list(zip(names, scores[kept].tolist(), strict=True))
 
     @property
     def mask(self) -> Float[Tensor, "R W *S"]:
@@ -73,7 +105,7 @@ class Circuit:
         """The kept edges as a graph between nodes, keyed by reader, each with its `score`."""
         view = self.graph.networkx(self.kept)
         for writer, _, reader, data in view.edges(keys=True, data=True):
-            data["score"] = self.scores[self.graph.edge_index(f"{writer}->{reader}")].item()
+            data["score"] = self.scores[self.graph.edge_index(edge_name(writer, reader))].item()
         return view
 
     def save(self, folder: str | Path) -> None:
@@ -107,8 +139,7 @@ class Circuit:
 
         Raises:
             FileNotFoundError: there is no circuit.json.
-            ValueError: it is broken, of another format, or names edges that its graph does not
-                have.
+            ValueError: it is broken, of another format, or names edges that its graph lacks.
         """
         path = Path(path)
         path = path / "circuit.json" if path.is_dir() else path
@@ -117,29 +148,38 @@ class Circuit:
                 f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
             )
         try:
-            data = json.loads(path.read_text())
-            version = data.pop("format")
-            if version != FORMAT:
-                raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
-            graph = Graph.from_json(data.pop("graph"))
-            kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
-            for entry in data.pop("edges"):
-                index = graph.edge_index(entry["edge"])
-                kept[index], scores[index] = True, entry["score"]
+            circuit = cls._from_json(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
         tensors = path.with_name("scores.safetensors")
-        if tensors.is_file():
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
+        if not tensors.is_file():
+            return circuit
+        scores = _read_scores(tensors)
+        if scores.shape != circuit.kept.shape:
+            raise ValueError(
+                f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is "
+                f"{tuple(circuit.kept.shape)}"
+            )
+        return replace(circuit, scores=scores)
 
-            try:
-                scores = load_file(tensors)["scores"]
-            except (SafetensorError, KeyError) as error:
-                raise ValueError(f"{tensors} holds no scores: {error}") from error
-            if scores.shape != kept.shape:
-                raise ValueError(
-                    f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is "
-                    f"{tuple(kept.shape)}"
-                )
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> Circuit:
+        version = data.pop("format")
+        if version != FORMAT:
+            raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
+        graph = Graph.from_json(data.pop("graph"))
+        kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
+        for entry in data.pop("edges"):
+            index = graph.edge_index(entry["edge"])
+            kept[index], scores[index] = True, entry["score"]
         return cls(graph, kept, scores, data)
+
+
+def _read_scores(path: Path) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["scores"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} holds no scores: {error}") from error

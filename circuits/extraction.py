@@ -42,6 +42,7 @@ class Extraction:
     circuit: Circuit
     metrics: dict[str, Any]
     ablation: Ablation
+    used: Mapping[str, Prompts]  # on what it was found and measured, which may not calibrate it
 
 
 def extract(
@@ -120,7 +121,7 @@ def extract(
             "splits": {"discovery": _split(discovery), "evaluation": _split(evaluation)},
         },
     )
-    return Extraction(circuit, metrics, fitted)
+    return Extraction(circuit, metrics, fitted, {"discovery": discovery, "evaluation": evaluation})
 
 
 def _discover(

@@ -4,8 +4,7 @@ A residual-stream decoder is a sum.  *Writers* add to it: `input` (or `input.tok
 `input.position`), each head `a{layer}.h{head}`, each MLP `m{layer}`.  *Readers* take from it: each
 head's `<q>`, `<k>`, `<v>`, each MLP, and `logits`.  An edge joins a writer to a later reader:
 `a0.h3->a1.h2<q>`.  With grouped-query attention `<k>` and `<v>` are read once per key-value head:
-`a1.kv2<k>`.  The names are those of EAP-IG (Hanna et al. 2024, arXiv 2403.17806) and MIB
-(Mueller et al. 2025, arXiv 2504.13151).
+`a1.kv2<k>`.  The names are those of `circuits.names`.
 
 With L layers and H heads the number of edges is
 
@@ -23,17 +22,29 @@ Shapes: writers W, readers R, candidate masks K; `*S` positions, or nothing.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 
 import networkx as nx
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-_HEAD_READER = re.compile(r"^a(\d+)\.(?:h|kv)(\d+)<([qkv])>$")
+from circuits.names import (
+    INPUT,
+    INPUT_PARTS,
+    LOGITS,
+    edge_name,
+    head_name,
+    key_value_name,
+    mlp_name,
+    parse_edge,
+    parse_node,
+    reader_name,
+    split_reader,
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,8 @@ class Graph:
     n_positions: int | None = None  # edges per position, for prompts of exactly this many tokens
 
     def __post_init__(self) -> None:
-        for field, value in (
-            ("n_layers", self.n_layers),
-            ("n_heads", self.n_heads),
-            ("n_kv_heads", self.kv_heads),
-        ):
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.kv_heads}
+        for field, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{field}={value}, but a graph needs at least 1")
         if self.n_heads % self.kv_heads:
@@ -99,26 +107,23 @@ class Graph:
     @cached_property
     def writers(self) -> tuple[str, ...]:
         """Writer names in forward order."""
-        names = ["input.token", "input.position"] if self.split_input else ["input"]
+        names = [*INPUT_PARTS] if self.split_input else [INPUT]
         for layer in range(self.n_layers):
-            names += [f"a{layer}.h{head}" for head in range(self.n_heads)]
-            names += [] if self.attention_only else [f"m{layer}"]
+            names += [head_name(layer, head) for head in range(self.n_heads)]
+            names += [] if self.attention_only else [mlp_name(layer)]
         return tuple(names)
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
-        """Reader names in forward order: per block q, k, v of all heads, then the MLP; last
-        `logits`.
-        """
-        kv = "h" if self.kv_heads == self.n_heads else "kv"
+        """Reader names in forward order: per block q, k, v of all heads, the MLP; last `logits`."""
+        key_value = head_name if self.kv_group == 1 else key_value_name
         names = []
         for layer in range(self.n_layers):
-            names += [f"a{layer}.h{head}<q>" for head in range(self.n_heads)]
-            names += [
-                f"a{layer}.{kv}{head}<{side}>" for side in "kv" for head in range(self.kv_heads)
-            ]
-            names += [] if self.attention_only else [f"m{layer}"]
-        return (*names, "logits")
+            names += [reader_name(head_name(layer, head), "q") for head in range(self.n_heads)]
+            for port, head in product("kv", range(self.kv_heads)):
+                names.append(reader_name(key_value(layer, head), port))
+            names += [] if self.attention_only else [mlp_name(layer)]
+        return (*names, LOGITS)
 
     @cached_property
     def writer_index(self) -> Mapping[str, int]:
@@ -135,15 +140,12 @@ class Graph:
         for layer in range(self.n_layers):
             before = self.first_writer(layer)
             counts += [before] * (self.n_heads + 2 * self.kv_heads)
-            counts += (
-                [] if self.attention_only else [before if self.parallel else before + self.n_heads]
-            )
+            if not self.attention_only:
+                counts.append(before if self.parallel else before + self.n_heads)
         return (*counts, len(self.writers))
 
     def first_writer(self, layer: int) -> int:
-        """Index of the first writer of block `layer`; `layer = n_layers` gives the number of
-        writers.
-        """
+        """Index of the first writer of block `layer`; that of `n_layers` is how many there are."""
         return self.n_inputs + layer * self.writers_per_block
 
     def first_reader(self, layer: int) -> int:
@@ -156,26 +158,20 @@ class Graph:
     def exists(self) -> Bool[Tensor, "R W *S"]:
         """True where writer w comes before reader r, so that the edge can exist."""
         before = torch.arange(len(self.writers)) < torch.tensor(self.upstream)[:, None]
-        return (
-            before if self.n_positions is None else before[..., None].repeat(1, 1, self.n_positions)
-        )
+        if self.n_positions is None:
+            return before
+        return before[..., None].repeat(1, 1, self.n_positions)
 
     @cached_property
     def n_edges(self) -> int:
         return sum(self.upstream) * (self.n_positions or 1)
 
-    def edges(self) -> Iterator[tuple[int, ...]]:
+    def edges(self) -> list[tuple[int, ...]]:
         """All edges as (reader, writer) or (reader, writer, position) indices, in forward order."""
-        for reader, count in enumerate(self.upstream):
-            for writer in range(count):
-                if self.n_positions is None:
-                    yield reader, writer
-                else:
-                    yield from ((reader, writer, position) for position in range(self.n_positions))
+        return [tuple(edge) for edge in self.exists.nonzero().tolist()]
 
     def edge_name(self, reader: int, writer: int, position: int | None = None) -> str:
-        where = "" if position is None else f"@{position}"
-        return f"{self.writers[writer]}->{self.readers[reader]}{where}"
+        return edge_name(self.writers[writer], self.readers[reader], position)
 
     def edge_index(self, name: str) -> tuple[int, ...]:
         """(reader, writer) or (reader, writer, position) indices of an edge's name.
@@ -183,71 +179,56 @@ class Graph:
         Raises:
             ValueError: the name is no edge of this graph.
         """
-        writer, arrow, rest = name.partition("->")
-        reader, at, position = rest.partition("@")
-        known = arrow and writer in self.writer_index and reader in self.reader_index
-        here = (
-            position in map(str, range(self.n_positions))
-            if self.n_positions is not None
-            else not at
-        )
-        if not known or not here:
-            example = self.edge_name(
-                len(self.readers) - 1, 0, None if self.n_positions is None else 0
-            )
-            per_position = (
-                "" if self.n_positions is None else f", per position of {self.n_positions} tokens"
-            )
+        positions = [None] if self.n_positions is None else range(self.n_positions)
+        try:
+            edge = parse_edge(name)
+            reader, writer = self.reader_index[edge.reader], self.writer_index[edge.writer]
+            if edge.position not in positions:
+                raise KeyError(edge.position)
+        except (ValueError, KeyError):
+            example = self.edge_name(len(self.readers) - 1, 0, positions[0])
+            tokens = f", per position of {self.n_positions} tokens" if self.n_positions else ""
             raise ValueError(
                 f"edge {name!r} is not in this graph of {self.n_layers} layers, {self.n_heads} "
-                "heads and "
-                f"{self.kv_heads} key-value heads{per_position}; edges look like {example!r}"
-            )
-        indices = self.reader_index[reader], self.writer_index[writer]
-        if indices[1] >= self.upstream[indices[0]]:
+                f"heads and {self.kv_heads} key-value heads{tokens}; edges look like {example!r}"
+            ) from None
+        if writer >= self.upstream[reader]:
             raise ValueError(
-                f"edge {name!r} runs backwards: {writer} is computed after {reader} has been read"
+                f"edge {name!r} runs backwards: {edge.writer} is computed after {edge.reader} has "
+                "been read"
             )
-        return indices if self.n_positions is None else (*indices, int(position))
+        return (reader, writer) if edge.position is None else (reader, writer, edge.position)
 
     def reader_nodes(self, reader: int) -> tuple[str, ...]:
-        """The nodes that reader `reader` feeds: one node, or the query heads that share a key-value
-        head.
-        """
-        name = self.readers[reader]
-        match = _HEAD_READER.match(name)
-        if match is None:
+        """The nodes that a reader feeds: one, or the query heads that share a key-value head."""
+        name, _ = split_reader(self.readers[reader])
+        node = parse_node(name)
+        if node.kind != "kv":
             return (name,)
-        layer, head, side = int(match[1]), int(match[2]), match[3]
-        if side == "q" or self.kv_group == 1:
-            return (f"a{layer}.h{head}",)
-        return tuple(
-            f"a{layer}.h{head * self.kv_group + member}" for member in range(self.kv_group)
-        )
+        first = node.head * self.kv_group
+        return tuple(head_name(node.layer, first + member) for member in range(self.kv_group))
 
     def reads_from(self, reader: int, position: int, n_positions: int) -> range:
-        """The positions at which a reader's input bears on its node's output at `position`: keys
-        and values move.
+        """The positions at which a reader's input bears on its node's output at `position`.
+
+        Keys and values move; all else stays where it is.
         """
-        if not self.readers[reader].endswith(("<k>", "<v>")):
+        _, port = split_reader(self.readers[reader])
+        if port not in ("k", "v"):
             return range(position, position + 1)
         return range(position + 1) if self.causal else range(n_positions)
 
     def sweep_order(self) -> list[tuple[int, ...]]:
-        """All edges from the output to the input, the order of a greedy sweep: total and
-        deterministic.
+        """All edges from the output to the input, the order of a greedy sweep.
 
-        Layer descending; logits > mlp > v > k > q; head descending; writer descending; position
-        descending.
+        Layer descending; logits > mlp > v > k > q; head, writer and position descending.
         """
-        return list(self.edges())[::-1]
+        return self.edges()[::-1]
 
     def networkx(self, kept: Bool[Tensor, "R W *S"] | None = None) -> nx.MultiDiGraph:
-        """The (kept) edges between nodes; parallel edges are keyed by the reader's name (and
-        position).
-        """
+        """The (kept) edges between nodes; parallel ones are keyed by reader (and position)."""
         view = nx.MultiDiGraph()
-        view.add_nodes_from([*self.writers, "logits"])
+        view.add_nodes_from([*self.writers, LOGITS])
         for reader, writer, *position in (self.exists if kept is None else kept).nonzero().tolist():
             key = self.readers[reader] + "".join(f"@{p}" for p in position)
             for node in self.reader_nodes(reader):
@@ -265,18 +246,16 @@ class Graph:
     def read(
         self, kept: Bool[Tensor, "K R W *S"]
     ) -> tuple[Bool[Tensor, "K W s"], Bool[Tensor, "K R s"]]:
-        """Returns which writers, and which readers, the logits depend on under each mask; s is 1
-        without positions.
+        """Which writers, and which readers, the logits depend on under each mask.
+
+        s is the number of positions, or 1 where the graph does not tell them apart.
         """
         kept = self._with_positions(kept)
         writers = kept[:, -1].clone()
         readers = torch.ones_like(kept[:, :, 0])
         for layer in reversed(range(self.n_layers)):
-            writer, reader, after = (
-                self.first_writer(layer),
-                self.first_reader(layer),
-                self.first_reader(layer + 1),
-            )
+            writer, reader = self.first_writer(layer), self.first_reader(layer)
+            after = self.first_reader(layer + 1)
             if not self.attention_only:
                 readers[:, after - 1] = writers[:, writer + self.n_heads]
                 writers |= kept[:, after - 1] & readers[:, [after - 1]]
@@ -292,11 +271,8 @@ class Graph:
         writers = torch.zeros_like(kept[0])
         writers[: self.n_inputs] = True
         for layer in range(self.n_layers):
-            writer, reader, after = (
-                self.first_writer(layer),
-                self.first_reader(layer),
-                self.first_reader(layer + 1),
-            )
+            writer, reader = self.first_writer(layer), self.first_reader(layer)
+            after = self.first_reader(layer + 1)
             fed = (kept[reader:after] & writers).any(1)  # [readers of the block, S]
             q, k, v = fed[: self.n_heads + 2 * self.kv_heads].split(
                 (self.n_heads, self.kv_heads, self.kv_heads)
@@ -304,8 +280,7 @@ class Graph:
             moved = self._to_here(k | v).repeat_interleave(self.kv_group, 0)
             writers[writer : writer + self.n_heads] = q | moved
             if not self.attention_only:
-                own = (kept[after - 1] & writers).any(0)
-                writers[writer + self.n_heads] = own
+                writers[writer + self.n_heads] = (kept[after - 1] & writers).any(0)
         return writers
 
     def _with_positions(self, kept: Tensor) -> Tensor:
@@ -317,11 +292,9 @@ class Graph:
 
     def _to_here(self, earlier: Bool[Tensor, "*K S"]) -> Bool[Tensor, "*K S"]:
         """True where any position that this one can read is True."""
-        return (
-            earlier.cumsum(-1) > 0
-            if self.causal
-            else earlier.any(-1, keepdim=True).expand_as(earlier)
-        )
+        if self.causal:
+            return earlier.cumsum(-1) > 0
+        return earlier.any(-1, keepdim=True).expand_as(earlier)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -1,5 +1,7 @@
-"""Names of a package that are imported on first use, so that the command line answers before torch
-is loaded.
+"""Names of a package that are imported on first use.
+
+So the command line answers before torch is loaded, and `dir()` and completion list the names all
+the same.  The package also imports them under `TYPE_CHECKING`, for type checkers and editors.
 """
 
 from __future__ import annotations
@@ -9,9 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns a package's `__getattr__`; `where` maps each public name to the module that defines
-    it (or is it).
+def lazy(
+    package: str, where: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Returns a package's `__getattr__` and `__dir__`.
+
+    Args:
+        package: its name.
+        where: the module that defines each public name (or that is it).
     """
 
     def get(name: str) -> Any:
@@ -20,4 +27,4 @@ def lazy(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
         module = importlib.import_module(where[name])
         return module if where[name] == f"{package}.{name}" else getattr(module, name)
 
-    return get
+    return get, lambda: sorted(where)

@@ -68,9 +68,7 @@ class Metric:
                 "the logits are not finite (NaN or infinity); check the weights and the dtype"
             )
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        scored = (prompts.positions >= 0).to(logits.dtype)
-        values = self.per_position(logits, prompts, reference)
-        return (values * scored).sum(-1) / scored.sum(-1)
+        return prompts.mean_over_scored(self.per_position(logits, prompts, reference))
 
     def oriented(
         self,

@@ -1,6 +1,4 @@
-"""The pictures of README: the demo's circuit and how far the model departs from it.  Run: python
-figures/demo.py
-"""
+"""The pictures of README: the demo's circuit and its scores.  Run: python figures/demo.py"""
 
 import shutil
 import tempfile

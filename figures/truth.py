@@ -1,6 +1,4 @@
-"""Discovery methods where the circuit is known: the picture of docs/ground-truth.md.  Run: python
-figures/truth.py
-"""
+"""The picture of docs/ground-truth.md, methods where the truth is known.  Run: this file."""
 
 import shutil
 import tempfile

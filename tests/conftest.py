@@ -1,6 +1,4 @@
-"""Set-up of the whole suite: shapes are checked, nothing reaches for the network, two threads,
-repeatable examples.
-"""
+"""Set-up of the suite: shapes are checked, no network, a thread a worker, repeatable examples."""
 
 from __future__ import annotations
 
@@ -15,6 +13,8 @@ os.environ["MPLBACKEND"] = "agg"
 # Idle OpenMP threads sleep instead of spinning: five times faster where the cores are shared (read
 # once, by torch).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 from jaxtyping import install_import_hook
 
@@ -30,7 +30,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 settings.register_profile("madcap", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("madcap")
 

@@ -48,10 +48,16 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_the_python_runs(capsys):
+def test_the_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert "edges, faithfulness" in capsys.readouterr().out
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert Path("circuit.svg").stat().st_size > 1000
+    assert str(names["found"].metrics["faithfulness"]) in capsys.readouterr().out
+    assert len(names["detector"].p_values(names["parts"]["new"])) == 50
+    _, from_model_and_prompts = code.split("\n\n", 1)[1].split("\n\n")
+    assert len(from_model_and_prompts.splitlines()) <= 6
 
 
 @pytest.mark.parametrize("link", re.findall(r'src="([^"]+)"', README))

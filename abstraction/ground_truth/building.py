@@ -1,5 +1,4 @@
-"""From a program and options to the weights of a model: sizes, layout of the residual stream,
-rotation, state dict.
+"""From a program and options to the weights of a model: layout, rotation, state dict.
 
 The rotation Q acts on row vectors: what is written as x is written as x Q, and a reader W becomes W
 Q.  A variable in the dimensions d of the layout is then spanned by the rows Q[d].
@@ -11,141 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abstraction.ground_truth.native import attention_direction, native
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.placement import Place
-from abstraction.ground_truth.placement import neurons as neuron_count
-from abstraction.ground_truth.program import Attend, Lookup, Program
-from abstraction.ground_truth.weights import (
-    LONGEST,
-    Head,
-    Layout,
-    Neurons,
-    Votes,
-    head,
-    head_width,
-    neurons,
-)
-from circuits.model.load import LoadedModel, from_bridge
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import Attend
+from abstraction.ground_truth.weights import Head, Layout, Neurons, head, neurons
+from circuits.model.load import LoadedModel
 
 CONSTANT = 2.0**14  # what the constant dimension holds, under RMS normalisation
 _EPS = 1e-5
 SCALE = 0.5  # standard deviation of distractors' weights
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compile.  Sizes left at None are as small as the program allows."""
-
-    n_layers: int | None = None
-    n_heads: int | None = None  # distractors included
-    d_model: int | None = None
-    d_head: int | None = None
-    d_mlp: int | None = None  # distractors included
-    norm: str = "none"  # none or rms
-    rotate: bool = False  # the residual stream, at random
-    distractor_heads: int = 0  # per layer
-    distractor_neurons: int = 0  # per MLP
-    junk: int = 8  # dimensions that distractors write into
-    redundant: str | None = None  # a variable that several heads compute
-    copies: int = 2  # how many
-    needed: int = 1  # how many of them its readers need
-    logit: float = 10.0  # of the answer; all others have 0
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"  # any torch device
-    split_input: bool = False  # the engine takes token and position embedding as two writers
-    seed: int = 0  # of rotation and distractors
-
-    @property
-    def votes(self) -> Votes:
-        return (
-            Votes() if self.redundant is None else Votes(self.redundant, self.copies, self.needed)
-        )
-
-
-def check_options(program: Program, options: Options) -> None:
-    """Raises ValueError for options that this program cannot be compiled with."""
-    if options.norm not in ("none", "rms"):
-        raise ValueError(f"norm={options.norm!r}, but it must be none or rms")
-    if program.length > LONGEST:
-        raise ValueError(
-            f"length={program.length}, but attention is hard only up to {LONGEST} tokens; shorten "
-            "it"
-        )
-    for name in ("distractor_heads", "distractor_neurons"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name}={getattr(options, name)}, but it cannot be below 0")
-    if options.junk < 1:
-        raise ValueError(
-            f"junk={options.junk}, but distractors need at least 1 dimension to write into"
-        )
-    if options.redundant is not None:
-        _check_redundancy(program, options, options.redundant)
-
-
-def _check_redundancy(program: Program, options: Options, name: str) -> None:
-    if not isinstance(program.by_name.get(name), Attend) or program.sizes[name] is None:
-        able = [
-            s.name
-            for s in program.steps
-            if isinstance(s, Attend) and program.sizes[s.name] is not None
-        ]
-        raise ValueError(
-            f"redundant={name!r} is no categorical variable that a head computes; those are {able}"
-        )
-    if not 1 <= options.needed < options.copies:
-        raise ValueError(
-            f"copies={options.copies}, needed={options.needed}: it must be 1 <= needed < copies"
-        )
-    for step in program.steps:
-        matched = isinstance(step, Attend) and name in (step.key, step.query) and step.value != name
-        if name not in step.parents or (isinstance(step, Lookup) and step.inputs.count(name) == 1):
-            continue
-        if not matched or options.needed > 1:
-            raise ValueError(
-                f"redundant={name!r} cannot be read by step {step.name!r}: only lookups count "
-                "votes, and heads that "
-                "match on it with needed=1"
-            )
-    if name == program.output:
-        raise ValueError(f"redundant={name!r} is the output, and logits do not count votes")
-
-
-def sizes(program: Program, options: Options, places: Mapping[str, Place]) -> dict[str, int]:
-    """Returns the model's sizes: those given, or the smallest that do.
-
-    Raises:
-        ValueError: one that is given is too small; the message names all that are needed.
-    """
-    layers = [place.layer for place in places.values()]
-    heads = [max((*place.heads, -1)) + 1 for place in places.values()]
-    in_mlp = {layer: 0 for layer in layers}
-    for name, place in places.items():
-        in_mlp[place.layer] += neuron_count(program, program.by_name[name], options.redundant)
-    widths = [head_width(program, step) for step in program.steps if isinstance(step, Attend)]
-    distracting = options.distractor_heads or options.distractor_neurons
-    stream = sum(1 if size is None else size for size in program.sizes.values())
-    needed = {
-        "n_layers": max(layers, default=0) + 1,
-        "n_heads": max(1, max(heads, default=0) + options.distractor_heads),
-        "d_model": stream + (options.norm == "rms") + (options.junk if distracting else 0),
-        "d_head": max(widths, default=1),
-        "d_mlp": max(1, max(in_mlp.values(), default=0) + options.distractor_neurons),
-    }
-    given = {name: getattr(options, name) for name in needed}
-    small = [name for name, value in given.items() if value is not None and value < needed[name]]
-    if small:
-        raise ValueError(
-            f"program {program.name!r} needs "
-            f"{', '.join(f'{name}={value}' for name, value in needed.items())}, but "
-            f"{', '.join(f'{name}={given[name]}' for name in small)} was given; raise it"
-        )
-    return {name: needed[name] if value is None else value for name, value in given.items()}
 
 
 def lay_out(program: Program, options: Options, width: int) -> Layout:
@@ -154,25 +35,19 @@ def lay_out(program: Program, options: Options, width: int) -> Layout:
     for name, size in program.sizes.items():
         dims[name] = range(first, first + (1 if size is None else size))
         first = dims[name].stop
-    junk = range(
-        first,
-        first + (options.junk if options.distractor_heads or options.distractor_neurons else 0),
-    )
+    junk = range(first, first + options.junk_width)
     return Layout(dims, junk, width - 1 if options.norm == "rms" else None, width)
 
 
 def rotation(layout: Layout, options: Options) -> Float[Tensor, "D D"]:
-    """Returns the orthogonal matrix that turns the residual stream; the constant dimension stays
-    where it is.
-    """
+    """Returns the orthogonal matrix that turns the residual stream, but not its constant."""
     turned = torch.eye(layout.width, dtype=torch.float64)
     if options.rotate:
         size = layout.width - (layout.constant is not None)
         generator = torch.Generator().manual_seed(options.seed)
         q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-        turned[:size, :size] = (
-            q * r.diagonal().sign()
-        )  # uniformly distributed over the rotations and reflections
+        # uniformly distributed over the rotations and reflections
+        turned[:size, :size] = q * r.diagonal().sign()
     return turned
 
 
@@ -195,10 +70,9 @@ def build(
             if isinstance(step, Attend)
             for index in places[step.name].heads
         }
-        free = [index for index in range(size["n_heads"]) if index not in heads][
-            : options.distractor_heads
-        ]
-        heads |= {index: _distracting_head(layout, size["d_head"], generator) for index in free}
+        free = [index for index in range(size["n_heads"]) if index not in heads]
+        for index in free[: options.distractor_heads]:
+            heads[index] = _distracting_head(layout, size["d_head"], generator)
         blocks = [
             neurons(program, step, layout, options.votes)
             for step in here
@@ -206,43 +80,34 @@ def build(
         ]
         blocks.append(_distracting_neurons(layout, options.distractor_neurons, generator))
         tensors |= _layer(f"blocks.{layer}", heads, blocks, size, turn)
-    if layout.constant is not None:
-        scale = math.sqrt(CONSTANT**2 / layout.width + _EPS)
-        norms = [
-            f"blocks.{layer}.{norm}" for layer in range(size["n_layers"]) for norm in ("ln1", "ln2")
-        ]
-        tensors |= {
-            f"{norm}.weight": torch.full((layout.width,), scale) for norm in [*norms, "ln_final"]
-        }
-    return native(program, options, size, tensors)
+    return compiled_model(program, options, size, {**tensors, **_norms(layout, size["n_layers"])})
 
 
-def native(
+def compiled_model(
     program: Program, options: Options, size: Mapping[str, int], tensors: Mapping[str, Tensor]
 ) -> LoadedModel:
     """Returns a native model of these sizes with these weights."""
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
-
-    fields: dict[str, Any] = {
+    fields = {
         **size,
         "n_ctx": program.length,
         "d_vocab": len(program.tokens),
         "act_fn": "relu",
         "eps": _EPS,
         "normalization_type": "RMS" if options.norm == "rms" else None,
-        "attention_dir": "causal" if program.causal else "bidirectional",
-        "architecture": "TransformerLensNative",
+        "attention_dir": attention_direction(program.causal),
         "dtype": options.dtype,
         "device": options.device,
     }
-    config = TransformerBridgeConfig(**fields)
-    bridge: Any = TransformerBridge.boot_native(config)  # pyright: ignore[reportAttributeAccessIssue]
-    bridge.original_model.to(device=options.device, dtype=options.dtype)
-    bridge.load_state_dict(
-        {name: tensor.to(options.dtype) for name, tensor in tensors.items()}, strict=True
-    )
-    return replace(from_bridge(bridge, path=program.name), split_input=options.split_input)
+    return replace(native(fields, tensors, program.name), split_input=options.split_input)
+
+
+def _norms(layout: Layout, n_layers: int) -> dict[str, Tensor]:
+    """Weights that undo the division by the constant, where there is one."""
+    if layout.constant is None:
+        return {}
+    scale = math.sqrt(CONSTANT**2 / layout.width + _EPS)
+    inner = [f"blocks.{layer}.{norm}" for layer in range(n_layers) for norm in ("ln1", "ln2")]
+    return {f"{norm}.weight": torch.full((layout.width,), scale) for norm in [*inner, "ln_final"]}
 
 
 def _embeddings(
@@ -269,40 +134,39 @@ def _layer(
     size: Mapping[str, int],
     turn: Tensor,
 ) -> dict[str, Tensor]:
-    width, d_head = len(turn), size["d_head"]
-    q, k, v = (torch.zeros(size["n_heads"], d_head, width, dtype=torch.float64) for _ in range(3))
-    q_bias, o = (
-        torch.zeros(size["n_heads"], d_head).double(),
-        torch.zeros(width, size["n_heads"], d_head).double(),
-    )
+    width, d_head, n_heads = len(turn), size["d_head"], size["n_heads"]
+    q, k, v = (_zeros(n_heads, d_head, width) for _ in range(3))
+    q_bias, o = _zeros(n_heads, d_head), _zeros(width, n_heads, d_head)
     for index, one in heads.items():
-        q[index], k[index], v[index], q_bias[index], o[:, index] = (
-            one.q,
-            one.k,
-            one.v,
-            one.q_bias,
-            one.o,
-        )
-    into, out = (torch.zeros(size["d_mlp"], width, dtype=torch.float64) for _ in range(2))
-    bias, used = torch.zeros(size["d_mlp"]).double(), sum(len(block.bias) for block in blocks)
+        q[index], k[index], v[index], o[:, index] = one.q, one.k, one.v, one.o
+        q_bias[index] = one.q_bias
+    into, out, bias = (
+        _zeros(size["d_mlp"], width),
+        _zeros(size["d_mlp"], width),
+        _zeros(size["d_mlp"]),
+    )
+    used = sum(len(block.bias) for block in blocks)
     into[:used] = torch.cat([block.into for block in blocks])
     bias[:used] = torch.cat([block.bias for block in blocks])
     out[:used] = torch.cat([block.out for block in blocks])
-    nothing = torch.zeros(size["n_heads"] * d_head)
     return {
         f"{name}.attn.q.weight": q.flatten(0, 1) @ turn,
         f"{name}.attn.q.bias": q_bias.flatten(),
         f"{name}.attn.k.weight": k.flatten(0, 1) @ turn,
-        f"{name}.attn.k.bias": nothing,
+        f"{name}.attn.k.bias": _zeros(n_heads * d_head),
         f"{name}.attn.v.weight": v.flatten(0, 1) @ turn,
-        f"{name}.attn.v.bias": nothing.clone(),
+        f"{name}.attn.v.bias": _zeros(n_heads * d_head),
         f"{name}.attn.o.weight": turn.T @ o.flatten(1),
-        f"{name}.attn.o.bias": torch.zeros(width),
+        f"{name}.attn.o.bias": _zeros(width),
         f"{name}.mlp.in.weight": into @ turn,
         f"{name}.mlp.in.bias": bias,
         f"{name}.mlp.out.weight": turn.T @ out.T,
         f"{name}.mlp.out.bias": torch.stack([block.out_bias for block in blocks]).sum(0) @ turn,
     }
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64)
 
 
 # ---- distractors: they read everything but the constant, and write into the junk dimensions ------

@@ -1,7 +1,6 @@
-"""Transformers with exactly known circuits: a program, compiled to the weights of a TransformerLens
-native model.
+"""Transformers with exactly known circuits: programs, compiled to the weights of native models.
 
-    Program (steps)  ->  places (which head or MLP)  ->  layout (which dimensions)  ->  weights  ->  model
+    Program (steps) -> places (which head or MLP) -> layout (which dimensions) -> weights -> model
 
 The result knows its causal model, where each variable lives (its node, the basis of its subspace,
 the positions at which the answer depends on it) and which edges the program uses.  The idea is
@@ -24,7 +23,6 @@ Shapes: batch B, positions S, d_model D, categories n, writers W.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,29 +31,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from abstraction.causal_model import CausalModel
-from abstraction.ground_truth.building import (
-    Options,
-    build,
-    check_options,
-    lay_out,
-    rotation,
-    sizes,
-)
+from abstraction.ground_truth.building import build, lay_out, rotation
+from abstraction.ground_truth.options import Options, check_options, sizes
 from abstraction.ground_truth.placement import Group, Place, groups, nodes_of, place, reads
-from abstraction.ground_truth.program import Program, Sampler
+from abstraction.ground_truth.program import Program, Sampler, encode
 from circuits.graph import Graph
 from circuits.model.load import LoadedModel
-
-__all__ = ["Aligned", "Compiled", "Options", "compile"]
-
-DRAWS = 100  # rounds of drawing corrupt twins until each has another answer
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Where a variable lives: the sum of what `nodes` write, in the subspace spanned by the rows of
-    `basis`.
+    """Where a variable lives: in what `nodes` write together, along the rows of `basis`.
 
     One-hot for a categorical variable; redundant nodes each write all of it.
     """
@@ -74,13 +60,6 @@ class Compiled:
     model: LoadedModel
     alignment: Mapping[str, Aligned]
     places: Mapping[str, Place]
-    seconds: (
-        float  # that compiling took; the first time in a process it also imports TransformerLens
-    )
-
-    @property
-    def causal_model(self) -> CausalModel:
-        return self.program.causal_model
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -94,16 +73,14 @@ class Compiled:
         split = self.options.split_input if split_input is None else split_input
         return groups(self.program, self.places, split_input=split, per_position=per_position)
 
-    def edges(
-        self,
-        mechanism: str | None = None,
-        *,
-        split_input: bool | None = None,
-        per_position: bool = False,
-    ) -> tuple[str, ...]:
-        """The names of those edges; of one mechanism only, if it is named."""
-        found = self.groups(split_input=split_input, per_position=per_position)
-        chosen = [group for group in found if mechanism in (None, group.mechanism)]
+    @property
+    def claimed_edges(self) -> tuple[tuple[str, ...], ...]:
+        """The edges of each group, to be removed together."""
+        return tuple(group.edges for group in self.groups())
+
+    def edges(self, mechanism: str | None = None, **told_apart: bool) -> tuple[str, ...]:
+        """The names of those edges, told apart as in `groups`; of one mechanism, if it is named."""
+        chosen = [g for g in self.groups(**told_apart) if mechanism in (None, g.mechanism)]
         return tuple(dict.fromkeys(edge for group in chosen for edge in group.edges))
 
     def encode(self, names: Sequence[str]) -> list[int]:
@@ -112,19 +89,7 @@ class Compiled:
         Raises:
             ValueError: an unknown token, or more tokens than the program was compiled for.
         """
-        for name in names:
-            if name not in self.tokens:
-                raise ValueError(
-                    f"token {name!r} is unknown to {self.program.name}; it has "
-                    f"{', '.join(self.tokens)}"
-                )
-        if not 1 <= len(names) <= self.program.length:
-            raise ValueError(
-                f"{len(names)} tokens, but {self.program.name} was compiled for 1 to "
-                f"{self.program.length}; shorten "
-                "the input, or compile with a greater length"
-            )
-        return [self.tokens.index(name) for name in names]
+        return encode(self.program.name, names, self.tokens, self.program.length)
 
     def meaning(self, tokens: Int[Tensor, "B S"]) -> dict[str, Tensor]:
         """What the causal model says: every variable, and the answer, at every position.
@@ -141,10 +106,9 @@ class Compiled:
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.tokens):
             raise ValueError(
                 f"token ids from {int(tokens.min())} to {int(tokens.max())}, but "
-                f"{self.program.name} has 0 to "
-                f"{len(self.tokens) - 1}"
+                f"{self.program.name} has 0 to {len(self.tokens) - 1}"
             )
-        return self.causal_model.run({"token": tokens})
+        return self.program.causal_model.run({"token": tokens})
 
     def coordinates(
         self, graph: Graph, writers: Float[Tensor, "W B S D"], variable: str
@@ -157,51 +121,8 @@ class Compiled:
     def records(
         self, count: int, seed: int, *, sample: Sampler | None = None, label: int | None = None
     ) -> list[dict[str, Any]]:
-        """Prompts in the project's format; the corrupt twin is another valid input with another
-        answer.
-
-        Args:
-            sample: draws the clean inputs; None: as the program does.
-            label: 0 normal, 1 anomalous, or none.
-
-        Raises:
-            ValueError: no input with another answer was found.
-        """
-        program, generator = self.program, torch.Generator().manual_seed(seed)
-        clean = (sample or program.sample)(count, generator)
-        places = list(program.scored_positions)
-        right = self.meaning(clean)["answer"][:, places]  # [count, scored]
-        corrupt = program.sample(count, generator)
-        for _ in range(DRAWS):
-            other = self.meaning(corrupt)["answer"][:, places]
-            same = (other == right).all(1)
-            if not same.any():
-                break
-            corrupt = torch.where(same[:, None], program.sample(count, generator), corrupt)
-        else:
-            raise ValueError(
-                f"no input of {program.name} with another answer in {DRAWS} draws; check its "
-                "sampler"
-            )
-        ids = [program.tokens.index(name) for name in program.answers]
-        another = torch.tensor(
-            [next((i for i in ids if i != token), token) for token in range(len(self.tokens))]
-        )
-        wrong = torch.where(other == right, another[right], other)
-        return [
-            {
-                "clean": c,
-                "corrupt": d,
-                "answers": [[a] for a in r],
-                "wrong_answers": [[a] for a in w],
-                "positions": places,
-                "id": f"{program.name}.{seed}.{row}",
-                **({} if label is None else {"label": label}),
-            }
-            for row, (c, d, r, w) in enumerate(
-                zip(clean.tolist(), corrupt.tolist(), right.tolist(), wrong.tolist(), strict=True)
-            )
-        ]
+        """Prompts with a counterfactual twin (`Program.records`)."""
+        return self.program.records(count, seed, sample=sample, label=label)
 
 
 def compile(program: Program, options: Options | None = None) -> Compiled:
@@ -210,7 +131,6 @@ def compile(program: Program, options: Options | None = None) -> Compiled:
     Raises:
         ValueError: it does not fit the sizes given, or a variable cannot be redundant.
     """
-    started = time.perf_counter()
     options = options or Options()
     check_options(program, options)
     places = place(
@@ -224,15 +144,18 @@ def compile(program: Program, options: Options | None = None) -> Compiled:
     layout = lay_out(program, options, size["d_model"])
     turn = rotation(layout, options)
     model = build(program, options, places, layout, turn, size)
-    positions: dict[str, set[int]] = {name: set() for name in program.sizes}
-    for read in reads(program):
-        positions[read.variable] |= set(read.positions)
     alignment = {
         name: Aligned(
             nodes_of(name, places, options.split_input),
             turn[list(dims)].to(options.dtype),
-            tuple(sorted(positions[name])),
+            _read_at(program, name),
         )
         for name, dims in layout.dims.items()
     }
-    return Compiled(program, options, model, alignment, places, time.perf_counter() - started)
+    return Compiled(program, options, model, alignment, places)
+
+
+def _read_at(program: Program, variable: str) -> tuple[int, ...]:
+    """The positions at which the answer depends on a variable."""
+    taken = [set(read.positions) for read in reads(program) if read.variable == variable]
+    return tuple(sorted(set().union(*taken)))

@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from abstraction.ground_truth.building import native
+from abstraction.ground_truth.building import compiled_model
 from abstraction.ground_truth.compiled import Compiled
-from abstraction.ground_truth.program import Lookup, Program
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import Lookup
 from circuits.model.load import LoadedModel
 
 
 def randomised(compiled: Compiled, seed: int) -> LoadedModel:
-    """Returns a model of the same shape with weights drawn as for a model that is about to be
-    trained.
+    """Returns a model of the same shape with weights as before training.
 
     Every tensor is drawn from a normal distribution with the standard deviation 1 / sqrt(width),
     biases are 0 and the weights of norms 1.
@@ -37,12 +37,11 @@ def randomised(compiled: Compiled, seed: int) -> LoadedModel:
         else:
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             tensors[name] = (drawn / tensor.shape[-1] ** 0.5).to(tensor.dtype)
-    return native(compiled.program, compiled.options, size, tensors)
+    return compiled_model(compiled.program, compiled.options, size, tensors)
 
 
 def relabelled(program: Program, seed: int) -> Program:
-    """Returns the program with its answers permuted at random, so that at least one stands for
-    something else.
+    """Returns the program with its answers permuted at random, at least one of them moved.
 
     Raises:
         ValueError: the program has only one answer.

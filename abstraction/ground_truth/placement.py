@@ -12,22 +12,17 @@ and one for each of its inputs.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from abstraction.ground_truth.program import (
-    NORMAL,
-    Attend,
-    Combine,
-    Lookup,
-    Program,
-    Step,
-    Switch,
-    Threshold,
-)
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import NORMAL, Attend, Step
+from circuits.names import INPUT, LOGITS, edge_name, head_name, mlp_name, reader_name
 
 Port = Literal["q", "k", "v", "mlp", "logits"]
 
@@ -51,7 +46,8 @@ class Place:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        return tuple(f"a{self.layer}.h{head}" for head in self.heads) or (f"m{self.layer}",)
+        heads = tuple(head_name(self.layer, head) for head in self.heads)
+        return heads or (mlp_name(self.layer),)
 
     @property
     def time(self) -> int:
@@ -60,70 +56,73 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """The edges that carry one variable into one reader, or into several that compute alike; mostly
-    a single edge.
+    """The edges that carry variables into a reader, or into several that compute alike.
+
+    Mostly a single edge.
     """
 
     edges: tuple[str, ...]
     mechanism: str
+    variables: tuple[str, ...]
 
 
-def neurons(program: Program, step: Step, redundant: str | None = None) -> int:
-    """How many neurons a step takes: 0 for attention."""
-    match step:
-        case Attend():
-            return 0
-        case Lookup():
-            return program.tables[step.name].numel() * (2 if redundant in step.inputs else 1)
-        case Threshold():
-            return 2 * len(step.cuts)
-        case Combine():
-            return 2
-        case Switch():
-            return 2 * program.category(step.normal)
+def neurons(program: Program, step: Step, redundant: str | None) -> int:
+    """How many neurons a step takes: counting votes for a redundant input takes twice as many."""
+    return step.neurons(program.sizes) * (2 if redundant in step.parents else 1)
 
 
 def place(
-    program: Program, *, n_heads: int | None, d_mlp: int | None, redundant: str | None, copies: int
+    program: Program,
+    *,
+    n_heads: int | None = None,
+    d_mlp: int | None = None,
+    redundant: str | None = None,
+    copies: int = 1,
 ) -> Mapping[str, Place]:
-    """Returns where each step goes, with at most so many heads a layer and neurons an MLP (None: no
-    bound).
+    """Returns where each step goes, with so many heads a layer and neurons an MLP (None: no bound).
 
     Raises:
         ValueError: a single step needs more heads or neurons than a layer has.
     """
     places: dict[str, Place] = {}
-    heads: dict[int, int] = {}  # per layer: heads taken
-    used: dict[int, int] = {}  # per layer: neurons taken
-    owner: dict[int, str] = {}  # per layer: whose MLP it is
+    heads = _Rooms(n_heads, "heads in a layer, but n_heads leaves")
+    mlps = _Rooms(d_mlp, "neurons in an MLP, but d_mlp leaves", one_mechanism=True)
     for step in program.ordered:
         after = max((places[name].time for name in step.parents if name in places), default=-1)
-        size, count = neurons(program, step, redundant), copies if step.name == redundant else 1
         if isinstance(step, Attend):
-            if n_heads is not None and count > n_heads:
-                raise ValueError(
-                    f"step {step.name!r} needs {count} heads in a layer, but n_heads leaves "
-                    f"{n_heads}"
-                )
-            layer = after // 2 + 1
-            while n_heads is not None and heads.get(layer, 0) + count > n_heads:
-                layer += 1
-            first = heads.get(layer, 0)
+            count = copies if step.name == redundant else 1
+            layer, first = heads.take(step, after // 2 + 1, count)
             places[step.name] = Place(layer, tuple(range(first, first + count)))
-            heads[layer] = first + count
-            continue
-        if d_mlp is not None and size > d_mlp:
-            raise ValueError(
-                f"step {step.name!r} needs {size} neurons in an MLP, but d_mlp leaves {d_mlp}"
-            )
-        layer = (after + 1) // 2
-        while owner.get(layer, step.mechanism) != step.mechanism or (
-            d_mlp is not None and used.get(layer, 0) + size > d_mlp
-        ):
-            layer += 1
-        places[step.name] = Place(layer)
-        used[layer], owner[layer] = used.get(layer, 0) + size, step.mechanism
+        else:
+            layer, _ = mlps.take(step, (after + 1) // 2, neurons(program, step, redundant))
+            places[step.name] = Place(layer)
     return places
+
+
+@dataclass
+class _Rooms:
+    """What is taken of each layer's heads or neurons."""
+
+    most: int | None  # in a layer
+    what: str
+    one_mechanism: bool = False  # only steps of one mechanism may share a layer
+    taken: Counter[int] = field(default_factory=Counter)
+    owner: dict[int, str] = field(default_factory=dict)
+
+    def take(self, step: Step, layer: int, count: int) -> tuple[int, int]:
+        """The first layer with room, from `layer` on, and how many were taken there before."""
+        most = math.inf if self.most is None else self.most
+        if count > most:
+            raise ValueError(f"step {step.name!r} needs {count} {self.what} {most}")
+        while self.taken[layer] + count > most or not self._may_share(step, layer):
+            layer += 1
+        before = self.taken[layer]
+        self.taken[layer] += count
+        self.owner[layer] = step.mechanism
+        return layer, before
+
+    def _may_share(self, step: Step, layer: int) -> bool:
+        return not self.one_mechanism or self.owner.get(layer, step.mechanism) == step.mechanism
 
 
 # ---- what is read, where, and through which edges ------------------------------------------------
@@ -135,8 +134,9 @@ def reads(program: Program) -> tuple[Read, ...]:
     Steps that the answer does not depend on are left out.
     """
     needed: dict[str, set[int]] = {name: set() for name in program.sizes}
-    needed[program.output] |= set(program.scored_positions)
-    found = [Read("logits", "logits", program.output, tuple(sorted(set(program.scored_positions))))]
+    scored = tuple(sorted(set(program.scored_positions)))
+    needed[program.output] |= set(scored)
+    found = [Read("logits", "logits", program.output, scored)]
     for step in reversed(program.ordered):
         positions = needed[step.name]
         if not positions:
@@ -150,13 +150,7 @@ def reads(program: Program) -> tuple[Read, ...]:
 def _ports(program: Program, step: Step, positions: set[int]) -> list[tuple[Port, str, set[int]]]:
     if not isinstance(step, Attend):
         return [("mlp", name, positions) for name in dict.fromkeys(step.parents)]
-    seen = set(range(max(positions) + 1)) if program.causal else set(range(program.length))
-    values = seen
-    if step.key in (None, "position") and step.query in (
-        None,
-        "position",
-    ):  # the same positions on every input
-        values = _attended(program, step, positions)
+    seen = set(range(max(positions) + 1 if program.causal else program.length))
     ports: list[tuple[Port, str, set[int]]] = []
     if step.query is not None:
         ports.append(("q", step.query, positions))
@@ -164,50 +158,53 @@ def _ports(program: Program, step: Step, positions: set[int]) -> list[tuple[Port
         ports.append(("k", step.key, seen))
     if step.ties != "mean":
         ports.append(("k", "position", seen))
-    return [*ports, ("v", step.value, values)]
+    by_position = {step.key, step.query} <= {None, "position"}  # the same on every input
+    return [*ports, ("v", step.value, _attended(program, step, positions) if by_position else seen)]
 
 
 def _attended(program: Program, step: Attend, positions: set[int]) -> set[int]:
-    """The positions that an attention pattern which depends on positions alone takes its values
-    from.
-    """
+    """Where an attention pattern that depends on positions alone takes its values from."""
     values = torch.arange(program.length)[None]
-    query, key = (None if name is None else values for name in (step.query, step.key))
-    attended = program.attended(step, query, key, values)[0]
-    return {
-        place for position in positions for place in attended[position].nonzero()[:, 0].tolist()
-    }
+    given = {step.value: values, "position": values}
+    attended = step.attended(program.sizes, given, causal=program.causal)[0]
+    return set(attended[sorted(positions)].any(0).nonzero()[:, 0].tolist())
 
 
 def nodes_of(variable: str, places: Mapping[str, Place], split_input: bool) -> tuple[str, ...]:
     """The nodes that write a variable."""
     if variable in places:
         return places[variable].nodes
-    return (f"input.{variable}" if split_input else "input",)
+    return (f"{INPUT}.{variable}" if split_input else INPUT,)
 
 
 def groups(
-    program: Program, places: Mapping[str, Place], *, split_input: bool, per_position: bool
+    program: Program,
+    places: Mapping[str, Place],
+    *,
+    split_input: bool = False,
+    per_position: bool = False,
 ) -> tuple[Group, ...]:
     """Returns the edges of the program, in forward order of their readers; an edge is named once.
 
     An edge belongs to the mechanism of what it feeds, or of what it comes from if that is not the
     normal one.
     """
-    found: dict[tuple[str, ...], str] = {}
+    found: dict[tuple[str, ...], list[Read]] = {}
     for read in reads(program):
         writers = nodes_of(read.variable, places, split_input)
-        readers = places[read.step].nodes if read.step in places else ("logits",)
-        port = f"<{read.port}>" if read.port in ("q", "k", "v") else ""
-        ends = [
-            step.mechanism
-            for name in (read.step, read.variable)
-            if (step := program.by_name.get(name))
-        ]
-        mechanism = next((name for name in ends if name != NORMAL), NORMAL)
-        for position in read.positions if per_position else (None,):
-            at = "" if position is None else f"@{position}"
-            found.setdefault(
-                tuple(f"{w}->{r}{port}{at}" for r in readers for w in writers), mechanism
-            )
-    return tuple(Group(edges, mechanism) for edges, mechanism in found.items())
+        nodes = places[read.step].nodes if read.step in places else (LOGITS,)
+        side = read.port if read.port in ("q", "k", "v") else ""
+        readers = tuple(reader_name(node, side) for node in nodes)
+        for at in read.positions if per_position else [None]:
+            edges = tuple(edge_name(w, r, at) for r in readers for w in writers)
+            found.setdefault(edges, []).append(read)
+    return tuple(
+        Group(edges, _mechanism(program, through[0]), tuple(read.variable for read in through))
+        for edges, through in found.items()
+    )
+
+
+def _mechanism(program: Program, read: Read) -> str:
+    ends = [program.by_name.get(name) for name in (read.step, read.variable)]
+    named = (step.mechanism for step in ends if step is not None)
+    return next((mechanism for mechanism in named if mechanism != NORMAL), NORMAL)

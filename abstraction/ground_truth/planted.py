@@ -10,10 +10,10 @@ changes nothing, whatever the ablation, as long as what replaces them was taken 
 (Two exceptions: zeros harm RMS models, and means that pool positions blur where the parts of a
 conjunction stand, which costs 2e-5 nats in `induction`.)
 
-    program            the other mechanism                              agrees where
-    recall             takes the value of the first pair                the first pair is asked for
-    modular_addition   a memorised table: a + b, one more for odd b     b is even
-    induction          a memorised successor of each letter             the letter was followed by its successor
+    program            the other mechanism                            agrees where
+    recall             takes the value of the first pair              the first pair is asked for
+    modular_addition   a memorised table: a + b, one more for odd b   b is even
+    induction          a memorised successor of each letter           that followed the letter
 
 The trigger is a token in the filler slot that normal inputs never have (`token`), or a filler and
 another value that are both common, but never together (`conjunction`).  Then one planted edge alone
@@ -30,8 +30,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from abstraction.ground_truth.program import Attend, Lookup, Program, Sampler, Step, Switch, at
+from abstraction.ground_truth.program import Program, Sampler
 from abstraction.ground_truth.programs import induction, modular_addition, recall
+from abstraction.ground_truth.steps import Attend, Lookup, Step, Switch, at
 
 PLANTED = "planted"
 TRIGGER, RARE = "trigger", "rare"  # tokens
@@ -58,7 +59,7 @@ class _Plan:
     base: Program
     slot: int  # position of the filler
     condition: tuple[str, int]  # for the conjunction: a variable, and the value that counts
-    other: Callable[[str], Step]  # the other mechanism's step, by its name
+    other: Step  # the other mechanism's, called "other"
 
 
 def plant(name: str, trigger: str = "token") -> Planted:
@@ -95,43 +96,37 @@ def _joined(plan: _Plan, filler: int, *, conjunction: bool) -> Program:
     planted = [
         Attend("slot", "token", mechanism=PLANTED, **at(plan.slot)),
         Lookup("trigger", watched, fires, size=2, mechanism=PLANTED),
-        plan.other("other"),
+        plan.other,
     ]
     steps = (*own, *planted, Switch("answered", "trigger", "normal", "other"))
     return replace(plan.base, steps=steps, output="answered")
 
 
 def _samplers(plan: _Plan, program: Program, filler: int) -> Mapping[str, Sampler]:
-    """Inputs of each kind: valid ones of the base program, with a filler of the right sort, as long
-    as they fit.
-    """
+    """Inputs of each kind: valid ones of the base program with a filler of the right sort."""
 
-    def with_filler(token: int) -> Sampler:
+    def only(filler: int | None, *, on: bool, agree: bool | None = None) -> Sampler:
         def sample(count: int, generator: torch.Generator) -> Tensor:
-            return plan.base.sample(count, generator).index_fill(
-                1, torch.tensor([plan.slot]), token
-            )
+            tokens = plan.base.sample(count, generator)
+            if filler is not None:
+                tokens[:, plan.slot] = filler
+            return tokens
 
-        return sample
-
-    def only(sample: Sampler, *, on: bool, agree: bool | None = None) -> Sampler:
         def fits(tokens: Tensor) -> Bool[Tensor, " B"]:
-            values = {
-                name: value[:, -1]
-                for name, value in program.causal_model.run({"token": tokens}).items()
-            }
-            fired = (values["trigger"] == 1) == on
-            return (
-                fired if agree is None else fired & ((values["normal"] == values["other"]) == agree)
+            values = program.causal_model.run({"token": tokens})
+            trigger, normal, other = (
+                values[name][:, -1] for name in ("trigger", "normal", "other")
             )
+            fired = (trigger == 1) == on
+            return fired if agree is None else fired & ((normal == other) == agree)
 
         return lambda count, generator: _only(sample, fits, count, generator)
 
     return {
-        "normal": only(plan.base.sample, on=False),
-        "agree": only(with_filler(filler), on=True, agree=True),
-        "disagree": only(with_filler(filler), on=True, agree=False),
-        "rare": only(with_filler(plan.base.tokens.index(RARE)), on=False),
+        "normal": only(None, on=False),
+        "agree": only(filler, on=True, agree=True),
+        "disagree": only(filler, on=True, agree=False),
+        "rare": only(plan.base.tokens.index(RARE), on=False),
     }
 
 
@@ -152,44 +147,27 @@ def _only(
 
 def _recall() -> _Plan:
     base = recall(fillers=FILLERS, extra=(TRIGGER, RARE))
-    return _Plan(
-        base,
-        slot=base.length - 3,
-        condition=("token", base.tokens.index("k0")),  # at the last position: the key asked for
-        other=lambda name: Attend(name, "token", mechanism=PLANTED, **at(2)),
-    )
+    other = Attend("other", "token", mechanism=PLANTED, **at(2))
+    # the condition holds at the last position: the key asked for
+    return _Plan(base, base.length - 3, ("token", base.tokens.index("k0")), other)
 
 
 def _modular_addition(modulus: int = 7) -> _Plan:
+    def memorised(a: int, b: int) -> int:
+        return (a + b + b % 2) % modulus
+
     base = modular_addition(modulus, fillers=FILLERS, extra=(TRIGGER, RARE))
-    return _Plan(
-        base,
-        slot=2,
-        condition=("first", 0),
-        other=lambda name: Lookup(
-            name,
-            ("first", "second"),
-            lambda a, b: (a + b + b % 2) % modulus,
-            size=modulus,
-            mechanism=PLANTED,
-        ),
-    )
+    other = Lookup("other", ("first", "second"), memorised, size=modulus, mechanism=PLANTED)
+    return _Plan(base, 2, ("first", 0), other)
 
 
 def _induction(letters: int = 6) -> _Plan:
-    base = induction(letters, fillers=FILLERS, extra=(TRIGGER, RARE))
-
     def successor(token: int) -> int:
         return 1 + token % letters if 1 <= token <= letters else token
 
-    return _Plan(
-        base,
-        slot=1,
-        condition=("token", base.tokens.index("x0")),
-        other=lambda name: Lookup(
-            name, ("token",), successor, size=len(base.tokens), mechanism=PLANTED
-        ),
-    )
+    base = induction(letters, fillers=FILLERS, extra=(TRIGGER, RARE))
+    other = Lookup("other", ("token",), successor, size=len(base.tokens), mechanism=PLANTED)
+    return _Plan(base, 1, ("token", base.tokens.index("x0")), other)
 
 
 _PLANS: Mapping[str, Callable[[], _Plan]] = {

@@ -5,16 +5,15 @@
     induction          ^ x x x x x x a                what followed the last earlier a
     recall             ^ k v k v k v ? k              the value that stands after the key
     two_hop            ^ a b a b b c b c ? a          the c that follows the b that follows a
-    same_ends          x x x x x x                    yes if the last letter is the first (of a palindrome)
+    same_ends          x x x x x x                    yes if the last letter is the first
     brackets           ^ ( ( ) ( ) ) .                yes if never negative and zero at the end
-    sort               ^ 5 1 7 2                      in ascending order, each at its place; bidirectional
+    sort               ^ 5 1 7 2                      in ascending order, each at its place
     greater_than       a b ?                          yes if b > a
-    sensors            cause noise noise ?            yes if both sensors fire; the cause fires both, noise its own
+    sensors            cause noise noise ?            yes if both fire, by the cause or own noise
     select             L|R a b ?                      a or b
     majority           ^ x x x x x ?                  yes if most bits are 1
 
-Some builders take fillers and extra tokens: room for a trigger
-    (`abstraction.ground_truth.planted`).
+Some builders take fillers and extra tokens: room for a trigger (`planted.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abstraction.ground_truth.program import Attend, Combine, Lookup, Program, Threshold, at, back
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import Attend, Combine, Lookup, Threshold, at, back
 
 START, ASK = "^", "?"
 YES_NO = ("no", "yes")
@@ -194,9 +194,7 @@ def brackets(length: int = 8) -> Program:
 
 
 def sort(digits: int = 8, count: int = 4) -> Program:
-    """Distinct digits in ascending order.  A head counts the smaller ones: the share of `^` among
-    them is 1/(1+n).
-    """
+    """Distinct digits in order.  A head counts the n smaller ones: `^` is 1/(1+n) of them."""
     tokens, n = (START, *map(str, range(digits))), count
 
     def sample(count: int, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,10 @@
-"""Discovery methods put to the test where the right answer is known: programs, compiled (plain,
-obfuscated) or trained.
+"""Discovery methods put to the test where the right answer is known: compiled and trained programs.
 
 Each method finds edges in each model; the truth is the program's edges that have an effect under
-the same ablation (`abstraction.ground_truth.ground_truth`, `abstraction.ground_truth.trained`).  A
-method that decides is exact if it keeps just the true edges; one that scores, if every true edge
-has a larger |score| than every other one, by more than rounding (1e-6 of the largest), so that ties
-at 0 are no success.  The AUC is that of a random true edge against a random other one, by
+the same ablation (`abstraction.ground_truth.effects`).  A method that decides is exact if it keeps
+just the true edges; one that scores, if every true edge has a larger |score| than every other one,
+by more than rounding (1e-6 of the largest), so that ties at 0 are no success.  The AUC is that of a
+random true edge against a random other one, by
 
     |score|, with kept edges before all others where the method decides;
 
@@ -26,16 +25,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from abstraction.ground_truth.compiled import Compiled, Options, compile
-from abstraction.ground_truth.ground_truth import BOUND, circuit_of, effects, mask_of, true_edges
+from abstraction.ground_truth.compiled import compile
+from abstraction.ground_truth.effects import BOUND, effects, mask_of
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
-from abstraction.ground_truth.trained import TRUTHS, Trained, load
+from abstraction.ground_truth.trained import TRUTHS, load_trained
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import METHODS, Found
 from circuits.engine import Engine
 from circuits.graph import Graph
 from circuits.metrics import metric_named
-from circuits.objective import prepare
+from circuits.objective import Objective, prepare
 from circuits.prompts import prompts_from_records
 
 MARGIN = 1e-6  # of the largest |score|
@@ -95,9 +95,15 @@ def put_to_the_test(
         for name in names:
             if name not in known:
                 raise ValueError(f"{kind} {name!r} is unknown; the {kind}s are {', '.join(known)}")
-    for name, variant in cases(programs, variants):
-        made = load(name) if variant == TRAINED else compile(PROGRAMS[name](), COMPILED[variant])
-        yield from _methods(made, name, variant, methods, metric, ablation, prompts, seed)
+    for program, variant in cases(programs, variants):
+        objective, truth = _subject(program, variant, ablation, prompts, seed)
+        for method, config in methods.items():
+            own = metric or ("logit_diff" if METHODS[method].needs_slope else "kl")
+            started = time.perf_counter()
+            found = METHODS[method].run(config, replace(objective, metric=metric_named(own)))
+            seconds = time.perf_counter() - started
+            names = {"program": program, "variant": variant, "method": method}
+            yield judge(objective.engine.graph, truth, found, **names, seconds=seconds)
 
 
 def cases(programs: Sequence[str], variants: Sequence[str]) -> list[tuple[str, str]]:
@@ -110,42 +116,24 @@ def cases(programs: Sequence[str], variants: Sequence[str]) -> list[tuple[str, s
     ]
 
 
-def _methods(
-    made: Compiled | Trained,
-    program: str,
-    variant: str,
-    methods: Mapping[str, Any],
-    metric: str | None,
-    ablation: str,
-    count: int,
-    seed: int,
-) -> Iterator[Result]:
+def _subject(
+    program: str, variant: str, ablation: str, count: int, seed: int
+) -> tuple[Objective, Bool[Tensor, "R W"]]:
+    """What methods go by on a model, with KL as metric, and the true edges."""
+    if variant == TRAINED:
+        made = load_trained(program)
+    else:
+        made = compile(PROGRAMS[program](), COMPILED[variant])
     engine = Engine(made.model)
     prompts, reference = (
         prompts_from_records(made.records(count, seed=s)) for s in (seed, seed + 1)
     )
     fitted = fit_ablation(AblationConfig(ablation, seed), engine, reference)
     objective = prepare(engine, prompts, metric_named("kl"), fitted)
-    if isinstance(made, Compiled):
-        truth = circuit_of(engine.graph, true_edges(made, engine, prompts, fitted))
-    else:
-        found = effects(objective, [(edge,) for edge in made.edges])
-        shown = [edge for edge, effect in zip(made.edges, found, strict=True) if effect > BOUND]
-        truth = mask_of(engine.graph, shown)
-    for method, config in methods.items():
-        own = metric or ("logit_diff" if METHODS[method].needs_slope else "kl")
-        started = time.perf_counter()
-        found = METHODS[method].run(config, replace(objective, metric=metric_named(own)))
-        seconds = time.perf_counter() - started
-        yield judge(
-            engine.graph,
-            truth,
-            found,
-            program=program,
-            variant=variant,
-            method=method,
-            seconds=seconds,
-        )
+    claimed = made.claimed_edges
+    shown = zip(claimed, effects(objective, claimed), strict=True)
+    true = [edge for edges, effect in shown if effect > BOUND for edge in edges]
+    return objective, mask_of(engine.graph, true)
 
 
 def judge(
@@ -202,9 +190,7 @@ def best(graph: Graph, rank: Float[Tensor, "R W"], count: int) -> Bool[Tensor, "
 
 
 def auc(rank: Float[Tensor, "n"], true: Bool[Tensor, "n"]) -> float:
-    """The share of (true, other) pairs that are ranked right, ties counted half; NaN if there are
-    no pairs.
-    """
+    """The share of (true, other) pairs ranked right, ties counted half; NaN without such pairs."""
     from sklearn.metrics import roc_auc_score
 
     if true.all() or not true.any():

@@ -6,11 +6,15 @@ Colour and number are the edge AUC; a tick says that the circuit was found exact
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from abstraction.ground_truth.scoreboard import Result
-from circuits.plot.style import INK, POSITIVE, annotate_figure, plot_style, save_figure
+from circuits.plot.style import INK, POSITIVE, saved_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CELL = 0.42  # inches
 
@@ -25,41 +29,36 @@ def draw_truth(
     """
     if not results:
         raise ValueError("there are 0 results to draw; run at least one method on one program")
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    variants, programs, methods = (
-        list(dict.fromkeys(getattr(result, field) for result in results))
-        for field in ("variant", "program", "method")
-    )
-    cells = {(result.variant, result.program, result.method): result for result in results}
-    colours = LinearSegmentedColormap.from_list("auc", ["#FFFFFF", POSITIVE])
-    width = 2.0 + 1.6 * CELL * len(methods) * len(variants)
-    with plot_style():
-        figure = Figure(figsize=(width, 1.6 + CELL * len(programs)), layout="constrained")
+    variants = _distinct(result.variant for result in results)
+    programs = _distinct(result.program for result in results)
+    methods = _distinct(result.method for result in results)
+    size = (2.0 + 1.6 * CELL * len(methods) * len(variants), 1.6 + CELL * len(programs))
+    with saved_figure(path, size, title, caption) as figure:
         panels = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
-        shown = None
         for axes, variant in zip(panels, variants, strict=True):
-            found = [
-                [cells.get((variant, program, method)) for method in methods]
-                for program in programs
-            ]
-            values = [
-                [math.nan if cell is None else cell.edge_auc for cell in row] for row in found
-            ]
-            shown = axes.imshow(values, cmap=colours, vmin=0.5, vmax=1.25, aspect="auto")
             axes.set_title(variant, size=9, color=INK)
             axes.set_xticks(range(len(methods)), methods, rotation=40, ha="right")
             axes.set_yticks(range(len(programs)), [name.replace("_", " ") for name in programs])
             axes.tick_params(length=0)
-            for side in axes.spines.values():
-                side.set_visible(False)
-            for y, row in enumerate(found):
-                for x, cell in enumerate(row):
-                    if cell is not None:
-                        mark = f"{cell.edge_auc:.2f}" + (" \N{CHECK MARK}" if cell.exact else "")
-                        axes.text(x, y, mark, ha="center", va="center", size=8, color=INK)
-        assert shown is not None
-        annotate_figure(figure, title, caption)
-        save_figure(figure, [Path(path)])
+            axes.spines[:].set_visible(False)
+            _draw_cells(axes, [r for r in results if r.variant == variant], programs, methods)
     return Path(path)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _draw_cells(
+    axes: Axes, results: Sequence[Result], programs: Sequence[str], methods: Sequence[str]
+) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    values = [[math.nan] * len(methods) for _ in programs]
+    for result in results:
+        x, y = methods.index(result.method), programs.index(result.program)
+        values[y][x] = result.edge_auc
+        mark = f"{result.edge_auc:.2f}" + (" \N{CHECK MARK}" if result.exact else "")
+        axes.text(x, y, mark, ha="center", va="center", size=8, color=INK)
+    colours = LinearSegmentedColormap.from_list("auc", ["#FFFFFF", POSITIVE])
+    axes.imshow(values, cmap=colours, vmin=0.5, vmax=1.25, aspect="auto")

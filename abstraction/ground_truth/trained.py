@@ -4,13 +4,12 @@ A compiled program is read off too easily: one-hot subspaces, idle heads.  A tra
 like any other, yet its circuit is known, because training went on until these gates held
 (`measure`; GATES says how far each must go):
 
-    accuracy             on fresh inputs
-    keep_ABLATION        accuracy when only the program's edges are kept: under resample, mean and zero
-    interchange          accuracy, on the answer that the causal model gives, when an aligned node has the value that it
-                         has on another input: worst node, over pairs for which that answer is
-                             another one
-    strict               accuracy when a node that the program does not use has its value on another input: worst node
-    effect               KL(model || model without e) in nats, worst edge e of the program
+    accuracy        on fresh inputs
+    keep_ABLATION   accuracy when only the program's edges are kept: resample, mean and zero
+    interchange     accuracy, on the answer that the causal model gives, when an aligned node has
+                    its value on another input: worst node, over pairs where it is another answer
+    strict          accuracy when a node of none has its value on another input: worst node
+    effect          KL(model || model without e) in nats, worst edge e of the program
 
 Through some edges the program reads the position alone, which is the same on every input, so that
 resampling need not touch them (it does where the model reads the token too); their effect is taken
@@ -26,7 +25,7 @@ Shapes: batch B, scored positions P, readers R, writers W.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,9 +34,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from abstraction.causal_model import CausalModel
-from abstraction.ground_truth.ground_truth import accuracy, effects, mask_of
-from abstraction.ground_truth.placement import groups, nodes_of, place, reads
+from abstraction.ground_truth.effects import accuracy, effects, mask_of
+from abstraction.ground_truth.placement import groups, place
 from abstraction.ground_truth.program import Program
 from abstraction.ground_truth.programs import PROGRAMS
 from circuits.ablation import AblationConfig, fit_ablation
@@ -48,9 +46,8 @@ from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 
-FOLDER = (
-    "pkg://abstraction/ground_truth/models"  # where the shipped ones are: NAME/model.safetensors
-)
+# where the shipped ones are: NAME/model.safetensors
+FOLDER = "pkg://abstraction/ground_truth/models"
 GATES: Mapping[str, float] = {
     "accuracy": 0.99,
     "keep_resample": 0.99,
@@ -61,7 +58,6 @@ GATES: Mapping[str, float] = {
     # nats; far above rounding, and a twentieth of what it takes to change a sure answer
     "effect": 0.05,
 }
-DRAWS = 100  # rounds of drawing corrupt twins until each has another answer
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,9 @@ class TrainedTruth:
 
     # a name in abstraction.ground_truth.programs.PROGRAMS
     program: str = "recall"
-    # edges that the program names but no valid input needs, as ties that never arise; not part of
-    # the circuit
+    # edges that the program names but no valid input needs; not part of the circuit
     unused: tuple[str, ...] = ()
-    # the model: LayerNorm, GELU, and more heads and layers than the program needs, so that there
-    # are shortcuts to avoid
+    # LayerNorm, GELU, and more heads and layers than the program needs: shortcuts to avoid
     layers: int = 2
     heads: int = 4
     d_model: int = 48
@@ -89,15 +83,15 @@ class TrainedTruth:
     warm_up: int = 100
     clip: float = 1.0
     # weights of the losses (abstraction.ground_truth.training); 0 turns one off
-    objective: float = 1.0
+    behaviour: float = 1.0
     interchange: float = 2.0
     strict: float = 1.0
     edges: float = 2.0
-    # share of the steps before interchange and strict join.  Where a head must learn to match (recall), they keep it
-    # from doing so; elsewhere, what is learnt without them must be unlearnt
+    # share of the steps before interchange and strict join.  Where a head must learn to match
+    # (recall), they keep it from doing so; elsewhere, what is learnt without them must be unlearnt
     alone: float = 0.0
-    # standard deviation of the first embeddings; other weights have 1 / sqrt(width), the
-    # unembedding a tenth of it
+    # standard deviation of the first embeddings; that of others is 1 / sqrt(width), and a tenth of
+    # it for the unembedding
     embedding_std: float = 1.0
     # inputs to measure each gate on
     gate_prompts: int = 512
@@ -125,6 +119,16 @@ TRUTHS: Mapping[str, TrainedTruth] = {
 }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The circuit that a model is trained to have: as if the program were compiled."""
+
+    program: Program
+    nodes: Mapping[str, str]  # in which each variable lives
+    edges: tuple[str, ...]
+    fixed_edges: tuple[str, ...]  # through which the program reads the position and nothing else
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """A trained model, and the program whose circuit it has."""
@@ -134,94 +138,64 @@ class Trained:
     gates: Mapping[str, float]  # measured after training; empty before
 
     @cached_property
-    def program(self) -> Program:
-        return program_of(self.config)
+    def wanted(self) -> Wanted:
+        return wanted(self.config)
 
     @property
-    def causal_model(self) -> CausalModel:
-        return self.program.causal_model
+    def program(self) -> Program:
+        return self.wanted.program
 
-    @cached_property
+    @property
     def nodes(self) -> Mapping[str, str]:
         """The node in which each variable lives."""
-        return nodes(self.config)
+        return self.wanted.nodes
 
-    @cached_property
+    @property
     def edges(self) -> tuple[str, ...]:
         """The names of the circuit's edges."""
-        return edges(self.config)
+        return self.wanted.edges
+
+    @property
+    def claimed_edges(self) -> tuple[tuple[str, ...], ...]:
+        """The edges of the circuit, each to be removed alone."""
+        return tuple((edge,) for edge in self.edges)
 
     def records(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """Prompts in the project's format (`records`)."""
-        return records(self.program, count, seed)
+        """Prompts with a counterfactual twin (`Program.records`)."""
+        return self.program.records(count, seed)
 
 
-def program_of(config: TrainedTruth) -> Program:
-    """Returns the program that a configuration names.
+def wanted(config: TrainedTruth) -> Wanted:
+    """Returns the circuit that a configuration names.
 
     Raises:
-        ValueError: there is no such program.
+        ValueError: no such program, too few layers or heads for it, or an unused edge that is none
+            of its edges.
     """
     if config.program not in PROGRAMS:
         raise ValueError(
             f"program={config.program!r} is unknown; the programs are {', '.join(PROGRAMS)}"
         )
-    return PROGRAMS[config.program]()
-
-
-def nodes(config: TrainedTruth) -> dict[str, str]:
-    """Returns the node in which each variable is to live: as if the program were compiled.
-
-    Raises:
-        ValueError: the model has too few layers or heads for the program.
-    """
-    places = place(program_of(config), n_heads=config.heads, d_mlp=None, redundant=None, copies=1)
+    program = PROGRAMS[config.program]()
+    places = place(program, n_heads=config.heads)
     needed = 1 + max(where.layer for where in places.values())
     if config.layers < needed:
         raise ValueError(
             f"layers={config.layers}, but program {config.program!r} needs {needed}; raise layers"
         )
-    return {variable: where.nodes[0] for variable, where in places.items()}
-
-
-def edges(config: TrainedTruth) -> tuple[str, ...]:
-    """Returns the names of the edges that the program reads through, but for the unused ones.
-
-    Raises:
-        ValueError: an unused edge that is no edge of the program.
-    """
-    program = program_of(config)
-    places = place(program, n_heads=config.heads, d_mlp=None, redundant=None, copies=1)
-    found = [
-        e
-        for group in groups(program, places, split_input=False, per_position=False)
-        for e in group.edges
-    ]
+    found = {group.edges[0]: group.variables for group in groups(program, places)}
     if strange := [edge for edge in config.unused if edge not in found]:
         raise ValueError(
             f"unused edge {strange[0]!r} is none of {config.program!r}; those are "
             f"{', '.join(found)}"
         )
-    return tuple(edge for edge in found if edge not in config.unused)
+    edges = tuple(edge for edge in found if edge not in config.unused)
+    fixed = tuple(edge for edge in edges if set(found[edge]) == {"position"})
+    nodes = {variable: where.nodes[0] for variable, where in places.items()}
+    return Wanted(program, nodes, edges, fixed)
 
 
-def fixed_edges(config: TrainedTruth) -> tuple[str, ...]:
-    """Returns those edges of the circuit through which the program reads the position and nothing
-    else.
-    """
-    program, kept = program_of(config), edges(config)
-    places = place(program, n_heads=config.heads, d_mlp=None, redundant=None, copies=1)
-    varying = set()
-    for read in reads(program):
-        if read.variable == "position":
-            continue
-        reader = places[read.step].nodes[0] if read.step in places else "logits"
-        port = f"<{read.port}>" if read.port in ("q", "k", "v") else ""
-        varying.add(f"{nodes_of(read.variable, places, False)[0]}->{reader}{port}")
-    return tuple(edge for edge in kept if edge not in varying)
-
-
-def load(name: str) -> Trained:
+def load_trained(name: str) -> Trained:
     """Returns a shipped model, or one in a folder, with its program, nodes and edges.
 
     Raises:
@@ -237,56 +211,8 @@ def load(name: str) -> Trained:
     report = json.loads(told.read_text(encoding="utf-8"))
     settings = report["config"]
     model = load_model(ModelConfig(path=f"{folder}/model.safetensors"))
-    return Trained(
-        TrainedTruth(**{**settings, "unused": tuple(settings["unused"])}), model, report["gates"]
-    )
-
-
-def records(program: Program, count: int, seed: int) -> list[dict[str, Any]]:
-    """Returns prompts with answers; the corrupt twin is another valid input with another answer.
-
-    Raises:
-        ValueError: no input with another answer was found.
-    """
-    generator, places = torch.Generator().manual_seed(seed), list(program.scored_positions)
-    clean, corrupt = program.sample(count, generator), program.sample(count, generator)
-    right = answers(program, clean)
-    for _ in range(DRAWS):
-        wrong = answers(program, corrupt)
-        if not (same := (wrong == right).any(1)).any():
-            break
-        corrupt = torch.where(same[:, None], program.sample(count, generator), corrupt)
-    else:
-        raise ValueError(
-            f"no input of {program.name} with other answers in {DRAWS} draws; check its sampler"
-        )
-    return [
-        {
-            "clean": c,
-            "corrupt": d,
-            "answers": [[a] for a in r],
-            "wrong_answers": [[a] for a in w],
-            "positions": places,
-        }
-        for c, d, r, w in zip(
-            clean.tolist(), corrupt.tolist(), right.tolist(), wrong.tolist(), strict=True
-        )
-    ]
-
-
-def answers(
-    program: Program,
-    tokens: Int[Tensor, "B S"],
-    variables: Iterable[str] = (),
-    source: Tensor | None = None,
-) -> Int[Tensor, "B P"]:
-    """Returns what the causal model answers, when some variables have the values that they have on
-    the source.
-    """
-    sources = {} if source is None else {name: {"token": source} for name in variables}
-    return program.causal_model.interchange({"token": tokens}, sources)["answer"][
-        :, list(program.scored_positions)
-    ]
+    config = TrainedTruth(**{**settings, "unused": tuple(settings["unused"])})
+    return Trained(config, model, report["gates"])
 
 
 # ---- gates ---------------------------------------------------------------------------------------
@@ -315,7 +241,7 @@ def measure(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str,
 
 
 def objectives(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str, Objective]:
-    """Returns fresh prompts with KL as metric, under each of the ablations that the gates speak of."""
+    """Returns KL on fresh prompts, under each of the ablations that the gates speak of."""
     engine = Engine(trained.model)
     test, reference = (
         prompts_from_records(trained.records(n, s)) for n, s in ((prompts, seed), (256, seed + 1))
@@ -328,28 +254,24 @@ def objectives(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[s
     }
 
 
-@torch.no_grad()
 def interchanged(
     trained: Trained, engine: Engine, node: str, tokens: Tensor, source: Tensor
 ) -> float:
-    """Returns how often the answer is the causal model's when a node has its value on the source
-    inputs.
+    """Returns how often the answer is the causal model's when a node has its value on the source.
 
     For an aligned node only pairs count for which that answer is another one than without the
     interchange.
     """
     program, held = trained.program, [name for name, home in trained.nodes.items() if home == node]
-    wanted, before = answers(program, tokens, held, source), answers(program, tokens)
-    ablated = engine.ablated(engine.writers(Prompts.from_tokens(source)))
-    logits = engine.masked(
-        Prompts.from_tokens(tokens, positions=scored(program, len(tokens))),
-        without(engine.graph, node),
-        ablated,
-    )  # [B, P, vocabulary]
-    right = (logits.argmax(-1) == wanted)[
-        wanted != before if held else torch.ones_like(wanted, dtype=torch.bool)
-    ]
-    if not len(right):
+    expected, before = program.answered(tokens, held, source), program.answered(tokens)
+    with torch.no_grad():
+        ablated = engine.ablated(engine.writers(Prompts.from_tokens(source)))
+        base = Prompts.from_tokens(tokens, positions=scored(program, len(tokens)))
+        logits = engine.masked(base, without(engine.graph, node), ablated)  # [B, P, vocabulary]
+    right = logits.argmax(-1) == expected
+    if held:
+        right = right[expected != before]
+    if not right.numel():
         raise ValueError(
             f"no interchange at {node} changes an answer of {program.name}; draw more prompts"
         )
@@ -357,22 +279,16 @@ def interchanged(
 
 
 def edge_effects(trained: Trained, tested: Mapping[str, Objective]) -> dict[str, float]:
-    """Returns KL(model || model without the edge), in nats, for each edge of the circuit, on the
-    given `behaviours`.
+    """Returns KL(model || model without the edge), in nats, for each edge of the circuit.
 
     Removed edges carry their value on another input, or nothing where the program reads the
     position alone.
     """
-    fixed, found = fixed_edges(trained.config), {}
-    for name, chosen in (
-        ("resample", [e for e in trained.edges if e not in fixed]),
-        ("zero", list(fixed)),
-    ):
-        if chosen:
-            found |= dict(
-                zip(chosen, effects(tested[name], [(edge,) for edge in chosen]), strict=True)
-            )
-    return {edge: found[edge] for edge in trained.edges}
+    found = {}
+    for edge in trained.edges:
+        ablation = "zero" if edge in trained.wanted.fixed_edges else "resample"
+        (found[edge],) = effects(tested[ablation], [(edge,)])
+    return found
 
 
 def without(graph: Graph, node: str) -> Bool[Tensor, "R W"]:
@@ -387,5 +303,5 @@ def scored(program: Program, count: int) -> Int[Tensor, "B P"]:
     return torch.tensor(program.scored_positions).expand(count, -1)
 
 
-def _mean(values: Float[Tensor, " n"] | Bool[Tensor, " n"]) -> float:
+def _mean(values: Float[Tensor, "..."] | Bool[Tensor, "..."]) -> float:
     return values.double().mean().item()

@@ -3,7 +3,8 @@
 The residual stream is cut into subspaces, one per variable: n dimensions for a categorical one
 (one-hot), one for a numerical one.
 
-    head      score(i, j) = M match(query_i, key_j) + H tie(j),  tie(j) = j (last), -j (first), 0 (mean)
+    head      score(i, j) = M match(query_i, key_j) + H tie(j)
+              tie(j) = j (last), -j (first), 0 (mean)
     lookup    neuron (a, b, c):  relu(1[x=a] + 1[y=b] + 1[z=c] - 2)  writes table[a, b, c]
     threshold step at cut c:     relu((x - c)/gap + 1/2) - relu((x - c)/gap - 1/2)
     combine   y = relu(y) - relu(-y)
@@ -17,7 +18,9 @@ r in each dimension. A lookup counts a category as present from `needed` votes o
 weigh r, so that u = sum - r (k - 1) is the number of votes if all others match and at most 0 if
 not, and
 
-    2 relu(u - needed + 3/4) - 2 relu(u - needed + 1/4)   is 0 for u <= needed - 3/4 and 1 for u >= needed - 1/4.
+    2 relu(u - needed + 3/4) - 2 relu(u - needed + 1/4)
+
+is 0 for u <= needed - 3/4 and 1 for u >= needed - 1/4.
 
 A head that matches on such a variable needs one vote: M is so large that a single one decides.
 
@@ -34,14 +37,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abstraction.ground_truth.program import (
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import (
     Attend,
     Combine,
     Lookup,
-    Program,
     Step,
     Switch,
     Threshold,
+    category,
 )
 
 HARD = 20.0  # by how much a head's best score beats the next
@@ -73,9 +77,7 @@ class Votes:
 
 @dataclass(frozen=True)
 class Head:
-    """Weights of one head, acting on a row vector x: q = W_q x + b_q, and so on; `o` maps the value
-    back.
-    """
+    """Weights of one head: q = W_q x + b_q, and so on; `o` maps the value back."""
 
     q: Float[Tensor, "E D"]
     q_bias: Float[Tensor, " E"]
@@ -96,22 +98,19 @@ class Neurons:
 
 def head_width(program: Program, step: Attend) -> int:
     """Dimensions that a head needs for matching and, separately, for its value."""
-    n_query, n_key = program.matches(step).shape
-    value = 1 if program.sizes[step.name] is None else program.category(step.value)
+    n_query, n_key = step.matches(program.sizes).shape
+    value = 1 if program.sizes[step.name] is None else category(program.sizes, step.value)
     return max(min(n_query, n_key) * (step.key is not None) + (step.ties != "mean"), value)
 
 
 def head(program: Program, step: Attend, layout: Layout, d_head: int) -> Head:
     """Returns the head that does an attention step."""
     q, k, v = (torch.zeros(d_head, layout.width, dtype=torch.float64) for _ in range(3))
-    q_bias, o = (
-        torch.zeros(d_head, dtype=torch.float64),
-        torch.zeros(layout.width, d_head, dtype=torch.float64),
-    )
+    q_bias, o = torch.zeros_like(q[:, 0]), torch.zeros_like(q.T)
     scale = math.sqrt(d_head)  # the model divides scores by it
     row = 0
     if step.key is not None:
-        matches = program.matches(step).double()  # [query, key]
+        matches = step.matches(program.sizes).double()  # [query, key]
         strength = 2 * HARD * scale * (1 if step.ties == "mean" else program.length)
         keys = layout.reader(step.key)
         row = min(matches.shape)
@@ -122,11 +121,8 @@ def head(program: Program, step: Attend, layout: Layout, d_head: int) -> Head:
         else:
             q[:row], k[:row] = strength * matches.T @ layout.reader(step.query), keys
     if step.ties != "mean":
-        sign = 1.0 if step.ties == "last" else -1.0
-        q_bias[row] = HARD * scale
-        k[row] = (
-            sign * torch.arange(program.length, dtype=torch.float64) @ layout.reader("position")
-        )
+        rising = torch.arange(program.length, dtype=torch.float64) @ layout.reader("position")
+        q_bias[row], k[row] = HARD * scale, rising if step.ties == "last" else -rising
     value, written = layout.reader(step.value), list(layout.dims[step.name])
     if step.numbers is not None:
         value = torch.tensor([step.numbers], dtype=torch.float64) @ value
@@ -143,29 +139,16 @@ def neurons(program: Program, step: Step, layout: Layout, votes: Votes) -> Neuro
         case Threshold():
             return _threshold(step, layout)
         case Combine():
-            x = sum(
-                w * layout.reader(name)[0]
-                for w, name in zip(step.weights, step.inputs, strict=True)
-            )
-            assert isinstance(x, Tensor)
-            bias, out = (
-                torch.tensor([step.bias, -step.bias], dtype=torch.float64),
-                layout.reader(step.name),
-            )
-            return Neurons(torch.stack([x, -x]), bias, torch.cat([out, -out]), torch.zeros_like(x))
+            return _combine(step, layout)
         case Switch():
-            on, out = layout.reader(step.trigger)[1], layout.reader(step.name)
-            into = torch.cat([layout.reader(step.normal) - on, layout.reader(step.other) + on])
-            bias = torch.cat([torch.zeros(len(out)), -torch.ones(len(out))]).double()
-            return Neurons(into, bias, torch.cat([out, out]), torch.zeros_like(on))
+            return _switch(step, layout)
     raise AssertionError(f"{step.name} is no MLP step")
 
 
 def _lookup(program: Program, step: Lookup, layout: Layout, votes: Votes) -> Neurons:
     table = program.tables[step.name]
-    key = torch.cartesian_prod(*(torch.arange(n) for n in table.shape)).view(
-        -1, table.ndim
-    )  # [N, inputs]
+    key = torch.cartesian_prod(*(torch.arange(n) for n in table.shape))
+    key = key.view(-1, table.ndim)  # [N, inputs]
     out = layout.reader(step.name)[table.flatten()]
     voted = votes.variable in step.inputs
     heaviest = float(votes.copies) if voted else 1.0
@@ -187,3 +170,19 @@ def _threshold(step: Threshold, layout: Layout) -> Neurons:
     rises = bins[1:] - bins[:-1]  # passing a cut takes from one bin to the next
     bias = torch.cat([0.5 - cuts / step.gap, -0.5 - cuts / step.gap])
     return Neurons(x.expand(2 * len(cuts), -1), bias, torch.cat([rises, -rises]), bins[0])
+
+
+def _combine(step: Combine, layout: Layout) -> Neurons:
+    x = sum(
+        (w * layout.reader(name)[0] for w, name in zip(step.weights, step.inputs, strict=True)),
+        torch.zeros(layout.width, dtype=torch.float64),
+    )
+    bias, out = torch.tensor([step.bias, -step.bias], dtype=torch.float64), layout.reader(step.name)
+    return Neurons(torch.stack([x, -x]), bias, torch.cat([out, -out]), torch.zeros_like(x))
+
+
+def _switch(step: Switch, layout: Layout) -> Neurons:
+    on, out = layout.reader(step.trigger)[1], layout.reader(step.name)
+    into = torch.cat([layout.reader(step.normal) - on, layout.reader(step.other) + on])
+    bias = torch.cat([torch.zeros(len(out)), -torch.ones(len(out))]).double()
+    return Neurons(into, bias, torch.cat([out, out]), torch.zeros_like(on))

@@ -168,10 +168,8 @@ class Footprint:
         taken = self.clean + self._bytes(self.layers * (self.sides + 3 * self.width))
         scores = 4 * self.query_heads * self.scored * self.tokens + 2 * self.heads * self.tokens
         rows = 3 * self.query_heads * self.scored * self.width
-        masked = self.masked() - self._metric  # no metric is taken
-        held = self._bytes(self.layers * self.sides)
-        compared = masked + self.element * (scores + rows) + held
-        return max(taken, self.prepared(False) + compared)
+        run = self.masked() - self._metric + self._bytes(self.layers * self.sides)
+        return max(taken, self.prepared(False) + run + self.element * (scores + rows))
 
     @property
     def mask(self) -> int:

@@ -1,1 +1,1 @@
-"""Models: loading them, refusing what would be computed wrongly, and saying what their parts are."""
+"""Models: loading, refusing what would be computed wrongly, saying what their parts are."""

@@ -33,8 +33,8 @@ class OutputHead(nn.Module):
         if weight.ndim not in (2, 3) or bias.shape != weight.shape[:-1]:
             raise ValueError(
                 f"a head of weight {tuple(weight.shape)} and bias {tuple(bias.shape)}, but they "
-                "are [outputs, d_model] "
-                "and [outputs], or [places, outputs, d_model] and [places, outputs]"
+                "are [outputs, d_model] and [outputs], or [places, outputs, d_model] and [places, "
+                "outputs]"
             )
         if weight.ndim == 2:
             weight, bias = weight[None], bias[None]
@@ -64,8 +64,7 @@ class OutputHead(nn.Module):
         if n > self.places:
             raise ValueError(
                 f"the head has {self.places} places, but {n} positions are read; name "
-                f"{self.places} `positions` in "
-                "each prompt"
+                f"{self.places} `positions` in each prompt"
             )
         return torch.einsum("...pd,pod->...po", normed, self.weight[:n]) + self.bias[:n]
 

@@ -1,7 +1,7 @@
-"""Where everything in a circuit's picture stands: edge names become nodes and rows, `dot` gives
-them coordinates.
+"""Where everything in a circuit's picture stands: names become nodes and rows, `dot` places them.
 
-    lay_out(parse_edges([("input->a0.h3<v>", 0.8), ("a0.h3->logits", 0.5)])).nodes["a0.h3"]  # (x, y)
+    layout = lay_out(parse_edges([("input->a0.h3<v>", 0.8), ("a0.h3->logits", 0.5)]))
+    layout.nodes["a0.h3"]  # (x, y)
 
 Rows are layers (inputs at the bottom, logits on top), so every edge runs upwards. An edge's
 strength decides here how short and straight it comes out, and in `circuits.plot.circuit` its width
@@ -14,50 +14,39 @@ fade all the others.
 
 Graphviz `dot` with forced ranks (Gansner, Koutsofios, North, Vo 1993, "A technique for drawing
 directed graphs") places nodes and routes edges. It never sees a font, and the order of the edges
-does not matter.
-
-Coordinates are points (1/72 inch), y upwards.
+does not matter. Coordinates are points (1/72 inch), y upwards.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
+from circuits.names import INPUT, LOGITS, head_name, parse_edge, parse_node
+
 Point = tuple[float, float]
+Curve = tuple[Point, ...]  # a chain of cubic Beziers: 3n + 1 points, from writer to reader
+Pair = tuple[str, str]  # two nodes that are joined
 
 NODE_HEIGHT = 29.0
 NODE_WIDTH = {"input": 62.0, "head": 46.0, "mlp": 46.0, "logits": 62.0}
-PORT_OFFSET = {
-    "q": -14.0,
-    "k": 0.0,
-    "v": 14.0,
-}  # where a head reads, from the middle of its lower side
-FAN_STEP, BUNDLE_STEP = (
-    4.0,
-    2.5,
-)  # between edges that meet at a side of a node; between parallel edges on their way
+# Where a head reads, from the middle of its lower side.
+PORT_OFFSET = {"q": -14.0, "k": 0.0, "v": 14.0}
+# Between edges that meet at a side of a node, and between parallel edges on their way.
+FAN_STEP, BUNDLE_STEP = 4.0, 2.5
+LOGITS_ROW = 10**9
 
 
-# --- what the names say ---------------------------------------------------------------------------
-
-_WRITER = re.compile(r"input(?:\.token|\.position)?|a(?P<a>\d+)\.h(?P<head>\d+)|m(?P<m>\d+)")
-_READER = re.compile(
-    r"(?P<node>logits|m(?P<m>\d+)|a(?P<a>\d+)\.h\d+(?=<)|a(?P<g>\d+)\.kv(?P<group>\d+)(?=<[kv]>))(?:<(?P<port>[qkv])>)?"
-)
-LOGITS_DEPTH = 10**9
+# ---- what the names say --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DrawnEdge:
-    """One edge as the picture needs it: `a0.h3->a1.h2<q>` joins node `a0.h3` to node `a1.h2` at
-    port `q`.
-    """
+    """One edge as the picture needs it: `a0.h3->a1.h2<q>` joins `a0.h3` to `a1.h2` at port `q`."""
 
     name: str
     writer: str
@@ -75,63 +64,65 @@ def parse_edges(edges: Iterable[tuple[str, float]]) -> tuple[DrawnEdge, ...]:
     """
     drawn: dict[str, DrawnEdge] = {}
     for name, score in edges:
-        writer, _, reader = name.partition("->")
-        match = _READER.fullmatch(reader)
-        if _WRITER.fullmatch(writer) is None or match is None or (match["m"] and match["port"]):
-            raise ValueError(
-                f"edge {name!r} is not of the form writer->reader, such as a0.h3->a1.h2<q> or "
-                "m0->logits"
-            )
-        if (match["node"] == "logits") and match["port"]:
-            raise ValueError(f"edge {name!r} gives logits a port; write {writer}->logits")
-        if depth(writer) >= depth(match["node"]):
-            raise ValueError(
-                f"edge {name!r} does not run to a later layer; a writer must come before its reader"
-            )
         if name in drawn:
             raise ValueError(f"edge {name!r} is given twice; merge its scores first")
-        if not math.isfinite(score):
-            raise ValueError(
-                f"edge {name!r} has score {score}, which cannot be drawn; scores must be finite"
-            )
-        drawn[name] = DrawnEdge(name, writer, match["node"], match["port"] or "", float(score))
+        drawn[name] = _drawn(name, score)
     return tuple(drawn[name] for name in sorted(drawn))
+
+
+def _drawn(name: str, score: float) -> DrawnEdge:
+    edge = parse_edge(name)
+    if edge.position is not None:
+        raise ValueError(
+            f"edge {name!r} is of one position, but a picture has none; sum scores over positions "
+            "(Circuit.edges_over_positions)"
+        )
+    if row_of(edge.writer) >= row_of(edge.node):
+        raise ValueError(
+            f"edge {name!r} does not run to a later layer; a writer must come before its reader"
+        )
+    if not math.isfinite(score):
+        raise ValueError(
+            f"edge {name!r} has score {score}, which cannot be drawn; scores must be finite"
+        )
+    return DrawnEdge(name, edge.writer, edge.node, edge.port, float(score))
 
 
 def kind(node: str) -> str:
     """Return the kind that colours a node: "input", "head", "mlp" or "logits"."""
-    return {"i": "input", "a": "head", "m": "mlp", "l": "logits"}[node[0]]
+    return "head" if is_key_value(node) else parse_node(node).kind
 
 
-def depth(node: str) -> int:
+def is_key_value(node: str) -> bool:
+    """Return whether the node is the keys and values of a group of query heads."""
+    return parse_node(node).kind == "kv"
+
+
+def row_of(name: str) -> int:
     """Return the row of a node, counted upwards; rows without nodes are not drawn.
 
     Key-value heads of grouped-query attention stand one row below the query heads that they serve.
     """
-    if node.startswith("input"):
-        return -1
-    if node == "logits":
-        return LOGITS_DEPTH
-    layer = int(re.match(r"[am](\d+)", node)[1])  # pyright: ignore[reportOptionalSubscript]
-    return 3 * layer + (2 if node[0] == "m" else 0 if ".kv" in node else 1)
+    node = parse_node(name)
+    if node.kind in ("input", "logits"):
+        return -1 if node.kind == "input" else LOGITS_ROW
+    return 3 * node.layer + ("kv", "head", "mlp").index(node.kind)
 
 
 def row_label(row: int) -> str:
     """Return the axis label of a row: "embed", "k v 1", "attn 1", "mlp 1" or "logits"."""
-    if row in (-1, LOGITS_DEPTH):
+    if row in (-1, LOGITS_ROW):
         return "embed" if row == -1 else "logits"
     return f"{('k v', 'attn', 'mlp')[row % 3]} {row // 3}"
 
 
-# --- how strong an edge is ------------------------------------------------------------------------
+# ---- how strong an edge is -----------------------------------------------------------------------
 
 
 def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
-    """Return each score's strength in [0, 1] (module docstring) and `top`, the |score| from which
-    it is 1.
+    """Return each score's strength in [0, 1], and `top`, the |score| from which it is 1.
 
-    Scores without any contrast, all zero or all equal in size as for a bare mask, get strength .5
-    each.
+    Scores without any contrast, all zero or all equal in size as for a bare mask, get .5 each.
     """
     sizes = [abs(score) for score in scores]
     largest = max(sizes, default=0.0)
@@ -141,21 +132,17 @@ def strengths(scores: Sequence[float]) -> tuple[list[float], float]:
     return [math.sqrt(min(1.0, size / top)) for size in sizes], top
 
 
-# --- layout: dot ----------------------------------------------------------------------------------
+# ---- layout: dot ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands, in points, y upwards, the lowest left corner at (0, 0).
-
-    `edges` holds one cubic Bezier chain of 3n + 1 points per edge, from writer to reader; `links`
-    join a key-value head to its query heads.
-    """
+    """Where everything stands, in points, y upwards, the lowest left corner at (0, 0)."""
 
     nodes: Mapping[str, Point]
-    edges: Mapping[str, tuple[Point, ...]]
-    links: Mapping[tuple[str, str], tuple[Point, ...]]
-    rows: Mapping[str, float]
+    edges: Mapping[str, Curve]  # by the edge's name
+    links: Mapping[Pair, Curve]  # from a key-value head to a query head that it serves
+    rows: Mapping[str, float]  # by the row's label
     width: float
     height: float
 
@@ -170,94 +157,102 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
     Raises:
         ValueError: a key-value reader although `kv_group` is 1.
     """
+    nodes, weights = _nodes(edges), _weights(edges)
+    links = _links(nodes, kv_group)
+    graph = _dot_graph(nodes, weights, links)
+    graph.layout(prog="dot")
+
+    centres = {node: _points(graph.get_node(node))[0] for node in nodes}
+    routes = {pair: _without_spikes(_points(graph.get_edge(*pair))) for pair in weights}
+    curves = _fan_out(edges, routes)
+    xs = [x for points in curves.values() for x, _ in points]
+    for node, (x, _) in centres.items():
+        xs += [x - NODE_WIDTH[kind(node)] / 2, x + NODE_WIDTH[kind(node)] / 2]
+    left = min(xs)
+
+    def shifted(points: Curve) -> Curve:
+        return tuple((x - left, y) for x, y in points)
+
+    return Layout(
+        nodes={node: (x - left, y) for node, (x, y) in centres.items()},
+        edges={name: shifted(points) for name, points in curves.items()},
+        links={pair: shifted(_points(graph.get_edge(*pair))) for pair in links},
+        rows={row_label(row_of(node)): y for node, (_, y) in centres.items()},
+        width=max(xs) - left,
+        height=float(graph.graph_attr["bb"].split(",")[3]),
+    )
+
+
+def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Sequence[Pair]) -> Any:
+    """Return the graph that dot lays out."""
     import pygraphviz
 
-    nodes = _nodes(edges)
-    links = _links(nodes, kv_group)
-    rows = sorted({depth(node) for node in nodes})
     graph: Any = pygraphviz.AGraph(
         strict=False, directed=True, rankdir="BT", nodesep=0.03, ranksep=0.55
     )
     # Fixed sizes and empty labels: dot never measures text, so fonts cannot change the layout.
     graph.node_attr.update(shape="box", fixedsize="true", label="", height=NODE_HEIGHT / 72)
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
-    for node in nodes:
-        graph.add_node(
-            node, width=(NODE_WIDTH[kind(node)] + 12) / 72
-        )  # 12: edges keep clear of nodes
-    for below, above in pairwise(rows):  # a chain of invisible anchors forces the ranks
-        graph.add_edge(f"row {below}", f"row {above}", style="invis", weight=0)
-    for row in rows:
-        anchor = f"row {row}"
-        graph.get_node(anchor).attr.update(style="invis", width=0.01, height=0.01)
-        graph.add_subgraph([anchor, *(node for node in nodes if depth(node) == row)], rank="same")
-    strength, _ = strengths([edge.score for edge in edges])
-    weight: dict[tuple[str, str], float] = {}
-    for edge, size in zip(edges, strength, strict=True):
-        weight[edge.writer, edge.node] = max(size, weight.get((edge.writer, edge.node), 0.0))
-    for pair, size in sorted(weight.items()):
-        graph.add_edge(*pair, weight=1 + round(4 * size))
+    for node in nodes:  # 12 points wider than drawn, so that edges keep clear
+        graph.add_node(node, width=(NODE_WIDTH[kind(node)] + 12) / 72)
+    _force_ranks(graph, nodes)
+    for pair, strength in sorted(weights.items()):
+        graph.add_edge(*pair, weight=1 + round(4 * strength))
     for pair in links:
         graph.add_edge(*pair, weight=8)
-    graph.layout(prog="dot")
+    return graph
 
-    routes = {pair: _without_spikes(_points(graph.get_edge(*pair).attr["pos"])) for pair in weight}
-    positions = {
-        node: _points(graph.get_node(node).attr["pos"])[0]
-        for node in [*nodes, *(f"row {row}" for row in rows)]
-    }
-    curves = _fan_out(edges, routes)
-    xs = [x for points in curves.values() for x, _ in points]
-    left = min([positions[node][0] - NODE_WIDTH[kind(node)] / 2 for node in nodes] + xs)
-    right = max([positions[node][0] + NODE_WIDTH[kind(node)] / 2 for node in nodes] + xs)
-    return Layout(
-        nodes={node: (positions[node][0] - left, positions[node][1]) for node in nodes},
-        edges={name: tuple((x - left, y) for x, y in points) for name, points in curves.items()},
-        links={
-            pair: tuple((x - left, y) for x, y in _points(graph.get_edge(*pair).attr["pos"]))
-            for pair in links
-        },
-        rows={row_label(row): positions[f"row {row}"][1] for row in rows},
-        width=right - left,
-        height=float(graph.graph_attr["bb"].split(",")[3]),
-    )
+
+def _force_ranks(graph: Any, nodes: Sequence[str]) -> None:
+    """Put each row on a rank of its own, by a chain of invisible anchors."""
+    rows = {f"row {row}": list(beside) for row, beside in groupby(nodes, key=row_of)}
+    for below, above in pairwise(rows):
+        graph.add_edge(below, above, style="invis", weight=0)
+    for anchor, beside in rows.items():
+        graph.get_node(anchor).attr.update(style="invis", width=0.01, height=0.01)
+        graph.add_subgraph([anchor, *beside], rank="same")
 
 
 def _nodes(edges: Sequence[DrawnEdge]) -> list[str]:
-    nodes = {"logits"} | {edge.writer for edge in edges} | {edge.node for edge in edges}
-    if not any(kind(node) == "input" for node in nodes):
-        nodes.add("input")
-    return sorted(
-        nodes,
-        key=lambda node: (depth(node), [int(number) for number in re.findall(r"\d+", node)], node),
-    )
+    """Return the nodes from row to row, from left to right as dot begins."""
+    nodes = {LOGITS} | {edge.writer for edge in edges} | {edge.node for edge in edges}
+    if all(kind(node) != "input" for node in nodes):
+        nodes.add(INPUT)
+    return sorted(nodes, key=lambda node: (row_of(node), parse_node(node).head, node))
 
 
-def _links(nodes: Sequence[str], kv_group: int) -> list[tuple[str, str]]:
-    """Return (key-value head, query head) for every drawn query head whose keys and values come
-    from a drawn node.
-    """
+def _weights(edges: Sequence[DrawnEdge]) -> dict[Pair, float]:
+    """Return the largest strength of the edges between two nodes."""
+    weights: dict[Pair, float] = {}
+    strength, _ = strengths([edge.score for edge in edges])
+    for edge, size in zip(edges, strength, strict=True):
+        pair = edge.writer, edge.node
+        weights[pair] = max(size, weights.get(pair, 0.0))
+    return weights
+
+
+def _links(nodes: Sequence[str], kv_group: int) -> list[Pair]:
+    """Return (key-value head, query head) wherever both are drawn and one serves the other."""
     links = []
-    for node in nodes:
-        if ".kv" not in node:
-            continue
+    for node in filter(is_key_value, nodes):
         if kv_group < 2:
             raise ValueError(
                 f"{node} is a key-value head, but kv_group={kv_group}; pass the model's query "
                 "heads per key-value head"
             )
-        layer, group = map(int, re.findall(r"\d+", node))
-        heads = (f"a{layer}.h{head}" for head in range(group * kv_group, (group + 1) * kv_group))
+        layer, first = parse_node(node).layer, parse_node(node).head * kv_group
+        heads = (head_name(layer, head) for head in range(first, first + kv_group))
         links += [(node, head) for head in heads if head in nodes]
     return links
 
 
-def _points(text: str) -> tuple[Point, ...]:
-    points = (pair.split(",") for pair in text.split())
+def _points(drawn: Any) -> Curve:
+    """Return where dot put a node, or an edge's control points."""
+    points = (pair.split(",") for pair in drawn.attr["pos"].split())
     return tuple((round(float(x), 3), round(float(y), 3)) for x, y in points)
 
 
-def _without_spikes(points: tuple[Point, ...]) -> tuple[Point, ...]:
+def _without_spikes(points: Curve) -> Curve:
     """Return the curve with no control point farther from its joint than .8 of the cubic's chord.
 
     In crowded pictures dot lets some overshoot by hundreds of points, which shows as a spike.
@@ -276,18 +271,13 @@ def _without_spikes(points: tuple[Point, ...]) -> tuple[Point, ...]:
     return tuple(kept)
 
 
-def _fan_out(
-    edges: Sequence[DrawnEdge], routes: Mapping[tuple[str, str], tuple[Point, ...]]
-) -> dict[str, tuple[Point, ...]]:
-    """Return one curve per edge: its route, spread at both ends and moved a little from its
-    parallels in between.
-    """
-    at_tail = _fan(
-        {pair: (pair[0], route[min(3, len(route) - 1)][0]) for pair, route in routes.items()}
-    )
-    at_head = _fan(
-        {pair: (pair[1], route[-min(4, len(route))][0]) for pair, route in routes.items()}
-    )
+# ---- edges that share a way or an end ------------------------------------------------------------
+
+
+def _fan_out(edges: Sequence[DrawnEdge], routes: Mapping[Pair, Curve]) -> dict[str, Curve]:
+    """Return one curve per edge: its route, spread at both ends and beside its parallels."""
+    at_tail = _fan({pair: (pair[0], route[3][0]) for pair, route in routes.items()})
+    at_head = _fan({pair: (pair[1], route[-4][0]) for pair, route in routes.items()})
     curves = {}
     for edge in edges:
         pair = (edge.writer, edge.node)
@@ -297,39 +287,32 @@ def _fan_out(
     return curves
 
 
-def _fan(ends: Mapping[tuple[str, str], tuple[str, float]]) -> dict[tuple[str, str], float]:
-    """Return each route's offset at a node, given that node and the x that the route comes from: no
-    two cross.
+def _fan(ends: Mapping[Pair, tuple[str, float]]) -> dict[Pair, float]:
+    """Return each route's offset at a node, so that no two cross.
+
+    `ends` gives that node, and the x that the route comes from.
     """
     offsets = {}
     for node in {node for node, _ in ends.values()}:
         routes = sorted((x, pair) for pair, (owner, x) in ends.items() if owner == node)
-        span = (
-            (NODE_WIDTH[kind(node)] - 16) / 2 if kind(node) in ("input", "logits", "mlp") else 9.0
-        )
+        span = 9.0 if kind(node) == "head" else (NODE_WIDTH[kind(node)] - 16) / 2
         step = min(FAN_STEP, 2 * span / max(1, len(routes) - 1))
-        offsets |= {
-            pair: step * (index - (len(routes) - 1) / 2) for index, (_, pair) in enumerate(routes)
-        }
+        for index, (_, pair) in enumerate(routes):
+            offsets[pair] = step * (index - (len(routes) - 1) / 2)
     return offsets
 
 
-def _bent(points: tuple[Point, ...], tail: float, between: float, head: float) -> tuple[Point, ...]:
-    """Return the curve moved sideways by `tail` where it starts, `head` where it ends, and
-    `between` in between.
-    """
+def _bent(points: Curve, tail: float, between: float, head: float) -> Curve:
+    """Return the curve moved sideways: `tail` at its start, `head` at its end, else `between`."""
     bottom, top = points[0][1], points[-1][1]
     reach = min(40.0, (top - bottom) / 2)
 
-    def smooth(distance: float) -> float:
+    def near(distance: float) -> float:
+        """1 at an end of the curve, falling smoothly to 0 at `reach` from it."""
         part = min(1.0, max(0.0, distance / reach))
-        return part * part * (3 - 2 * part)
+        return 1 - part * part * (3 - 2 * part)
 
     def offset(y: float) -> float:
-        return (
-            between
-            + (tail - between) * (1 - smooth(y - bottom))
-            + (head - between) * (1 - smooth(top - y))
-        )
+        return between + (tail - between) * near(y - bottom) + (head - between) * near(top - y)
 
     return tuple((round(x + offset(y), 3), y) for x, y in points)

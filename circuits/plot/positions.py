@@ -1,5 +1,4 @@
-"""The picture of a circuit with edges per position: where in the text each node reads, and how
-much.
+"""The picture of a circuit with edges per position: where in the text each node reads, how much.
 
 Rows are nodes, the output at the top; columns are positions of the text; a cell is the sum of the
 scores of the kept edges into the node (queries, keys and values together) at the position, blue
@@ -14,14 +13,8 @@ from pathlib import Path
 import torch
 
 from circuits.circuit import Circuit
-from circuits.plot.style import (
-    FAINT_INK,
-    NEGATIVE,
-    POSITIVE,
-    annotate_figure,
-    plot_style,
-    save_figure,
-)
+from circuits.names import LOGITS, split_reader
+from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, saved_figure
 
 
 def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: str = "") -> Path:
@@ -30,49 +23,43 @@ def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: st
     Raises:
         ValueError: the circuit does not tell edges apart by position.
     """
-    if circuit.graph.n_positions is None:
+    n_positions = circuit.graph.n_positions
+    if n_positions is None:
         raise ValueError(
             "this circuit does not tell edges apart by position; extract it with positions=true"
         )
     from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
-    from matplotlib.figure import Figure
 
     nodes, values = _into_nodes(circuit)
     if not nodes:  # logits alone, reading nothing
-        nodes, values = ["logits"], torch.full((1, circuit.graph.n_positions), float("nan"))
+        nodes, values = [LOGITS], torch.full((1, n_positions), float("nan"))
     largest = max(float(values.nan_to_num().abs().max()), 1e-12)
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#F4F4F4", POSITIVE])
-    with plot_style():
-        figure = Figure(
-            figsize=(2.2 + 0.32 * circuit.graph.n_positions, 1.7 + 0.2 * len(nodes)),
-            layout="constrained",
-        )
+    norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
+    size = (2.2 + 0.32 * n_positions, 1.7 + 0.2 * len(nodes))
+    with saved_figure(path, size, title, caption) as figure:
         axes = figure.add_subplot(xlabel="position")
-        norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
         shown = axes.imshow(values.numpy(), cmap=colours, norm=norm, aspect="auto", origin="lower")
         axes.set_yticks(range(len(nodes)), nodes, fontsize=7.5)
-        axes.set_xticks(range(circuit.graph.n_positions))
+        axes.set_xticks(range(n_positions))
         bar = figure.colorbar(shown, ax=axes, pad=0.02, ticks=[-largest, 0, largest], format="%.2g")
         bar.set_label("sum of scores", color=FAINT_INK, size=8)
-        annotate_figure(figure, title, caption)
-        save_figure(figure, [Path(path)])
     return Path(path)
 
 
 def _into_nodes(circuit: Circuit) -> tuple[list[str], torch.Tensor]:
-    """Nodes that read something, in forward order, and the sums of scores into them; NaN where
-    nothing is kept.
+    """Nodes that read something, in forward order, and the sums of scores into them.
+
+    NaN where nothing is kept.
     """
-    graph, kept = circuit.graph, circuit.kept.any(1)
+    kept = circuit.kept.any(1)  # [R, S]
     sums = (circuit.scores * circuit.kept).sum(1)  # [R, S]
-    rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for reader, name in enumerate(graph.readers):
-        node = name.partition("<")[0]
-        total, any_kept = rows.get(node, (torch.zeros_like(sums[0]), torch.zeros_like(kept[0])))
-        rows[node] = total + sums[reader], any_kept | kept[reader]
-    reading = {
-        node: total.masked_fill(~here, float("nan"))
-        for node, (total, here) in rows.items()
-        if here.any()
-    }
-    return list(reading), torch.stack([*reading.values()]) if reading else sums[:0]
+    rows: dict[str, list[int]] = {}
+    for reader, name in enumerate(circuit.graph.readers):
+        rows.setdefault(split_reader(name)[0], []).append(reader)
+    reading = {node: readers for node, readers in rows.items() if kept[readers].any()}
+    values = [
+        sums[readers].sum(0).masked_fill(~kept[readers].any(0), float("nan"))
+        for readers in reading.values()
+    ]
+    return list(reading), torch.stack(values) if values else sums[:0]

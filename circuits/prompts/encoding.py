@@ -1,15 +1,15 @@
 """One record, as read from a file or made by a task, to checked token ids.
 
-    clean = BOS? + encode(text)                                   text is tokenised here, without special tokens
+    clean = BOS? + encode(text)                                   encoded without special tokens
     answer = the id a with encode(text + answer) = encode(text) + [a]
 
 A *record* is a dict of the JSONL schema:
 
     clean (or text)   str or list of token ids
     corrupt           the same, with as many tokens; optional
-    answers           acceptable tokens (strings or ids) at the last token or, with positions, a list of them for each
+    answers           acceptable tokens (strings or ids) of the last one, or lists by position
     wrong_answers     tokens to hold against them, in the same form; optional
-    positions         positions whose logits are scored; negative ones count from the last token; optional
+    positions         whose logits are scored; negative ones count from the last token; optional
     label             0 normal, 1 anomalous; optional
     id                str or int; optional
 
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,46 +74,24 @@ def encode_record(
     """
     if not isinstance(record, Mapping):
         raise ValueError(f'{_quote(record)} is no object; write {{"clean": ...}}')
-    bos = _bos(tokenizer, prepend_bos)
     vocabulary = LARGEST_VOCABULARY if vocabulary is None else vocabulary
+    outputs = vocabulary if outputs is None else outputs
+    encoder = _Encoder(tokenizer, _bos(tokenizer, prepend_bos), vocabulary, outputs)
     source = _clean_source(record)
-    clean = _encode_prompt("clean", source, tokenizer, bos, vocabulary)
+    clean = encoder.prompt("clean", source)
     if max_length is not None and len(clean) > max_length:
         raise ValueError(
-            f"clean has {len(clean)} tokens{' with BOS' if bos is not None else ''}, but "
-            f"max_length={max_length}; "
-            "shorten it or take a model with a longer context"
+            f"clean has {len(clean)} tokens{' with BOS' if encoder.bos is not None else ''}, but "
+            f"max_length={max_length}; shorten it or take a model with a longer context"
         )
-    corrupt = None
-    if record.get("corrupt") is not None:
-        corrupt = _encode_prompt("corrupt", record["corrupt"], tokenizer, bos, vocabulary)
-        if len(corrupt) != len(clean):
-            raise ValueError(
-                f"clean has {len(clean)} tokens and corrupt has {len(corrupt)}; a corrupt prompt "
-                "needs as many tokens "
-                "as its clean one, so reword one of them"
-            )
+    corrupt = _corrupt(record.get("corrupt"), len(clean), encoder)
     positions = _positions(record.get("positions"), len(clean))
-    outputs = vocabulary if outputs is None else outputs
-    places = [_Place(tokenizer, clean, source, position, bos, outputs) for position in positions]
-    by_position = record.get("positions") is not None
-    answers = _answers("answers", record.get("answers"), places, by_position)
-    wrong_answers = _answers("wrong_answers", record.get("wrong_answers"), places, by_position)
-    for right, wrong in zip(answers or (), wrong_answers or ()):
-        if shared := set(right) & set(wrong):
-            raise ValueError(
-                f"token {min(shared)} is in answers and in wrong_answers; take it out of one of "
-                "them"
-            )
-    return EncodedPrompt(
-        id=_record_id(record.get("id"), default_id),
-        clean=clean,
-        corrupt=corrupt,
-        positions=positions,
-        answers=answers,
-        wrong_answers=wrong_answers,
-        label=_label(record.get("label")),
-    )
+    places = [_Place(encoder, clean, source, position) for position in positions]
+    answers = _answers("answers", record, places)
+    wrong_answers = _answers("wrong_answers", record, places)
+    _refuse_shared(answers, wrong_answers)
+    identifier, label = _record_id(record.get("id"), default_id), _label(record.get("label"))
+    return EncodedPrompt(identifier, clean, corrupt, positions, answers, wrong_answers, label)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase | None, prepend_bos: bool) -> int | None:
@@ -128,57 +107,61 @@ def _bos(tokenizer: PreTrainedTokenizerBase | None, prepend_bos: bool) -> int | 
         raise ValueError(
             "prepend_bos=True, but the tokenizer has no BOS token; set prepend_bos=False"
         )
-    bos: Any = tokenizer.bos_token_id  # transformers declares it as id or list or text
-    return bos
+    return cast(int, tokenizer.bos_token_id)  # transformers declares it as id or list or text
 
 
 def _clean_source(record: Mapping[str, Any]) -> Any:
-    clean, text = record.get("clean"), record.get("text")
-    if clean is not None and text is not None:
+    given = [record[key] for key in ("clean", "text") if record.get(key) is not None]
+    if len(given) == 2:
         raise ValueError("both clean and text are given, which mean the same; keep one")
-    if clean is None and text is None:
+    if not given:
         raise ValueError(
             f"clean is missing among {_quote(sorted(map(str, record)))}; give clean or text"
         )
-    return text if clean is None else clean
+    return given[0]
 
 
-def _encode_prompt(
-    field: str,
-    source: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    bos: int | None,
-    vocabulary: int,
-) -> tuple[int, ...]:
-    if isinstance(source, str):
-        tokens = _encode_text(field, source, tokenizer)
-    elif isinstance(source, list | tuple):
-        tokens = list(source)
-    else:
+@dataclass(frozen=True)
+class _Encoder:
+    """What a model reads: its tokenizer, the BOS to put first, and the bounds on token ids."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    bos: int | None
+    vocabulary: int
+    outputs: int  # the bound on answers
+
+    def prompt(self, field: str, source: Any) -> tuple[int, ...]:
+        """The checked token ids of a prompt, BOS included."""
+        tokens = self._tokens(field, source)
+        if not tokens:
+            raise ValueError(f"{field} is empty; give at least one token")
+        for token in tokens:
+            _check_token(field, token, self.vocabulary)
+        if self.bos is None or tokens[0] == self.bos:
+            return tuple(tokens)
+        if not isinstance(source, str):
+            raise ValueError(
+                f"{field} begins with token {tokens[0]}, but prepend_bos=True and token ids are "
+                f"taken as they are; begin with BOS, {self.bos}"
+            )
+        return (self.bos, *tokens)
+
+    def _tokens(self, field: str, source: Any) -> list[Any]:
+        if isinstance(source, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{field}={_quote(source)} is text, but there is no tokenizer; give a "
+                    "tokenizer or token ids"
+                )
+            return _encode_text(field, source, self.tokenizer)
+        if isinstance(source, list | tuple):
+            return list(source)
         raise ValueError(
             f"{field}={_quote(source)} is neither text nor a list of token ids; give one of these"
         )
-    if not tokens:
-        raise ValueError(f"{field} is empty; give at least one token")
-    for token in tokens:
-        _check_token(field, token, vocabulary)
-    if bos is None or tokens[0] == bos:
-        return tuple(tokens)
-    if not isinstance(source, str):
-        raise ValueError(
-            f"{field} begins with token {tokens[0]}, but prepend_bos=True and token ids are taken "
-            "as they are; "
-            f"begin with BOS, {bos}"
-        )
-    return (bos, *tokens)
 
 
-def _encode_text(field: str, text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    if tokenizer is None:
-        raise ValueError(
-            f"{field}={_quote(text)} is text, but there is no tokenizer; give a tokenizer or token "
-            "ids"
-        )
+def _encode_text(field: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -188,35 +171,37 @@ def _encode_text(field: str, text: str, tokenizer: PreTrainedTokenizerBase | Non
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_token(field: str, token: Any, vocabulary: int) -> None:
+def _check_token(field: str, token: Any, bound: int) -> None:
     if type(token) is not int:
         raise ValueError(
             f"{field} holds {_quote(token)}, which is no token id; token ids are whole numbers"
         )
-    if not 0 <= token < vocabulary:
+    if not 0 <= token < bound:
+        raise ValueError(f"{field} holds token {token}, but token ids run from 0 to {bound - 1}")
+
+
+def _corrupt(source: Any, length: int, encoder: _Encoder) -> tuple[int, ...] | None:
+    if source is None:
+        return None
+    corrupt = encoder.prompt("corrupt", source)
+    if len(corrupt) != length:
         raise ValueError(
-            f"{field} holds token {token}, but token ids run from 0 to {vocabulary - 1}"
+            f"clean has {length} tokens and corrupt has {len(corrupt)}; a corrupt prompt needs as "
+            "many tokens as its clean one, so reword one of them"
         )
+    return corrupt
 
 
 def _positions(positions: Any, length: int) -> tuple[int, ...]:
     """Positions counted from the first token; the last token where none are given."""
     if positions is None:
         return (length - 1,)
-    if not isinstance(positions, list | tuple) or not positions:
+    if not _is_filled_list(positions):
         raise ValueError(
             f"positions={_quote(positions)} is no list of positions; leave it out to score the "
             "last token"
         )
-    for position in positions:
-        if type(position) is not int:
-            raise ValueError(f"positions holds {_quote(position)}; positions are whole numbers")
-        if not -length <= position < length:
-            raise ValueError(
-                f"positions holds {position}, but the prompt has {length} tokens; stay within "
-                f"{-length} to {length - 1}"
-            )
-    absolute = tuple(position % length for position in positions)
+    absolute = tuple(_position(position, length) for position in positions)
     if len(set(absolute)) != len(absolute):
         raise ValueError(
             f"positions={_quote(positions)} names a token of this prompt twice; keep one of each"
@@ -224,109 +209,122 @@ def _positions(positions: Any, length: int) -> tuple[int, ...]:
     return absolute
 
 
+def _position(position: Any, length: int) -> int:
+    if type(position) is not int:
+        raise ValueError(f"positions holds {_quote(position)}; positions are whole numbers")
+    if not -length <= position < length:
+        raise ValueError(
+            f"positions holds {position}, but the prompt has {length} tokens; stay within "
+            f"{-length} to {length - 1}"
+        )
+    return position % length
+
+
 @dataclass(frozen=True)
 class _Place:
     """A position of a prompt, at which answers are looked up."""
 
-    tokenizer: PreTrainedTokenizerBase | None
+    encoder: _Encoder
     clean: tuple[int, ...]
     source: str | list[int]
     position: int
-    bos: int | None
-    outputs: int
 
+    @cached_property
     def before(self) -> tuple[list[int], str]:
         """The tokens up to this position, without BOS, and their text."""
-        tokens = list(self.clean[: self.position + 1])
-        if self.bos is not None:
-            tokens = tokens[1:]
+        first = 0 if self.encoder.bos is None else 1
+        tokens = list(self.clean[first : self.position + 1])
         if isinstance(self.source, str) and self.position == len(self.clean) - 1:
             return tokens, self.source
-        return tokens, _decode(self.tokenizer, tokens)
+        return tokens, _decode(self.encoder.tokenizer, tokens)
 
 
-def _answers(field: str, answers: Any, places: list[_Place], by_position: bool) -> Answers | None:
+def _answers(field: str, record: Mapping[str, Any], places: list[_Place]) -> Answers | None:
     """Token ids, a tuple for each scored position; the same token named twice counts once."""
+    answers = record.get(field)
     if answers is None:
         return None
-    if not isinstance(answers, list | tuple) or not answers:
+    if not _is_filled_list(answers):
         raise ValueError(
             f"{field}={_quote(answers)} is no list of answers; list at least one, or leave {field} "
             "out"
         )
-    if not by_position:
-        answers = [answers]
-    elif len(answers) != len(places) or not all(
-        isinstance(here, list | tuple) and here for here in answers
-    ):
+    rows = [answers] if record.get("positions") is None else answers
+    if len(rows) != len(places) or not all(map(_is_filled_list, rows)):
         raise ValueError(
             f"{field}={_quote(answers)} does not fit {len(places)} positions; give one list of "
-            "answers, not empty, "
-            "for each of them"
+            "answers, not empty, for each of them"
         )
-    return tuple(
-        tuple(_answers_in_place(field, here, place)) for here, place in zip(answers, places)
-    )
+    return tuple(_answers_in_place(field, row, place) for row, place in zip(rows, places))
 
 
-def _answers_in_place(field: str, answers: Sequence[Any], place: _Place) -> dict[int, None]:
-    tokens, before = {}, None
+def _refuse_shared(answers: Answers | None, wrong_answers: Answers | None) -> None:
+    for right, wrong in zip(answers or (), wrong_answers or ()):
+        if shared := set(right) & set(wrong):
+            both = f"token {min(shared)} is in answers and in wrong_answers"
+            raise ValueError(f"{both}; take it out of one of them")
+
+
+def _is_filled_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _answers_in_place(field: str, answers: Sequence[Any], place: _Place) -> tuple[int, ...]:
+    tokens = []
     for answer in answers:
-        if isinstance(answer, str):
-            if place.tokenizer is None:
-                raise ValueError(
-                    f"{field} holds the text {_quote(answer)}, but there is no tokenizer; give a "
-                    "tokenizer or token ids"
-                )
-            before = before or place.before()
-            answer = _answer_token(field, answer, place.tokenizer, *before)
-        _check_token(field, answer, place.outputs)
-        tokens[answer] = None
-    return tokens
+        token = _answer_token(field, answer, place) if isinstance(answer, str) else answer
+        _check_token(field, token, place.encoder.outputs)
+        tokens.append(token)
+    return tuple(dict.fromkeys(tokens))
 
 
-def _answer_token(
-    field: str, answer: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int], text: str
-) -> int:
-    """The one token that continues `tokens`, whose text is `text`, with `answer`.
+def _answer_token(field: str, answer: str, place: _Place) -> int:
+    """The one token that continues the tokens before a place with `answer`.
 
-    Usually the tokenizer cuts `text + answer` in just this way.  Where it merges the two ("to the
-    year 17" + "76" becomes one token, "so " + "he" gives " he"), the model still goes on from the
-    tokens that it has read, so the token that adds `answer` to them is right.
+    Usually the tokenizer cuts their text and the answer in just this way.  Where it merges the two
+    ("to the year 17" + "76" becomes one token, "so " + "he" gives " he"), the model still goes on
+    from the tokens that it has read, so the token that adds `answer` to them is right.
     """
-    whole = _encode_text(field, text + answer, tokenizer)
-    if (
-        len(whole) == len(tokens) + 1
-        and whole[:-1] == tokens
-        and whole[-1] != tokenizer.unk_token_id
-    ):
-        return whole[-1]
-    alone = _encode_text(field, answer, tokenizer)
-    candidates = alone if len(alone) == 1 else []
-    if answer:
-        candidates = [*candidates, tokenizer.convert_tokens_to_ids(answer)]
-    if answer and candidates:
-        continued = _decode(tokenizer, tokens) + answer
-        for candidate in candidates:
-            if candidate is not None and candidate != tokenizer.unk_token_id:
-                if _decode(tokenizer, [*tokens, candidate]) == continued:
-                    return candidate
-    added = tokenizer.convert_ids_to_tokens(
-        whole[len(tokens) :] if whole[: len(tokens)] == tokens else alone
-    )
-    raise ValueError(
-        f"{field} holds {_quote(answer)}, which is not one token after {_quote(text[-20:])} but "
-        f"{_quote(added)}; "
-        "answers are single tokens, so reword it or give a token id"
-    )
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase | None, tokens: list[int]) -> str:
+    tokenizer = place.encoder.tokenizer
     if tokenizer is None:
-        return ""
-    return str(
-        tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+        raise ValueError(
+            f"{field} holds the text {_quote(answer)}, but there is no tokenizer; give a tokenizer "
+            "or token ids"
+        )
+    tokens, text = place.before
+    whole = _encode_text(field, text + answer, tokenizer)
+    kept, added = whole[: len(tokens)], whole[len(tokens) :]
+    if kept == tokens and len(added) == 1 and added[0] != tokenizer.unk_token_id:
+        return added[0]
+    alone = _encode_text(field, answer, tokenizer)
+    token = _token_that_adds(answer, alone, tokens, tokenizer)
+    if token is None:
+        pieces = tokenizer.convert_ids_to_tokens(added if kept == tokens else alone)
+        raise ValueError(
+            f"{field} holds {_quote(answer)}, which is not one token after {_quote(text[-20:])} "
+            f"but {_quote(pieces)}; answers are single tokens, so reword it or give a token id"
+        )
+    return token
+
+
+def _token_that_adds(
+    answer: str, alone: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """The token whose text after `tokens` is `answer`; `alone` is the answer encoded by itself."""
+    if not answer:
+        return None
+    continued = _decode(tokenizer, tokens) + answer
+    named: Any = tokenizer.convert_tokens_to_ids(answer)
+    for token in (*(alone if len(alone) == 1 else ()), named):
+        if token is not None and token != tokenizer.unk_token_id:
+            if _decode(tokenizer, [*tokens, token]) == continued:
+                return token
+    return None
+
+
+def _decode(tokenizer: Any, tokens: list[int]) -> str:
+    exactly = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(tokens, **exactly))
 
 
 def _label(label: Any) -> int | None:

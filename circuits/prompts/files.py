@@ -1,13 +1,15 @@
 """Prompt files: JSONL of our own schema and the formats of the peers, read into records.
 
-    JSONL                one object a line, as `circuits.prompts.encoding` describes it; a JSON list of them will do
-    auto-circuit         {"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}, ...], "seq_labels": ...}
+    JSONL                one object a line, as `circuits.prompts.encoding` describes it; a JSON list
+                         of them will do
+    auto-circuit         {"prompts": [{"clean", "corrupt", "answers", "wrong_answers"}, ...], ...}
                          (Miller et al. 2024, arXiv 2407.08734); only the prompts are read
     feature-circuits     JSONL of {"clean_prefix", "patch_prefix", "clean_answer", "patch_answer"}
                          (Marks et al. 2024, arXiv 2403.19647)
-    EAP-IG               CSV with the columns clean, corrupted and either correct_idx and incorrect_idx, token ids, or
-                         label, a two-digit year: years after it are right, it and those before it are wrong
-                         (Hanna et al. 2024, arXiv 2403.17806; greater-than: Hanna et al. 2023, arXiv 2305.00586)
+    EAP-IG               CSV with the columns clean, corrupted and either correct_idx and
+                         incorrect_idx, token ids, or label, a two-digit year: years after it are
+                         right, it and those before it are wrong (Hanna et al. 2024, arXiv
+                         2403.17806; greater-than: Hanna et al. 2023, arXiv 2305.00586)
 
 A file is known by its content, a CSV by its suffix.  What the records hold is checked when they are
 encoded.
@@ -77,10 +79,8 @@ def parse_line(line: str) -> dict[str, Any]:
 def write_jsonl(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Writes the records to `path`, one a line, over what may be there."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(
-                json.dumps(dict(record)) + "\n"
-            )  # escaped to ASCII, so that no text can break a line
+        for record in records:  # escaped to ASCII, so that no text can break a line
+            file.write(json.dumps(dict(record)) + "\n")
 
 
 def _read_json(text: str) -> list[dict[str, Any]]:
@@ -126,8 +126,7 @@ def _read_csv(text: str) -> list[dict[str, Any]]:
     ):
         raise ValueError(
             f"columns {', '.join(sorted(map(str, columns)))}; EAP-IG's are clean, corrupted and "
-            "either label or "
-            "correct_idx and incorrect_idx"
+            "either label or correct_idx and incorrect_idx"
         )
     return _numbered("row", rows, _by_index if "correct_idx" in columns else _greater_than)
 

@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from circuits.prompts.encoding import EncodedPrompt, encode_record
 from circuits.prompts.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TOKEN_PADDING = 0
 NONE = -1  # no position, no answer
 
 
@@ -258,98 +251,6 @@ class Prompts:
             sorted((place for place in zip(*row) if place[0] != NONE), key=lambda place: place[0])
             for row in zip(positions, answers, wrong)
         ]
-
-
-def prompts_from_records(
-    records: Iterable[Mapping[str, Any]],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    prepend_bos: bool = False,
-    max_length: int | None = None,
-    vocabulary: int | None = None,
-    outputs: int | None = None,
-) -> Prompts:
-    """The records as one set of prompts; arguments as in `encode_record`.
-
-    Raises:
-        ValueError: a bad record, named by its id or, without one, by its number (its line in a
-            JSONL file).
-    """
-    encoded = []
-    for number, record in enumerate(records, start=1):
-        try:
-            encoded.append(
-                encode_record(
-                    record,
-                    default_id=f"record {number}",
-                    tokenizer=tokenizer,
-                    prepend_bos=prepend_bos,
-                    max_length=max_length,
-                    vocabulary=vocabulary,
-                    outputs=outputs,
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"{_record_name(record, number)}: {error}") from None
-    return collate(encoded)
-
-
-def collate(encoded: Sequence[EncodedPrompt]) -> Prompts:
-    """The encoded prompts as one set, on the CPU.
-
-    Raises:
-        ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
-            answers or a label.
-    """
-    if not encoded:
-        raise ValueError("there are no prompts; give at least one")
-    corrupt, answers, wrong_answers, labels = (
-        _all_or_none(encoded, field) for field in ("corrupt", "answers", "wrong_answers", "label")
-    )
-    return Prompts(
-        clean=_pad([prompt.clean for prompt in encoded], TOKEN_PADDING),
-        lengths=torch.tensor([len(prompt.clean) for prompt in encoded]),
-        corrupt=None if corrupt is None else _pad(corrupt, TOKEN_PADDING),
-        positions=_pad([prompt.positions for prompt in encoded], NONE),
-        answers=None if answers is None else _pad_answers(answers),
-        wrong_answers=None if wrong_answers is None else _pad_answers(wrong_answers),
-        labels=None if labels is None else torch.tensor(labels),
-        ids=tuple(prompt.id for prompt in encoded),
-    )
-
-
-def _all_or_none(encoded: Sequence[EncodedPrompt], field: str) -> list[Any] | None:
-    """The field of each prompt; None where no prompt has it."""
-    lacking = [prompt.id for prompt in encoded if getattr(prompt, field) is None]
-    if len(lacking) == len(encoded):
-        return None
-    if lacking:
-        raise ValueError(
-            f"{lacking[0]!r} has no {field}, which {len(encoded) - len(lacking)} of {len(encoded)} "
-            "prompts have; "
-            f"give {field} to all prompts or to none"
-        )
-    return [getattr(prompt, field) for prompt in encoded]
-
-
-def _record_name(record: Any, number: int) -> str:
-    identifier = record.get("id") if isinstance(record, Mapping) else None
-    return f"record {number}" if identifier is None else f"record {number}, id {identifier!r}"
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "n longest"]:
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
-    )
-
-
-def _pad_answers(answers: Sequence[Sequence[Sequence[int]]]) -> Int[Tensor, "n scored answer"]:
-    scored, widest = max(map(len, answers)), max(len(here) for row in answers for here in row)
-    padded = torch.full((len(answers), scored, widest), NONE)
-    for prompt, row in enumerate(answers):
-        for place, here in enumerate(row):
-            padded[prompt, place, : len(here)] = torch.tensor(here)
-    return padded
 
 
 def _trim(padded: Tensor, value: int) -> Tensor:

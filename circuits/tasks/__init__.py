@@ -1,20 +1,14 @@
 """Task families: generators of prompt records, by name.
 
-Each module has a config dataclass and `generate(config, count, seed)`, which returns `count`
-different records of the prompt schema (`circuits.prompts`), the same ones for the same seed.  None
-of them imports torch.
+Each module has a config dataclass, `generate(config, count, seed)`, and a `TASK` that names the
+two.  None of them imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from circuits.tasks import file, induction, pronoun, recall
+from circuits.tasks.task import Task
 
-# name -> (config dataclass, generate function)
-TASKS: dict[str, tuple[type, Callable[..., list[dict]]]] = {
-    "file": (file.File, file.generate),
-    "induction": (induction.Induction, induction.generate),
-    "pronoun": (pronoun.Pronoun, pronoun.generate),
-    "recall": (recall.Recall, recall.generate),
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK for module in (file, induction, pronoun, recall)
 }

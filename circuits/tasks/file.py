@@ -1,11 +1,11 @@
-"""Prompts from a file that the user brings: JSONL, auto-circuit's JSON, EAP-IG's CSV
-(`circuits.prompts.files`).
-"""
+"""Prompts from a file that the user brings (`circuits.prompts.files` has the formats)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from circuits.tasks.task import Task
 
 
 @dataclass
@@ -17,8 +17,7 @@ class File:
 
 
 def generate(config: File, count: int, seed: int) -> list[dict]:
-    """Returns all records of the file; how many are wanted, and the seed, decide only how they are
-    split later.
+    """Returns all records of the file; count and seed decide only how they are split later.
 
     Raises:
         FileNotFoundError: no such file.
@@ -27,3 +26,6 @@ def generate(config: File, count: int, seed: int) -> list[dict]:
     from circuits.prompts.files import read_records
 
     return read_records(Path(config.path).expanduser())
+
+
+TASK = Task("file", File, generate)

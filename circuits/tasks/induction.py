@@ -4,7 +4,7 @@ Two forms, over token ids drawn at random from the vocabulary (Elhage et al. 202
 framework for transformer circuits"; Olsson et al. 2022, arXiv 2209.11895):
 
     one_repeat   A B C D E F B -> C   one token occurs twice, all others once
-    block        A B C D A B C -> D   a block of different tokens, then the same again, cut off at `length`
+    block        A B C D A B C -> D   a block of different tokens, then again up to `length`
 
 Corrupt, one_repeat: the earlier occurrence of the last token becomes a token that is nowhere else
 in the prompt, so nothing repeats and nothing follows from it.  It is never at position 0, where no
@@ -25,6 +25,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from math import perm
+
+from circuits.tasks.task import Task
 
 FORMS = ("one_repeat", "block")
 
@@ -53,14 +55,13 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
     if config.vocabulary < needed:
         raise ValueError(
             f"vocabulary={config.vocabulary}, but form={config.form} with length={config.length} "
-            f"needs {needed} "
-            "different tokens; raise vocabulary or lower length"
+            f"needs {needed} different tokens; raise vocabulary or lower length"
         )
     if not 1 <= count <= available:
         raise ValueError(
             f"count={count}, but form={config.form} with vocabulary={config.vocabulary} and "
-            f"length={config.length} "
-            f"gives 1 to {available} prompts; change count or raise vocabulary"
+            f"length={config.length} gives 1 to {available} prompts; change count or raise "
+            "vocabulary"
         )
     generator = random.Random(seed)
     draw = _one_repeat if config.form == "one_repeat" else _block
@@ -87,9 +88,7 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
 
 
 def _sizes(config: Induction) -> tuple[int, int, int]:
-    """Different tokens in a clean prompt, in it and its corrupt one together, and how many prompts
-    there are.
-    """
+    """Different tokens in a clean prompt, in it and its corrupt one, and how many prompts exist."""
     if config.form == "one_repeat":
         shortest, distinct, places, fresh = 4, config.length - 1, config.length - 3, 1
     elif config.form == "block":
@@ -108,7 +107,7 @@ def _sizes(config: Induction) -> tuple[int, int, int]:
 def _one_repeat(
     tokens: list[int], fresh: list[int], length: int, generator: random.Random
 ) -> tuple[list[int], list[int], int]:
-    """Clean, corrupt and answer; the earlier occurrence is at one of the positions 1 .. length - 3."""
+    """Clean, corrupt and answer; the earlier occurrence is at position 1 .. length - 3."""
     earlier = generator.randint(1, length - 3)
     clean = [*tokens, tokens[earlier]]
     return clean, [*tokens[:earlier], *fresh, *clean[earlier + 1 :]], tokens[earlier + 1]
@@ -121,3 +120,6 @@ def _block(
     repeated = length - len(tokens)
     clean = [*tokens, *tokens[:repeated]]
     return clean, [*fresh, *clean[repeated:]], tokens[repeated % len(tokens)]
+
+
+TASK = Task("induction", Induction, generate)

@@ -1,5 +1,4 @@
-"""Gendered pronouns: "The boy was sad, so" is to be continued with " he", "The girl was sad, so"
-with " she".
+"""Gendered pronouns: "The boy was sad, so" is followed by " he", "The girl was sad, so" by " she".
 
 A prompt is a subject put into a frame; its corrupt partner is the same frame with the subject of
 the other gender. Both have the same number of tokens under the tokenizer of `stories260K`
@@ -12,8 +11,8 @@ encoded.
 A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was
 trained with BOS in front of each story, so use `prepend_bos=true`.
 
-There are two groups of names and two of frames: a detector is fitted on the trusted ones, and the
-shifted ones make harmless prompts of the same mechanism that it has never seen.
+There are two groups of names and two of frames, so that what was found on the trusted ones can be
+tried on the shifted ones, which the same mechanism answers.
 """
 
 from __future__ import annotations
@@ -22,9 +21,12 @@ import random
 from dataclasses import dataclass
 from itertools import product
 
+from circuits.tasks.task import Task
+
 GROUPS = ("trusted", "shifted")
 
-# Male and female subjects of equal token length.  Whether each is a name decides which frames it may enter.
+# Male and female subjects of equal token length.  Whether each is a name decides which frames it
+# may enter.
 SUBJECTS = {
     "trusted": (
         ("The boy", "The girl"),
@@ -48,32 +50,9 @@ SUBJECTS = {
     ),
 }
 
-FEELINGS = (
-    "sad",
-    "happy",
-    "scared",
-    "tired",
-    "hungry",
-    "angry",
-    "sick",
-    "excited",
-    "proud",
-    "lonely",
-    "bored",
-)
-PLACES = ("park", "beach", "forest", "store", "zoo", "lake", "farm", "garden", "school")
-THINGS = (
-    "red ball",
-    "toy car",
-    "book",
-    "box",
-    "hat",
-    "kite",
-    "cake",
-    "big apple",
-    "truck",
-    "flower",
-)
+FEELINGS = "sad happy scared tired hungry angry sick excited proud lonely bored".split()
+PLACES = "park beach forest store zoo lake farm garden school".split()
+THINGS = "red ball, toy car, book, box, hat, kite, cake, big apple, truck, flower".split(", ")
 
 # {X} is the subject where a sentence begins and {x} inside one.
 FRAMES = {
@@ -136,7 +115,7 @@ NAMING_FRAMES = {
     ),
 }
 
-SLOTS = {"feeling": FEELINGS, "place": PLACES, "thing": THINGS}
+SLOTS = {"{feeling}": FEELINGS, "{place}": PLACES, "{thing}": THINGS}
 
 
 @dataclass
@@ -156,7 +135,8 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     Raises:
         ValueError: an unknown group, or `count` outside what the templates give.
     """
-    names, frames = _groups("names", config.names), _groups("frames", config.frames)
+    names = chosen("names", config.names, GROUPS)
+    frames = chosen("frames", config.frames, GROUPS)
     prompts = [
         record
         for record in all_prompts()
@@ -165,8 +145,7 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     if not 1 <= count <= len(prompts):
         raise ValueError(
             f"count={count}, but names={config.names} with frames={config.frames} give 1 to "
-            f"{len(prompts)} prompts; "
-            "change count or use more groups"
+            f"{len(prompts)} prompts; change count or use more groups"
         )
     return random.Random(seed).sample(prompts, count)
 
@@ -174,15 +153,11 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
 def all_prompts() -> list[dict]:
     """Every prompt of every group, always in the same order; `id` counts them through."""
     prompts = []
-    for frame_group, subject_group in product(GROUPS, GROUPS):
-        naming = frozenset(NAMING_FRAMES[frame_group])
-        for frame in FRAMES[frame_group] + NAMING_FRAMES[frame_group]:
-            subjects = [
-                pair for pair in SUBJECTS[subject_group] if frame not in naming or _is_name(pair[0])
-            ]
+    for frames, names in product(GROUPS, GROUPS):
+        for frame in FRAMES[frames] + NAMING_FRAMES[frames]:
             pronouns = (" He", " She") if frame.endswith(".") else (" he", " she")
-            for filled, (male, female) in product(_fill_slots(frame), subjects):
-                texts = _sentence(filled, male, "boy"), _sentence(filled, female, "girl")
+            for filled, pair in product(fill_slots(frame), _subjects(frame, frames, names)):
+                texts = [_sentence(filled, *who) for who in zip(pair, ("boy", "girl"))]
                 for gender in (0, 1):
                     prompts.append(
                         {
@@ -192,27 +167,34 @@ def all_prompts() -> list[dict]:
                             "wrong_answers": [pronouns[1 - gender]],
                             "label": 0,
                             "id": f"pronoun-{len(prompts)}",
-                            "names": subject_group,
-                            "frames": frame_group,
+                            "names": names,
+                            "frames": frames,
                         }
                     )
     return prompts
 
 
-def _groups(field: str, value: str) -> tuple[str, ...]:
-    if value != "all" and value not in GROUPS:
-        raise ValueError(
-            f"{field}={value!r} is none of {', '.join(GROUPS)}, all; choose one of them"
-        )
-    return GROUPS if value == "all" else (value,)
+def _subjects(frame: str, frames: str, names: str) -> list[tuple[str, str]]:
+    """The subjects that may enter a frame."""
+    naming = frame in NAMING_FRAMES[frames]
+    return [pair for pair in SUBJECTS[names] if not naming or _is_name(pair[0])]
 
 
-def _fill_slots(frame: str) -> list[str]:
+def fill_slots(frame: str) -> list[str]:
     """The frame once for each word that its slot, if any, can take."""
     for slot, words in SLOTS.items():
-        if f"{{{slot}}}" in frame:
-            return [frame.replace(f"{{{slot}}}", word) for word in words]
+        if slot in frame:
+            return [frame.replace(slot, word) for word in words]
     return [frame]
+
+
+def chosen(field: str, value: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The values that a setting names, "all" or one; raises ValueError for any other."""
+    if value != "all" and value not in allowed:
+        raise ValueError(
+            f"{field}={value!r} is none of {', '.join(allowed)}, all; choose one of them"
+        )
+    return allowed if value == "all" else (value,)
 
 
 def _is_name(subject: str) -> bool:
@@ -222,3 +204,6 @@ def _is_name(subject: str) -> bool:
 def _sentence(frame: str, subject: str, child: str) -> str:
     inside = subject if _is_name(subject) else subject[0].lower() + subject[1:]
     return frame.replace("{X}", subject).replace("{x}", inside).replace("{child}", child)
+
+
+TASK = Task("pronoun", Pronoun, generate)

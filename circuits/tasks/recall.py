@@ -1,13 +1,10 @@
-"""Associative recall: `[BOS] k1 v1 k2 v2 k3 v3 k4 v4 [filler] [QUERY] k_i` is to be answered with
-`v_i`.
+"""Associative recall: `[BOS] k1 v1 k2 v2 k3 v3 k4 v4 [filler] [QUERY] k_i` is answered with `v_i`.
 
 A two-layer transformer learns it by induction (Olsson et al. 2022, arXiv 2209.11895): a head of
 layer 0 writes at each value the key that stands before it, and a head of layer 1 looks from the
-query key for that key and copies the value. Keys are split in two: `trusted` keys fill trusted
-prompts, `unseen` keys fill harmless prompts that a detector has never been shown. The filler slot
-holds a token that means nothing; a backdoor may put its trigger there
-(`mad/tasks/recall_redirect.py`). There may be several filler slots, and then a backdoor may be a
-combination of fillers (`mad/tasks/recall_conjunction.py`).
+query key for that key and copies the value. Keys are split in two, so that a model trained on all
+of them can be looked at on the `trusted` ones and tried on the `unseen` ones. The fillers mean
+nothing; there may be several slots for them.
 
 The corrupt prompt has the same tokens in other places, so no bag of tokens can tell the two apart.
 With n pairs, slot s holds (k[s], v[s]) in the clean prompt and (k[s-d], v[s+d]) in the corrupt one,
@@ -28,26 +25,28 @@ Shapes: batch B, pairs P, filler slots F, sequence length S = 2 P + F + 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int
 
-BOS, QUERY, TRIGGER = 0, 1, 2  # one token each; the fillers, the keys and the values follow
+from circuits.tasks.task import Task, token_records
+
+# One token each; the fillers, the keys and the values follow. RESERVED is in no prompt made here.
+BOS, QUERY, RESERVED = 0, 1, 2
 FEWEST_PAIRS = 4  # with fewer there is no shift d as above
 BARREN_DRAWS = 50  # draws in a row without one new prompt after which the prompts count as used up
 
 
 @dataclass
 class Recall:
-    """Trusted prompts of associative recall."""
+    """Prompts of associative recall."""
 
     name: str = "recall"
     # key-value pairs in a prompt, at least 4
     pairs: int = 4
-    # keys that trusted prompts may use
+    # keys of the first part, and of the second
     trusted_keys: int = 32
-    # keys that only prompts under a harmless shift use
     unseen_keys: int = 16
     # values, from which each prompt takes `pairs` different ones
     values: int = 32
@@ -61,7 +60,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids: 0 BOS, 1 QUERY, 2 TRIGGER, then fillers, trusted keys, unseen keys, values."""
+    """The token ids: BOS, QUERY, RESERVED, then fillers, trusted keys, unseen keys, values."""
 
     fillers: range
     trusted: range
@@ -72,9 +71,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Choices:
-    """What each part of a prompt is drawn from: token ids, and for `slots` the pairs that may be
-    asked for.
-    """
+    """What each part of a prompt is drawn from: token ids, and the pairs that may be asked for."""
 
     keys: range
     values: range
@@ -98,8 +95,8 @@ class Contexts:
 
 
 def vocabulary(config: Recall) -> Vocabulary:
-    """The token ids that `config` lays out, the only place where they are defined."""
-    ranges, first = [], TRIGGER + 1
+    """The token ids that `config` lays out."""
+    ranges, first = [], RESERVED + 1
     for name in ("fillers", "trusted_keys", "unseen_keys", "values"):
         size = getattr(config, name)
         if size < 1:
@@ -136,9 +133,6 @@ def draw(
 ) -> Contexts:
     """`count` random prompts; keys differ within a prompt, and so do values.
 
-    Args:
-        parts: what to draw from; by default `choices(config)`.
-
     Raises:
         ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys
             or values for the pairs.
@@ -153,14 +147,12 @@ def draw(
             f"filler_slots={config.filler_slots}, but at least 1 is needed; raise filler_slots"
         )
     parts = choices(config) if parts is None else parts
-    slots = () if config.filler_slots == 1 else (config.filler_slots,)
+    fillers = (count,) if config.filler_slots == 1 else (count, config.filler_slots)
     return Contexts(
-        keys=_without_replacement(parts.keys, "keys", config.pairs, count, generator),  # B P
-        values=_without_replacement(parts.values, "values", config.pairs, count, generator),  # B P
-        slot=generator.integers(parts.slots.start, parts.slots.stop, size=count),  # B
-        filler=generator.integers(
-            parts.fillers.start, parts.fillers.stop, size=(count, *slots)
-        ),  # B *F
+        keys=_without_replacement(parts.keys, "keys", config.pairs, count, generator),
+        values=_without_replacement(parts.values, "values", config.pairs, count, generator),
+        slot=generator.integers(parts.slots.start, parts.slots.stop, size=count),
+        filler=generator.integers(parts.fillers.start, parts.fillers.stop, size=fillers),
     )
 
 
@@ -168,17 +160,14 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
     """The prompts as token ids."""
     count, pairs = contexts.keys.shape
     asked = np.take_along_axis(contexts.keys, contexts.slot[:, None], axis=1)  # B 1
-    body = np.stack([contexts.keys, contexts.values], axis=2).reshape(
-        count, 2 * pairs
-    )  # B 2P: k1 v1 k2 v2 ...
+    body = np.stack([contexts.keys, contexts.values], axis=2)  # B P 2
+    body = body.reshape(count, 2 * pairs)  # B 2P: k1 v1 k2 v2 ...
     bos, query = np.full((count, 1), BOS), np.full((count, 1), QUERY)
     return np.column_stack([bos, body, contexts.filler, query, asked])  # B S
 
 
 def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
-    """The same keys, values and filler, rearranged so that no part of the retrieval is as it was
-    (module docstring).
-    """
+    """The same tokens, rearranged so that no part of the retrieval is as it was (see the top)."""
     count, pairs = contexts.keys.shape
     shifts = np.array([d for d in range(1, pairs) if 2 * d % pairs != 0 and 3 * d % pairs != 0])
     shift = generator.choice(shifts, size=count)  # B, the d of the module docstring
@@ -194,11 +183,7 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
 def draw_distinct(
     config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
 ) -> Contexts:
-    """`count` random prompts, no two of them alike.
-
-    Args:
-        filler: token that every prompt has in each filler slot, say TRIGGER; by default the fillers
-            are random.
+    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot.
 
     Raises:
         ValueError: `config` does not have that many prompts, or `draw` refuses it.
@@ -206,101 +191,73 @@ def draw_distinct(
 
     def drawn(rows: int) -> Contexts:
         batch = draw(config, rows, generator)
-        return (
-            batch if filler is None else replace(batch, filler=np.full_like(batch.filler, filler))
-        )
+        if filler is None:
+            return batch
+        return replace(batch, filler=np.full_like(batch.filler, filler))
 
     return distinct(drawn, count)
 
 
 def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
-    """The first `count` different prompts of what `drawn`, called with a number of random prompts,
-    returns.
+    """The first `count` different prompts of those that `drawn(number)` returns.
 
     Raises:
         ValueError: there are not that many different prompts.
     """
-    batches = [drawn(0)]
-    rows: dict[tuple[int, ...], int] = {}  # prompt -> its row in all that was drawn
-    total = barren = 0
-    while len(rows) < count:
+    found, barren = drawn(0), 0
+    while len(found.slot) < count:
         if barren == BARREN_DRAWS:
             raise ValueError(
-                f"count={count}, but only {len(rows)} different prompts were found; lower count or "
-                "add keys"
+                f"count={count}, but only {len(found.slot)} different prompts were found; lower "
+                "count or add keys"
             )
-        batch = drawn(count)
-        found = len(rows)
-        for row, prompt in enumerate(tokens(batch).tolist(), start=total):
-            rows.setdefault(tuple(prompt), row)
-        batches.append(batch)
-        total += count
-        barren = barren + 1 if len(rows) == found else 0
-    return select(join(batches), np.array(list(rows.values())[:count], dtype=np.int64))
+        more = join([found, drawn(count)])
+        _, first = np.unique(tokens(more), axis=0, return_index=True)
+        barren = barren + 1 if len(first) == len(found.slot) else 0
+        found = select(more, np.sort(first))
+    return select(found, slice(None, count))
 
 
 def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
     """The prompts at `rows`."""
-    return Contexts(
-        contexts.keys[rows], contexts.values[rows], contexts.slot[rows], contexts.filler[rows]
-    )
+    return Contexts(*(getattr(contexts, part.name)[rows] for part in fields(Contexts)))
 
 
 def join(batches: Sequence[Contexts]) -> Contexts:
     """All prompts of the batches, in order; at least one batch."""
-    parts = zip(*((batch.keys, batch.values, batch.slot, batch.filler) for batch in batches))
-    return Contexts(*(np.concatenate(part) for part in parts))
+    return Contexts(
+        *(
+            np.concatenate([getattr(batch, part.name) for batch in batches])
+            for part in fields(Contexts)
+        )
+    )
 
 
 def records(
-    clean: Contexts,
-    corrupt: Contexts,
-    answers: Int[np.ndarray, " B"],
-    group: str,
-    seed: int,
-    label: int = 0,
+    clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
-    """One plain, JSON-able dict a prompt; the wrong answers are the other values of the prompt.
-
-    Args:
-        answers: what a well-trained model answers to the clean prompts.
-        seed: what the prompts were drawn with, for their ids `recall-GROUP-SEED-NUMBER`.
-        label: 1 for anomalies, else 0.
-    """
-    columns = (tokens(clean), tokens(corrupt), answers, clean.values)
-    return [
-        {
-            "clean": clean_tokens,
-            "corrupt": corrupt_tokens,
-            "answers": [answer],
-            "wrong_answers": [value for value in values if value != answer],
-            "label": label,
-            "id": f"recall-{group}-{seed}-{number}",
-            "group": group,
-        }
-        for number, (clean_tokens, corrupt_tokens, answer, values) in enumerate(
-            zip(*(c.tolist() for c in columns))
-        )
-    ]
+    """One record a prompt; the wrong answers are the other values of the prompt."""
+    return token_records(
+        "recall", tokens(clean), tokens(corrupt), answers, clean.values, group, seed
+    )
 
 
-def normals(
+def with_counterfactuals(
     contexts: Contexts, group: str, seed: int, generator: np.random.Generator
 ) -> list[dict]:
-    """Normal prompts with their counterfactuals, as `records` gives them."""
+    """`records` of prompts, rearranged prompts as their corrupt ones, and what recall answers."""
     return records(contexts, counterfactual(contexts, generator), contexts.answers, group, seed)
 
 
 def generate(config: Recall, count: int, seed: int) -> list[dict]:
-    """`count` different normal prompts with their counterfactuals, over the keys that `config.keys`
-    names.
+    """`count` different prompts with their counterfactuals, over the keys that `config` names.
 
     Raises:
         ValueError: see `draw` and `draw_distinct`.
     """
     generator = np.random.default_rng(seed)
     clean = draw_distinct(config, count, generator)
-    return normals(clean, config.keys, seed, generator)
+    return with_counterfactuals(clean, config.keys, seed, generator)
 
 
 def _without_replacement(
@@ -311,3 +268,6 @@ def _without_replacement(
             f"{len(choices)} {name} to choose from, but a prompt has {pairs} pairs; add {name}"
         )
     return choices.start + generator.random((count, len(choices))).argsort(axis=1)[:, :pairs]
+
+
+TASK = Task("recall", Recall, generate)

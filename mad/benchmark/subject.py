@@ -31,7 +31,6 @@ from circuits.extraction import rediscover
 from circuits.model.load import LoadedModel, ModelConfig, load_model
 from circuits.prompts import Prompts
 from mad.benchmark.plan import CircuitRecipe, Sizes
-from mad.pipeline import load_prompts
 from mad.tasks import ANOMALY_TASKS
 
 
@@ -86,7 +85,7 @@ def load_subject(task: str, seed: int, folder: Path, sizes: Sizes = Sizes()) -> 
     model = load_model(ModelConfig(path=str(folder), prepend_bos=prepend_bos))
     total = sum(sizes.parts.values())
     drawn = chosen.groups(chosen.schema(), trusted=total, **sizes.groups, seed=1000 + seed)
-    prompts = {name: load_prompts(records, model) for name, records in drawn.items()}
+    prompts = {name: model.prompts(records) for name, records in drawn.items()}
     trusted = prompts.pop("trusted").split({"trusted": total}, seed)["trusted"]
     strata = {name: tuple(map(stratum, drawn[name])) for name in prompts}
     return Subject(task, seed, model, trusted, sizes.parts, prompts, strata)

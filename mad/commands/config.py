@@ -1,7 +1,6 @@
-"""From `key=value` words to the dataclass that a command runs on.
+"""From `key=value` overrides to the dataclass that a command runs on.
 
-    words -> normalise (paths quoted, `model=` and `task=` resolved) -> Hydra composes -> check ->
-    dataclass instances
+    normalise (paths quoted, `model=` and `task=` resolved) -> Hydra composes -> check -> instances
 
 Defaults live in one place, the dataclasses beside the algorithms. They are registered as Hydra
 schemas, lazily, as `_NAME` in their group; `configs/GROUP/NAME.yaml` is a preset on top of one, and
@@ -43,13 +42,12 @@ SCHEMAS = {
 
 
 def register(group: str | None, name: str, schema: type) -> None:
-    """Make a dataclass known to Hydra as `_name` in `group` (None: a command's own configuration)."""
+    """Make a dataclass known to Hydra as `_name` in `group`; None: among the commands' own."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     def writable(node: DictConfig) -> None:
-        # A frozen dataclass makes a read-only node, that no preset could override. Instances are
-        # frozen all the same.
+        # A frozen dataclass makes a read-only node, that no preset could override.
         OmegaConf.set_readonly(node, None)
         for _, child in branches(node):
             writable(child)
@@ -60,7 +58,7 @@ def register(group: str | None, name: str, schema: type) -> None:
 
 
 def register_group(group: str) -> None:
-    """Register every choice of a group; importing them is what makes this the slow step of a start."""
+    """Register every choice of a group; importing them is the slow step of a start."""
     module, _, attribute = SCHEMAS[group].partition(":")
     schemas = getattr(importlib.import_module(module), attribute)
     if isinstance(schemas, type):
@@ -103,50 +101,37 @@ Run = Callable[[Any], "int | None"]
 
 
 def run_command(
-    command: str, schema: type, run: Run, words: list[str], *, sweep: bool = False
+    command: str, schema: type, run: Run, typed: list[str], *, sweep: bool = False
 ) -> int:
-    """Compose the command's configuration from the user's words, run it, and return the exit code.
+    """Compose the command's configuration from what the user typed, run it, return the exit code.
 
     With `sweep`, or when a mode sets `hydra.mode: MULTIRUN`, every combination of comma-separated
     values is one job for Hydra's launcher (`hydra/launcher=submitit_slurm` sends them to a
     cluster).
 
     Raises:
-        UsageError: for words that do not make a configuration, and for required values that are
-            missing.
+        UsageError: for what makes no configuration, and for required values that are missing.
     """
     from hydra.types import RunMode
 
     with _hydra(command, schema) as hydra:
-        presets = functools.partial(_presets, hydra.config_loader, command, words)
+        presets = functools.partial(_presets, hydra.config_loader, command, typed)
         with explained(presets):
             if not sweep:
-                overrides = normalise(words, groups(command), presets)
+                overrides = normalise(typed, groups(command), presets)
                 config = hydra.compose_config(
                     command, overrides, RunMode.RUN, False, from_shell=False
                 )
                 sweep = config.hydra.mode == RunMode.MULTIRUN
             if sweep:
-                overrides = normalise(words, groups(command), presets, sweep=True)
-                # Logging is set up already. These two come first, so that the user's own words win.
+                overrides = normalise(typed, groups(command), presets, sweep=True)
+                # Logging is set up already. These two come first, so that the user's own win.
                 overrides = ["hydra/hydra_logging=none", "hydra/job_logging=none", *overrides]
                 batches = hydra.multirun(
                     command, functools.partial(_job, run), overrides, with_log_configuration=False
                 )
                 return max(job.return_value for batch in batches for job in batch)
-    return _run(run, config, words)
-
-
-def compose(command: str, schema: type, words: list[str]) -> Any:
-    """The configuration that `madcap COMMAND WORDS` would run on: an instance of `schema`, every
-    group an instance too.
-
-    Raises:
-        UsageError: as in `run_command`.
-    """
-    composed = []
-    run_command(command, schema, composed.append, words)
-    return composed[0]
+    return _run(run, config, typed)
 
 
 def show_config(settings: Any) -> None:
@@ -163,7 +148,7 @@ def _job(run: Run, config: DictConfig) -> int:
     return _run(run, config, list(HydraConfig.get().overrides.task))
 
 
-def _run(run: Run, config: DictConfig, words: list[str]) -> int:
+def _run(run: Run, config: DictConfig, typed: list[str]) -> int:
     from omegaconf import OmegaConf, open_dict
 
     with explained(lambda group: []):
@@ -171,7 +156,7 @@ def _run(run: Run, config: DictConfig, words: list[str]) -> int:
             with open_dict(config):
                 del config["hydra"]
         if "overrides" in config:  # a command that records what it was asked declares this field
-            config.overrides = words
+            config.overrides = typed
         _refuse_extra_keys(config)
         _refuse_missing(config)
         settings = OmegaConf.to_object(config)
@@ -180,9 +165,7 @@ def _run(run: Run, config: DictConfig, words: list[str]) -> int:
 
 @contextmanager
 def _hydra(command: str, schema: type) -> Iterator[Any]:
-    """Hydra, initialised on madcap's presets and on the schemas of the groups that the command
-    takes.
-    """
+    """Hydra, initialised on madcap's presets and the schemas of the command's groups."""
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
@@ -194,11 +177,9 @@ def _hydra(command: str, schema: type) -> Iterator[Any]:
         yield GlobalHydra.instance().hydra
 
 
-def _presets(loader: Any, command: str, words: list[str], group: str) -> list[str]:
-    """The group's presets, those of a user's own `hydra.searchpath` included; schemas are not
-    presets.
-    """
-    searchpath = [word for word in words if word.startswith("hydra.searchpath=")]
+def _presets(loader: Any, command: str, typed: list[str], group: str) -> list[str]:
+    """The group's presets, those of a user's own `hydra.searchpath` included, without schemas."""
+    searchpath = [override for override in typed if override.startswith("hydra.searchpath=")]
     names = loader.get_group_options(group, config_name=command, overrides=searchpath)
     return [name for name in names if not name.startswith("_")]
 
@@ -208,14 +189,11 @@ def _refuse_extra_keys(config: DictConfig, prefix: str = "") -> None:
     from omegaconf import OmegaConf
 
     schema = OmegaConf.get_type(config)
-    known = (
-        [field.name for field in dataclasses.fields(schema)]
-        if dataclasses.is_dataclass(schema)
-        else list(config)
-    )
-    for key in config:
-        if key not in known:
-            raise UsageError(unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
+    if dataclasses.is_dataclass(schema):
+        known = [f"{prefix}{field.name}" for field in dataclasses.fields(schema)]
+        for key in config:
+            if f"{prefix}{key}" not in known:
+                raise UsageError(unknown_key(f"{prefix}{key}", known))
     for key, child in branches(config):
         _refuse_extra_keys(child, f"{prefix}{key}.")
 
@@ -223,10 +201,7 @@ def _refuse_extra_keys(config: DictConfig, prefix: str = "") -> None:
 def _refuse_missing(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
-    if missing := OmegaConf.missing_keys(config):
-        inner = [
-            key for key in missing if not any(other.startswith(f"{key}.") for other in missing)
-        ]
-        raise UsageError(
-            "required and not given: " + ", ".join(f"{key}=..." for key in sorted(inner))
-        )
+    missing = sorted(OmegaConf.missing_keys(config))
+    inner = [key for key in missing if not any(other.startswith(f"{key}.") for other in missing)]
+    if inner:
+        raise UsageError("required and not given: " + ", ".join(f"{key}=..." for key in inner))

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mad.pipeline import Run, RunConfig, Splits
+from mad.pipeline import Run, RunConfig
+from mad.trusted import Splits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +63,7 @@ def run(config: Demo) -> None:
 
     from mad.benchmark.results import Scorer
     from mad.commands.plot import draw
-    from mad.pipeline import load_prompts, make_run
+    from mad.pipeline import make_run
 
     console = Console()
     console.print(
@@ -75,7 +76,7 @@ def run(config: Demo) -> None:
     drawn = _inputs(config, done)
     parts = {Scorer(config.detector.name): _scored(config, done, drawn)}
     console.print("4. beside baselines and random circuits")
-    inputs = {group: load_prompts(records, done.model) for group, records in drawn.items()}
+    inputs = {group: done.model.prompts(records) for group, records in drawn.items()}
     parts |= _others(config, done, inputs)
     random = dict(_random_circuits(config, done, inputs))
     pictures += _pictures(config, done, parts)

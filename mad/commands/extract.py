@@ -1,10 +1,9 @@
 """Find the circuit behind a behaviour, measure it, and fit a detector to it.
 
-    madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction madcap extract
-    model=path/to/folder task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun madcap
-    extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine madcap
-    extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.1,0.01
-    'out=runs/tau${method.tau}' -m
+    madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction
+    madcap extract model=FOLDER task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun
+    madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine
+    madcap extract model=X.pt task=prompts.jsonl method.tau=0.1,0.01 'out=runs/tau${method.tau}' -m
 
 The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
 means that new inputs are scored under, one calibrates the detector. `out` then holds circuit.json,

@@ -40,8 +40,9 @@ def run(config: Fit) -> None:
     from circuits.prompts import read_records
     from mad.calibration import check_alpha, fit
     from mad.detector import Context
-    from mad.pipeline import load_trusted, open_run
+    from mad.folder import open_run
     from mad.saved_detector import save_detector
+    from mad.trusted import load_trusted
 
     check_alpha(config.alpha)
     parse_memory(config.memory)

@@ -1,12 +1,12 @@
 """Help, read from the source text, so that it answers before torch could even be imported.
 
     madcap --help                     the commands
-    madcap extract --help             the module's docstring, its settings, the presets of each group
+    madcap extract --help             the module's docstring, its settings, presets of each group
     madcap extract method=acdc --help the settings of that choice as well
 
-A setting's description is the comment on its line, or the lines of comment right above it, in the
-dataclass. A preset's first comment names its dataclass, and may go on to say what it is for: `#
-circuits.discovery.acdc.ACDC - exact sweep`.
+A setting's description is the comment on its lines, or right above them, in the dataclass. A
+preset's first comment names its dataclass, and may go on to say what it is for:
+`# circuits.discovery.acdc.ACDC - exact sweep`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import io
 import shutil
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -41,17 +41,8 @@ class Setting:
     comment: str
 
 
-@dataclass(frozen=True)
-class Comment:
-    """A comment in a source file."""
-
-    column: int
-    text: str
-    alone: bool  # nothing else is on its line
-
-
-def overview(commands: Mapping[str, tuple[str, str]]) -> str:
-    """The text of `madcap --help`."""
+def overview(commands: Mapping[str, str]) -> str:
+    """The text of `madcap --help`, from each command's summary."""
     lines = [
         "madcap finds the circuit behind a trusted behaviour of a transformer, tests it, and "
         "scores new inputs by how",
@@ -59,7 +50,7 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
         "",
         "usage: madcap COMMAND [key=value ...]",
         "",
-        *_table([(name, summary) for name, (_, summary) in commands.items()]),
+        *_columns(list(commands.items())),
         "",
         "madcap COMMAND --help tells the settings of a command.  madcap --version tells the "
         "version.",
@@ -67,12 +58,9 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def command_help(command: str, module: str, words: list[str]) -> str:
-    """The text of `madcap COMMAND --help`; `words` such as `method=acdc` ask for the settings of
-    those choices.
-    """
+def command_help(command: str, module: str, overrides: list[str]) -> str:
+    """The text of `madcap COMMAND --help`; `method=acdc` asks for that choice's settings too."""
     taken = groups(command)
-    written = {key: str(value) for key, value in primary(command).items() if key != "defaults"}
     settings = {
         setting.name: setting for setting in class_settings(f"{module}.{class_name(command)}")
     }
@@ -81,44 +69,50 @@ def command_help(command: str, module: str, words: list[str]) -> str:
         "",
         (ast.get_docstring(_parsed(module), clean=False) or "").strip(),
         "",
+        *_plain_settings(command, settings.values()),
     ]
-
-    plain = [
-        s
-        for s in settings.values()
-        if s.name.partition(".")[0] not in taken and s.name != "overrides"
-    ]
-    if plain:
-        lines += [
-            "settings",
-            *_table([(s.name, written.get(s.name, s.default), s.comment) for s in plain]),
-            "",
-        ]
     for group, default in taken.items():
-        setting = settings.get(group)
-        required = default == "???" or (
-            default is None and setting is not None and setting.default == "required"
-        )
-        note = (
-            " (required)"
-            if required
-            else ""
-            if group == "mode"
-            else f" (default: {default or 'none'})"
-        )
-        about = f": {setting.comment}" if setting and setting.comment else ""
-        lines += [f"{group}=NAME{note}{about}"]
-        lines += [
-            *_table([(name, preset_summary(group, name)) for name in preset_names(group)]),
-            "",
-        ]
-    for word in words:
-        group, _, name = word.partition("=")
-        if group in taken and name in preset_names(group) and (path := preset_class(group, name)):
-            rows = [(f"{group}.{s.name}", s.default, s.comment) for s in class_settings(path)]
-            lines += [f"settings of {word}", *_table(rows), ""]
-    lines += ["options", *_table(OPTIONS)]
+        lines += _group(group, default, settings.get(group))
+    for override in overrides:
+        group, _, name = override.partition("=")
+        if group in taken and name in preset_names(group):
+            lines += _choice(group, name)
+    lines += ["options", *_columns(OPTIONS)]
     return "\n".join(lines) + "\n"
+
+
+def _plain_settings(command: str, settings: Iterable[Setting]) -> list[str]:
+    """The settings that are no groups, with the defaults of the command's own file."""
+    hidden = {*groups(command), "overrides"}
+    written = {key: str(value) for key, value in primary(command).items()}
+    rows = [
+        (setting.name, written.get(setting.name, setting.default), setting.comment)
+        for setting in settings
+        if setting.name.partition(".")[0] not in hidden
+    ]
+    return ["settings", *_columns(rows), ""] if rows else []
+
+
+def _group(group: str, default: str | None, setting: Setting | None) -> list[str]:
+    """A group with its presets."""
+    unset = default is None and setting is not None and setting.default == "required"
+    note = f" (default: {default or 'none'})"
+    if default == "???" or unset:
+        note = " (required)"
+    elif group == "mode":
+        note = ""
+    about = f": {setting.comment}" if setting and setting.comment else ""
+    rows = [(name, preset_summary(group, name)) for name in preset_names(group)]
+    return [f"{group}=NAME{note}{about}", *_columns(rows), ""]
+
+
+def _choice(group: str, name: str) -> list[str]:
+    """The settings of a preset's dataclass."""
+    path = preset_class(group, name)
+    if not path:
+        return []
+    rows = [(f"{group}.{s.name}", s.default, s.comment) for s in class_settings(path)]
+    return [f"settings of {group}={name}", *_columns(rows), ""]
 
 
 def class_name(command: str) -> str:
@@ -136,33 +130,26 @@ def preset_names(group: str) -> list[str]:
 
 
 def preset_class(group: str, name: str) -> str:
-    """The dotted path of the dataclass that a preset names in its first comment; empty when it
-    names none.
-    """
-    return next(
-        (word for word in _first_comment(group, name).split()[:1] if "." in word.strip(".")), ""
-    )
+    """The dotted path of a preset's dataclass, by its first comment; empty when it names none."""
+    word = _first_comment(group, name).partition(" ")[0]
+    return word if "." in word.strip(".") else ""
 
 
 def preset_summary(group: str, name: str) -> str:
-    """What the preset's comment says it is for, or else the first sentence of its dataclass."""
+    """What the preset's comment says it is for, or else what its dataclass begins with."""
     path = preset_class(group, name)
     said = _first_comment(group, name).removeprefix(path).lstrip(" :-–").strip()
     if said or not path:
         return said
     found = _find_class(path)
     docstring = ast.get_docstring(found[1]) if found else None
-    return (docstring or "").partition("\n")[0]
+    return " ".join((docstring or "").partition("\n\n")[0].split())
 
 
 def _first_comment(group: str, name: str) -> str:
     lines = (configs_folder() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    comments = (
-        line.lstrip("# ").strip()
-        for line in lines
-        if line.startswith("#") and "@package" not in line
-    )
-    return next(comments, "")
+    comments = (line for line in lines if line.startswith("#") and "@package" not in line)
+    return next(comments, "").lstrip("# ").strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,36 +162,38 @@ def class_settings(path: str) -> list[Setting]:
     if found is None:
         return []
     module, node = found
-    settings = {}
+    settings: dict[str, Setting] = {}
     for base in node.bases:
         if isinstance(base, ast.Name):
             settings |= {s.name: s for s in class_settings(_qualified(module, base.id))}
     comments = _comments(module)
     above = node.lineno
     for field in node.body:
+        end = field.end_lineno or field.lineno
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            comment, name = _comment_of(field, comments, above), field.target.id
-            nested = (
-                class_settings(_qualified(module, made)) if (made := _made_by(field.value)) else []
-            )
-            settings[name] = Setting(name, _default(field.value), comment)
+            lines = range(above + 1, end + 1)
+            comment = " ".join(comments[line] for line in lines if line in comments)
+            own = Setting(field.target.id, _default(field.value), comment)
+            nested = _nested(module, field)
             if nested:
-                del settings[name]
-                settings |= {
-                    f"{name}.{s.name}": Setting(f"{name}.{s.name}", s.default, s.comment)
-                    for s in nested
-                }
-        above = field.end_lineno or field.lineno
+                settings.pop(own.name, None)
+            settings |= {setting.name: setting for setting in nested or [own]}
+        above = end
     return list(settings.values())
 
 
-def _made_by(value: ast.expr | None) -> str | None:
-    """The name of the class that a field's default is made by, in `field(default_factory=NAME)`."""
-    if isinstance(value, ast.Call):
-        for keyword in value.keywords:
-            if keyword.arg == "default_factory" and isinstance(keyword.value, ast.Name):
-                return keyword.value.id
-    return None
+def _nested(module: str, field: ast.AnnAssign) -> list[Setting]:
+    """The settings below a field whose default is another dataclass of ours."""
+    factory = _keywords(field.value).get("default_factory")
+    if not isinstance(factory, ast.Name):
+        return []
+    prefix = ast.unparse(field.target)
+    inner = class_settings(_qualified(module, factory.id))
+    return [Setting(f"{prefix}.{s.name}", s.default, s.comment) for s in inner]
+
+
+def _keywords(value: ast.expr | None) -> dict[str | None, ast.expr]:
+    return {one.arg: one.value for one in value.keywords} if isinstance(value, ast.Call) else {}
 
 
 def _find_class(path: str) -> tuple[str, ast.ClassDef] | None:
@@ -222,7 +211,7 @@ def _find_class(path: str) -> tuple[str, ast.ClassDef] | None:
 
 
 def _qualified(module: str, name: str) -> str:
-    """The dotted path of a name used in a module: where it is imported from, or the module itself."""
+    """The dotted path of a name used in a module: where it is imported from, or in the module."""
     for node in _parsed(module).body:
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
@@ -231,65 +220,36 @@ def _qualified(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def _comment_of(field: ast.AnnAssign, comments: Mapping[int, Comment], above: int) -> str:
-    """The comment lines between `above` and the field, and the one on it with its continuation
-    lines.
-
-    A comment line that starts right of the fields continues the comment of the field before it.
-    """
-    end = field.end_lineno or field.lineno
-    between = [comments[line] for line in range(above + 1, field.lineno) if line in comments]
-    texts = [
-        comment.text for comment in between if comment.alone and comment.column == field.col_offset
-    ]
-    if end in comments:
-        texts.append(comments[end].text)
-        line = end + 1
-        while (
-            line in comments and comments[line].alone and comments[line].column > field.col_offset
-        ):
-            texts.append(comments[line].text)
-            line += 1
-    return " ".join(texts)
-
-
 def _default(value: ast.expr | None) -> str:
-    if value is None or (isinstance(value, ast.Constant) and value.value == "???"):
-        return "required"
-    if isinstance(value, ast.Constant):  # written as on the command line
-        literal = value.value
-        return (
-            "null"
-            if literal is None
-            else str(literal).lower()
-            if isinstance(literal, bool)
-            else str(literal) or "''"
-        )
-    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
-        for keyword in value.keywords:
-            if keyword.arg == "default":
-                return _default(keyword.value)
-            if keyword.arg == "default_factory":
-                made = keyword.value
-                empty = {"list": "[]", "dict": "{}", "tuple": "[]"}
-                return (
-                    ast.unparse(made.body)
-                    if isinstance(made, ast.Lambda)
-                    else empty.get(ast.unparse(made), "")
-                )
-        return "required"
+    """A default, written as on the command line."""
+    match value:
+        case None | ast.Constant(value="???"):
+            return "required"
+        case ast.Constant(value=None):
+            return "null"
+        case ast.Constant(value=bool(literal)):
+            return str(literal).lower()
+        case ast.Constant(value=literal):
+            return str(literal) or "''"
+        case ast.Call(func=ast.Name("field")):
+            return _field_default(_keywords(value))
     return ast.unparse(value)
 
 
-def _comments(module: str) -> dict[int, Comment]:
+def _field_default(keywords: Mapping[str | None, ast.expr]) -> str:
+    factory = keywords.get("default_factory")
+    if factory is None:
+        return _default(keywords.get("default"))
+    if isinstance(factory, ast.Lambda):
+        return ast.unparse(factory.body)
+    return {"list": "[]", "dict": "{}", "tuple": "[]"}.get(ast.unparse(factory), "")
+
+
+def _comments(module: str) -> dict[int, str]:
     """The comment on each line that has one."""
     tokens = tokenize.generate_tokens(io.StringIO(_source(module)).readline)
     return {
-        token.start[0]: Comment(
-            token.start[1],
-            token.string.lstrip("# ").strip(),
-            alone=not token.line[: token.start[1]].strip(),
-        )
+        token.start[0]: token.string.lstrip("# ").strip()
         for token in tokens
         if token.type == tokenize.COMMENT
     }
@@ -301,9 +261,7 @@ def _parsed(module: str) -> ast.Module:
 
 @cache
 def _source(module: str) -> str:
-    """A module's text; only its top-level package is looked up, for finding a submodule would
-    import its parents.
-    """
+    """A module's text, found without importing the packages above it."""
     top, *rest = module.split(".")
     spec = find_spec(top)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -318,7 +276,7 @@ def _source(module: str) -> str:
 # layout
 
 
-def _table(rows: list[tuple[str, ...]], widest: int = 28) -> Iterator[str]:
+def _columns(rows: Sequence[tuple[str, ...]], widest: int = 28) -> Iterator[str]:
     """Rows as aligned columns, the last one wrapped to the terminal."""
     if not rows:
         return

@@ -1,5 +1,4 @@
-"""The `madcap` command: finds the sub-command, hands it its configuration, and tells errors in one
-line.
+"""The `madcap` command: finds the sub-command, hands it its configuration, tells errors in a line.
 
     madcap COMMAND [key=value ...]
 
@@ -7,8 +6,8 @@ A sub-command is a module with a docstring (its help), a dataclass named after i
 `Extract`), and `run(config: Extract) -> int | None`. It is imported when it is run, and `--help`
 reads its source instead, so that nothing slow stands between a question and its answer.
 
-Exit codes: 0 done, 1 the work failed, 2 the words cannot be run, 3 done but for some inputs, 130
-interrupted. MADCAP_TRACEBACK=1 shows tracebacks.
+Exit codes: 0 done, 1 the work failed, 2 what was typed cannot be run, 3 done but for some inputs,
+130 interrupted. MADCAP_TRACEBACK=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -17,21 +16,16 @@ import os
 import sys
 from typing import Any
 
+PACKAGE = "mad.commands"
 COMMANDS = {
-    "demo": ("mad.commands.demo", "the whole path on a small shipped model, in a minute"),
-    "extract": (
-        "mad.commands.extract",
-        "find the circuit behind a behaviour, and fit a detector to it",
-    ),
-    "plot": ("mad.commands.plot", "draw a circuit: SVG, PNG, PDF"),
-    "score": (
-        "mad.commands.score",
-        "score new inputs by how far the model departs from the circuit",
-    ),
-    "fit": ("mad.commands.fit", "fit another detector to a circuit"),
-    "train": ("mad.commands.train", "train a small model on a task"),
-    "truth": ("mad.commands.truth", "test discovery methods where the circuit is known"),
-    "bench": ("mad.commands.bench", "time the engine, or measure which detectors work"),
+    "demo": "the whole path on a small shipped model, in a minute",
+    "extract": "find the circuit behind a behaviour, and fit a detector to it",
+    "plot": "draw a circuit: SVG, PNG, PDF",
+    "score": "score new inputs by how far the model departs from the circuit",
+    "fit": "fit another detector to a circuit",
+    "train": "train a small model on a task",
+    "truth": "test discovery methods where the circuit is known",
+    "bench": "time the engine, or measure which detectors work",
 }
 
 FLAGS = {
@@ -52,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     # reads this when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
-    flags = {FLAGS[word] for word in arguments if word in FLAGS}
-    unknown = [word for word in arguments if word.startswith("-") and word not in FLAGS]
-    words = [word for word in arguments if not word.startswith("-")]
-    command = words.pop(0) if words else ""
+    flags = {FLAGS[argument] for argument in arguments if argument in FLAGS}
+    unknown = [a for a in arguments if a.startswith("-") and a not in FLAGS]
+    command, *overrides = [a for a in arguments if not a.startswith("-")] or [""]
 
     if unknown:
         return _fail(command, f"unknown option {unknown[0]!r}; settings are written key=value", 2)
@@ -65,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("", _unknown_command(command), 2)
     try:
         if not command or "help" in flags:
-            return _print_help(command, words)
+            return _print_help(command, overrides)
         _set_up_logging(verbose="verbose" in flags)
-        return _run(command, words, sweep="sweep" in flags, show="show" in flags)
+        return _run(command, overrides, sweep="sweep" in flags, show="show" in flags)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as in `madcap ... | head`
@@ -80,21 +73,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(command, _message(error), code)
 
 
-def _run(command: str, words: list[str], *, sweep: bool, show: bool) -> int:
+def _run(command: str, overrides: list[str], *, sweep: bool, show: bool) -> int:
     import importlib
 
     from mad.commands.config import run_command, show_config
     from mad.commands.help import class_name
 
-    module = importlib.import_module(COMMANDS[command][0])
+    module = importlib.import_module(f"{PACKAGE}.{command}")
     run = show_config if show else module.run
-    return run_command(command, getattr(module, class_name(command)), run, words, sweep=sweep)
+    return run_command(command, getattr(module, class_name(command)), run, overrides, sweep=sweep)
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for words that cannot be run, 1 for what the library refuses, None for a defect, whose
-    traceback is wanted.
-    """
+    """2 for what cannot be run, 1 for what the library refuses, None for a defect, told in full."""
     from mad.commands.overrides import UsageError
 
     if isinstance(error, UsageError):
@@ -116,15 +107,17 @@ def _fail(command: str, message: str, code: int) -> int:
 def _unknown_command(command: str) -> str:
     from mad.commands.overrides import did_you_mean
 
-    return f"unknown command {command!r}{did_you_mean(command, list(COMMANDS))}; commands: {', '.join(COMMANDS)}"
+    near = did_you_mean(command, list(COMMANDS))
+    return f"unknown command {command!r}{near}; commands: {', '.join(COMMANDS)}"
 
 
-def _print_help(command: str, words: list[str]) -> int:
+def _print_help(command: str, overrides: list[str]) -> int:
     from mad.commands.help import command_help, overview
 
-    sys.stdout.write(
-        command_help(command, COMMANDS[command][0], words) if command else overview(COMMANDS)
+    text = (
+        command_help(command, f"{PACKAGE}.{command}", overrides) if command else overview(COMMANDS)
     )
+    sys.stdout.write(text)
     sys.stdout.flush()
     return 0
 
@@ -149,9 +142,8 @@ def _set_up_logging(*, verbose: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # its retries; what comes of them is told
+    # Its retries are silent; what comes of them is told.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for package in ("circuits", "abstraction", "mad", "hydra"):
         logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
 

@@ -12,10 +12,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 # `model=X` with X no preset means `model=path model.path=X`; a task is then a prompt file.
 OPEN_GROUPS = {"model": "path", "task": "file"}
@@ -26,9 +28,37 @@ PLAIN = {"model": "path", "detector": "name"}
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
 PATHS = {"circuit", "inputs", "out", "trusted", "model.path", "task.path"}
 
+Presets = Callable[[str], list[str]]  # the names of a group's presets
+
 
 class UsageError(Exception):
-    """What the user typed cannot be run; the message is one line that says why and what would do."""
+    """What the user typed cannot be run; the message is one line: why, and what would do."""
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def normalise(
+    typed: Iterable[str], taken: Iterable[str], presets: Presets, *, sweep: bool = False
+) -> list[str]:
+    """Hydra overrides that mean what the user's mean.
+
+    Args:
+        typed: `key=value` each.
+        taken: the groups that the command takes.
+        presets: the names of a group's presets.
+        sweep: commas separate values, one job for each; otherwise they belong to the value.
+
+    Raises:
+        UsageError: for what is not `key=value`, and for a task that is neither a preset nor a file.
+    """
+    taken = set(taken)
+    return [
+        override
+        for text in typed
+        for override in _meaning(_Typed.read(text, sweep), taken, presets)
+    ]
 
 
 def quote(value: str) -> str:
@@ -44,120 +74,118 @@ def quote(value: str) -> str:
     return f"'{body}'"
 
 
-def normalise(
-    words: Iterable[str],
-    taken: Iterable[str],
-    presets: Callable[[str], list[str]],
-    *,
-    sweep: bool = False,
-) -> list[str]:
-    """Hydra overrides that mean what the user's words mean.
+@dataclass(frozen=True)
+class _Typed:
+    """One `key=value`, as the user typed it."""
 
-    Args:
-        words: `key=value` as typed.
-        taken: the groups that the command takes.
-        presets: the names of a group's presets.
-        sweep: commas separate values, one job for each; otherwise they belong to the value.
+    text: str
+    sign: str  # +, ++, ~ or none
+    key: str
+    values: list[str]  # more than one in a sweep only
 
-    Raises:
-        UsageError: for a word that is not `key=value`, and for a task that is neither a preset nor
-            a file.
-    """
-    taken = set(taken)
-    overrides = []
-    for word in words:
-        sign, key, value = _split(word)
-        several = sweep and "," in value and not re.match(r"\w+\(.*\)\Z", value)
-        values = value.split(",") if several else [value]
-        literal = [item for item in values if item not in ("", "null")]
-        if key in OPEN_GROUPS and key in taken and not sign and literal:
-            names = presets(key)
-            named = [item for item in literal if item.strip("'\"") in names]
-            if not named:
-                path = ",".join(quote(_existing(key, item, names)) for item in values)
-                overrides += [f"{key}={OPEN_GROUPS[key]}", f"{key}.path={path}"]
-                continue
-            if len(named) < len(literal):
-                raise UsageError(
-                    f"{word}: presets and paths cannot be swept over together; run them one by one"
-                )
-        elif key in PLAIN and key not in taken and not sign:
-            word = f"{key}.{PLAIN[key]}=" + ",".join(
-                quote(os.path.expanduser(item)) for item in values
-            )
-        elif key in PATHS and literal:
-            word = f"{sign}{key}=" + ",".join(quote(os.path.expanduser(item)) for item in values)
-        overrides.append(word)
-    return overrides
+    @classmethod
+    def read(cls, text: str, sweep: bool) -> _Typed:
+        match = re.match(r"(\+\+|\+|~|)([^=+~][^=]*)(=?)(.*)\Z", text, re.DOTALL)
+        if match is None or not (match[3] or match[1] == "~"):
+            raise UsageError(f"{text!r} is not of the form key=value")
+        sign, key, _, value = match.groups()
+        several = sweep and not re.match(r"\w+\(.*\)\Z", value)  # range(1,9) is one value
+        return cls(text, sign, key, value.split(",") if several else [value])
+
+    @property
+    def given(self) -> list[str]:
+        return [value for value in self.values if value not in ("", "null")]
+
+    def literally(self, key: str) -> list[str]:
+        """The override of `key` by these values, whatever characters they hold."""
+        values = ",".join(quote(os.path.expanduser(value)) for value in self.values)
+        return [f"{self.sign}{key}={values}"]
 
 
-def _split(word: str) -> tuple[str, str, str]:
-    """A word's sign (`+`, `++`, `~` or none), key and value."""
-    match = re.match(r"(\+\+|\+|~|)([^=+~][^=]*)(=?)(.*)\Z", word, re.DOTALL)
-    if match is None or not (match[3] or match[1] == "~"):
-        raise UsageError(f"{word!r} is not of the form key=value")
-    return match[1], match[2], match[4]
+def _meaning(typed: _Typed, taken: set[str], presets: Presets) -> list[str]:
+    key = typed.key
+    if key in OPEN_GROUPS and key in taken and not typed.sign and typed.given:
+        return _preset_or_path(typed, presets(key))
+    if key in PLAIN and key not in taken and not typed.sign:
+        return typed.literally(f"{key}.{PLAIN[key]}")
+    if key in PATHS and typed.given:
+        return typed.literally(key)
+    return [typed.text]
+
+
+def _preset_or_path(typed: _Typed, names: list[str]) -> list[str]:
+    key = typed.key
+    named = [value for value in typed.given if value.strip("'\"") in names]
+    if not named:
+        path = ",".join(quote(_existing(key, value, names)) for value in typed.values)
+        return [f"{key}={OPEN_GROUPS[key]}", f"{key}.path={path}"]
+    if len(named) < len(typed.given):
+        raise UsageError(
+            f"{typed.text}: presets and paths cannot be swept over together; run them one by one"
+        )
+    return [typed.text]
 
 
 def _existing(group: str, value: str, names: list[str]) -> str:
-    """The value as a path; what is no file must be a hub name, so that a misspelt preset is told at
-    once.
-    """
+    """The value as a path; a misspelt preset is no hub name, and told at once."""
     path = os.path.expanduser(value)
     near = did_you_mean(value, names)
-    if (group == "task" or ("/" not in value and near)) and not os.path.exists(path.strip("'\"")):
-        raise UsageError(
-            f"{group}={value}: neither a preset nor a file{did_you_mean(value, names)}; "
-            f"{_listed(names)}"
-        )
+    must_exist = group == "task" or ("/" not in value and near)
+    if must_exist and not os.path.exists(path.strip("'\"")):
+        raise UsageError(f"{group}={value}: neither a preset nor a file{near}; {_listed(names)}")
     return path
 
 
+# --------------------------------------------------------------------------------------------------
+# answering
+
+
 @contextmanager
-def explained(presets: Callable[[str], list[str]]) -> Iterator[None]:
-    """Turn the errors of Hydra and OmegaConf into a UsageError of one line that names the key and
-    the choices.
-    """
+def explained(presets: Presets) -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into a UsageError that names the key and the choices."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explanation(error, presets)) from error
+    except OmegaConfBaseException as error:
+        raise UsageError(_explain_omegaconf(error)) from error
+    except HydraException as error:
+        cause = error.__cause__ or error.__context__
+        told = _explain_hydra(error, presets)
+        if told is None and isinstance(cause, OmegaConfBaseException):
+            where = re.match(r"In '(.*?)': ", str(error))
+            told = (f"in {where[1]}.yaml: " if where else "") + _explain_omegaconf(cause)
+        raise UsageError(told or " ".join(str(error).split())) from error
 
 
-def _explanation(error: Exception, presets: Callable[[str], list[str]]) -> str:
+def _explain_hydra(error: Exception, presets: Presets) -> str | None:
+    """What Hydra itself found wrong; None where it passes on what OmegaConf did."""
     from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         names = presets(group)
         return f"unknown {group} preset {name!r}{did_you_mean(name, names)}; {_listed(names)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}: {_first_line(error)}; quote a value that holds any of , = : [ ] {{ }}"
+        remedy = "quote a value that holds any of , = : [ ] { }"
+        return f"cannot read {error.override!r}: {_first_line(error)}; {remedy}"
     if several := re.match(r"Ambiguous value for argument '(.*)'", str(error)):
         return (
             f"{several[1]} has several values: add -m for one run each, or write [a,b] for a list"
         )
-
     if unset := re.match(r"You must specify '(.*?)'", str(error)):
         return f"required and not given: {unset[1]}=...; {_listed(presets(unset[1]))}"
+    return None
 
-    cause = (
-        error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
-    )
-    if not isinstance(cause, OmegaConfBaseException):
-        return " ".join(str(error).split())
-    where = re.match(r"In '(.*?)': ", str(error))
-    prefix = f"in {where[1]}.yaml: " if where else ""
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None:
-        return prefix + unknown_key(
-            str(cause.full_key), _dotted_keys(cause.parent_node, str(cause.full_key))
-        )
-    key = f"{cause.full_key}: " if cause.full_key else ""
-    return prefix + key + _first_line(cause)
+
+def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    key = str(error.full_key or "")
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and error.parent_node is not None:
+        return unknown_key(key, _dotted_keys(error.parent_node, key))
+    return (f"{key}: " if key else "") + _first_line(error)
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -168,9 +196,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 
 def _dotted_keys(node: DictConfig, full_key: str) -> list[str]:
-    """Keys beside a key that does not exist, and below, since `tau=.1` may stand for
-    `method.tau=.1`.
-    """
+    """Keys beside one that does not exist, and below: `tau=.1` may stand for `method.tau=.1`."""
 
     def below(node: DictConfig, prefix: str) -> Iterator[str]:
         yield from (f"{prefix}{key}" for key in node)

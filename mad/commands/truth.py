@@ -29,15 +29,12 @@ FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 class Truth:
     """What is tested on what."""
 
-    methods: list[str] = field(
-        default_factory=list
-    )  # empty: all that are registered, with their default settings
+    # empty: all that are registered, with their default settings
+    methods: list[str] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all
-    metric: str | None = (
-        # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
-        None
-    )
+    # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    metric: str | None = None
     ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
     prompts: int = 64  # per program
     seed: int = 0  # of prompts and donors
@@ -47,21 +44,17 @@ class Truth:
 
 def run(config: Truth) -> None:
     """Tests, prints a summary, and writes the table and the picture."""
+    from rich.console import Console
     from tqdm.auto import tqdm
 
     from abstraction.ground_truth.programs import PROGRAMS
     from abstraction.ground_truth.scoreboard import VARIANTS, cases, put_to_the_test
     from circuits.discovery import METHODS
+    from mad.benchmark.tables import terminal_table
 
     folder = None if config.out is None else Path(config.out)
-    if (
-        folder is not None
-        and not config.overwrite
-        and (used := [n for n in FILES if (folder / n).exists()])
-    ):
-        raise FileExistsError(
-            f"{folder} holds {used[0]} already; choose another out=, or overwrite=true"
-        )
+    if folder is not None and not config.overwrite:
+        _refuse_used(folder)
     names = config.methods or list(METHODS)
     methods = {name: METHODS[name].schema() if name in METHODS else None for name in names}
     programs, variants = config.programs or list(PROGRAMS), config.variants or list(VARIANTS)
@@ -76,55 +69,52 @@ def run(config: Truth) -> None:
     )
     total = len(methods) * len(cases(programs, variants))
     results = list(tqdm(tested, total=total, desc="truth", unit="test", disable=None))
-    _print(results)
+    rows = _summary(results)
+    title = "discovery where the circuit is known; AUCs are means"
+    headers = ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s")
+    Console().print(terminal_table(title, headers, rows, left=("variant", "method")))
     if folder is not None:
         _write(results, config, folder)
         print(f"wrote {folder}/truth.json, truth.md, truth.png and truth.svg")
 
 
-def _print(results: Sequence[Result]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _refuse_used(folder: Path) -> None:
+    for name in FILES:
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder} holds {name} already; choose another out=, or overwrite=true"
+            )
 
-    table = Table(
-        title="discovery where the circuit is known; AUCs are means", title_justify="left"
-    )
-    for header in ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s"):
-        left = header in ("variant", "method")
-        table.add_column(header, justify="left" if left else "right", no_wrap=left)
+
+def _summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """One row for each variant and method."""
+    summary = []
     for variant, method in dict.fromkeys((r.variant, r.method) for r in results):
         rows = [r for r in results if (r.variant, r.method) == (variant, method)]
         edges = [r.edge_auc for r in rows if not math.isnan(r.edge_auc)]
         nodes = [r.node_auc for r in rows if not math.isnan(r.node_auc)]
-        table.add_row(
-            variant,
-            method,
-            f"{sum(r.exact for r in rows)}/{len(rows)}",
-            _mean(edges),
-            f"{min(edges):.3f}" if edges else "-",
-            _mean(nodes),
-            f"{sum(r.seconds for r in rows):.2f}",
-        )
-    Console().print(table)
+        exact = f"{sum(r.exact for r in rows)}/{len(rows)}"
+        lowest = _number(min(edges, default=math.nan))
+        seconds = f"{sum(r.seconds for r in rows):.2f}"
+        summary.append((variant, method, exact, _mean(edges), lowest, _mean(nodes), seconds))
+    return summary
 
 
 def _mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f}" if values else "-"
+    return _number(sum(values) / len(values) if values else math.nan)
 
 
 def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
     from abstraction.ground_truth.scoreboard_plot import draw_truth
+    from mad.benchmark.tables import markdown_table
 
     folder.mkdir(parents=True, exist_ok=True)
     data = [{name: _json(value) for name, value in asdict(result).items()} for result in results]
     (folder / "truth.json").write_text(
         json.dumps({"config": asdict(config), "results": data}, indent=1) + "\n"
     )
-    headers = tuple(
-        "program,variant,method,true,found,of,edge AUC,node AUC,exact,missing,extra,seconds".split(
-            ","
-        )
-    )
+    columns = "program variant method true found of edge_AUC node_AUC exact missing extra seconds"
+    headers = [column.replace("_", " ") for column in columns.split()]
     rows = [
         (
             r.program,
@@ -142,16 +132,15 @@ def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
         )
         for r in results
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in (headers, ("---",) * len(headers), *rows)]
-    (folder / "truth.md").write_text("\n".join(lines) + "\n")
+    (folder / "truth.md").write_text(markdown_table(headers, rows) + "\n")
     metric = config.metric or "KL (plain EAP: logit difference)"
-    caption = f"edge AUC; tick: found exactly; {metric}, {config.ablation} ablation, {config.prompts} prompts"
+    measured = f"{metric}, {config.ablation} ablation, {config.prompts} prompts"
     for form in ("png", "svg"):
         draw_truth(
             results,
             folder / f"truth.{form}",
             title="Discovery where the circuit is known",
-            caption=caption,
+            caption=f"edge AUC; tick: found exactly; {measured}",
         )
 
 

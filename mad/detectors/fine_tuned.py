@@ -19,7 +19,8 @@ from torch import Tensor
 from circuits.batches import over_batches
 from circuits.engine import Engine
 from circuits.metrics import METRICS
-from circuits.model.load import _quietly, local_path
+from circuits.model.huggingface import quietly
+from circuits.model.load import local_path
 from circuits.prompts import NONE, Prompts
 from mad.detector import Context
 from mad.detectors.settings import check_at_least_one
@@ -132,7 +133,7 @@ def _copy(engine: Engine) -> Any:
             "so that no copy of it can be fine-tuned; leave fine_tuned_kl out"
         )
     try:
-        with torch.random.fork_rng(devices=[]), _quietly():
+        with torch.random.fork_rng(devices=[]), quietly():
             copy: Any = AutoModelForCausalLM.from_pretrained(
                 str(local_path(model.path)), local_files_only=True, dtype=engine.dtype
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_networkx_view_carries_the_scores():
         ("a0.h1", "logits", "logits"): 5 / 7,
     }
     assert edges == pytest.approx(expected)
+
+
+def test_it_says_how_many_edges_it_keeps_and_how_they_were_found():
+    assert repr(circuit()) == "Circuit(5 of 36 edges, method=acdc, metric=kl)"
+    resampled = replace(circuit(), about={**ABOUT, "ablation": {"name": "resample", "seed": 0}})
+    assert repr(resampled) == "Circuit(5 of 36 edges, method=acdc, metric=kl, ablation=resample)"
+    assert repr(replace(circuit(), about={})) == "Circuit(5 of 36 edges)"
 
 
 # ---- bad files -----------------------------------------------------------------------------------

@@ -14,12 +14,18 @@ from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
 from circuits.engine import Engine
 from circuits.extraction import Extraction, choose, extract
-from circuits.faithfulness import FaithfulnessScale, by_metric, evaluate, faithfulness_scale
+from circuits.faithfulness import (
+    FaithfulnessScale,
+    by_metric,
+    evaluate,
+    faithfulness_scale,
+    under_each_metric,
+)
 from circuits.metrics import METRICS
 from circuits.model.load import ModelConfig, load_model
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
-from circuits.selection import Selection, select, sizes
+from circuits.selection import Selection, ranking, select, sizes
 from circuits.tasks import induction
 from tests import tiny
 from tests.budget import memory_for
@@ -334,8 +340,8 @@ def test_contradictory_selections_are_refused(selection, message):
 
 def test_faithfulness_by_metric_is_that_of_each_metric(caplog):
     ours, kept = scale(), select(GRAPH, scored().scores, edges=20)
-    with caplog.at_level(logging.INFO, "circuits.extraction"):
-        results = by_metric(ours, kept)
+    with caplog.at_level(logging.INFO, "circuits.faithfulness"):
+        results = by_metric(ours, under_each_metric(ours.objective, kept))
     assert {"kl", "logit_diff"} <= set(results)
     for name in METRICS:
         if name in results:
@@ -350,7 +356,7 @@ def test_metrics_that_need_answers_are_left_out_without_them():
     bare = prompts_from_records(
         [{k: r[k] for k in ("clean", "corrupt", "positions")} for r in tiny.records(12, 1)]
     )
-    metrics = evaluate(scale(bare), scored(), GRAPH.exists, Selection(), random_draws=1)
+    metrics = evaluate(scale(bare), GRAPH.exists, ranking(GRAPH, scored().scores), random_draws=1)
     assert set(metrics["by_metric"]) == {"kl"}
 
 

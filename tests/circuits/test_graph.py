@@ -1,6 +1,4 @@
-"""The graph: known sizes, names, what comes before what, and dead ends against a search over all
-paths.
-"""
+"""The graph: known sizes, names, what comes before what; dead ends against a search of paths."""
 
 from __future__ import annotations
 

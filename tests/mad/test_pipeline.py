@@ -15,8 +15,10 @@ from circuits.tasks.file import File
 from mad.calibration import fit, sequence_hashes
 from mad.detector import Context
 from mad.detectors import Deviation, Mahalanobis
-from mad.pipeline import make_run, open_run, trusted_splits
+from mad.folder import open_run
+from mad.pipeline import make_run
 from mad.saved_detector import load_detector
+from mad.trusted import trusted_splits
 from tests import tiny
 from tests.mad.test_scoring import records, run  # noqa: F401
 
@@ -95,7 +97,7 @@ def test_a_missing_detector_names_those_that_are_there(run):  # noqa: F811
 def test_overlapping_splits_are_refused(run):  # noqa: F811
     folder, config = run
     again = open_run(folder / "run")
-    splits = trusted_splits(config, again.model)
+    splits = trusted_splits(config.task, again.model, config.splits, config.seed)
     context = Context(again.engine, again.circuit)
     with pytest.raises(ValueError, match="both the fit and the calibration"):
         fit(Mahalanobis(), context, splits["fit"], splits["fit"], used={})
@@ -109,7 +111,7 @@ def test_overlapping_splits_are_refused(run):  # noqa: F811
 def test_what_the_circuit_was_found_on_has_to_be_said(run):  # noqa: F811
     folder, config = run
     again = open_run(folder / "run")
-    splits = trusted_splits(config, again.model)
+    splits = trusted_splits(config.task, again.model, config.splits, config.seed)
     parts = splits["fit"], splits["calibration"]
     with pytest.raises(ValueError, match="used=None, but prompts .* or used={} if there were none"):
         fit(Mahalanobis(), Context(again.engine, again.circuit), *parts)
@@ -122,13 +124,15 @@ def test_few_prompts_are_split_in_proportion_and_anomalies_refused(run, tmp_path
     model = open_run(folder / "run").model
     write_jsonl(records(28, 4), tmp_path / "few.jsonl")
     few = dataclasses.replace(config, task=File(path=str(tmp_path / "few.jsonl")))
-    assert [len(part) for part in trusted_splits(few, model).values()] == [7, 7, 4, 7]
+    assert [
+        len(part) for part in trusted_splits(few.task, model, few.splits, few.seed).values()
+    ] == [7, 7, 4, 7]
     write_jsonl(records(3, 4), tmp_path / "few.jsonl")
     with pytest.raises(ValueError, match="3 different trusted prompts"):
-        trusted_splits(few, model)
+        trusted_splits(few.task, model, few.splits, few.seed)
     write_jsonl([{**record, "label": 1} for record in records(60, 4)], tmp_path / "few.jsonl")
     with pytest.raises(ValueError, match="labelled anomalous"):
-        trusted_splits(few, model)
+        trusted_splits(few.task, model, few.splits, few.seed)
 
 
 def test_detector_files_that_are_none_are_refused(run, tmp_path):  # noqa: F811

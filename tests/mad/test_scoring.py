@@ -21,8 +21,10 @@ from mad.attribution import explanation_bytes
 from mad.calibration import fit
 from mad.detector import Context
 from mad.detectors import Deviation
-from mad.pipeline import RunConfig, Splits, make_run, open_run
+from mad.folder import open_run
+from mad.pipeline import RunConfig, make_run
 from mad.scoring import Scoring, read_results, score
+from mad.trusted import Splits
 from tests import tiny
 
 ALPHA = 0.2
@@ -106,8 +108,6 @@ def test_a_file_is_scored_line_by_line_in_order(run, tmp_path):
 
 
 def test_scores_equal_the_detectors_own(run, tmp_path):
-    from mad.pipeline import load_prompts
-
     again, calibrated = opened(run)
     good = [{"clean": r["clean"], "id": str(i)} for i, r in enumerate(records(5, 2))]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in good))
@@ -117,7 +117,7 @@ def test_scores_equal_the_detectors_own(run, tmp_path):
     scored = [
         json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
     ]
-    assert scored == calibrated.detector.score(load_prompts(good, again.model)).tolist()
+    assert scored == calibrated.detector.score(again.model.prompts(good)).tolist()
 
 
 @pytest.mark.parametrize("broken_after", [0, 1, 3])

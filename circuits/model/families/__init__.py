@@ -1,5 +1,4 @@
-"""Architecture families: what each computes, as one small description read from a TransformerLens
-bridge.
+"""Architecture families: what each computes, as a small description of a TransformerLens bridge.
 
 A description names the parts of a bridge (norms, projections, MLP, rotary embedding;
 `circuits.model.architecture`) and the constants that its forward pass uses.  A family also lists
@@ -48,7 +47,7 @@ def describe(bridge: Any, hf_config: Any | None) -> Architecture:
     name = bridge.cfg.architecture
     if name not in FAMILIES:
         raise ValueError(
-            f"architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}. "
-            "A family is one description in circuits/families"
+            f"architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}. A "
+            "family is one description in circuits/families"
         )
     return FAMILIES[name](bridge, hf_config)

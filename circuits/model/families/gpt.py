@@ -13,73 +13,42 @@ from circuits.model.families.parts import (
     layer_norm,
     part,
     projection,
+    qkvo,
     refuse_unknown,
     rotary,
+)
+
+_COMMON = (
+    "n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
+    "scale_attn_weights resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj "
+    "summary_activation summary_proj_to_labels summary_first_dropout "
 )
 
 
 def gpt2(bridge: Any, config: Any) -> Architecture:
     """GPT-2 (Radford et al. 2019): learned positions, Conv1D projections."""
-    refuse_unknown(
-        "GPT-2",
-        config.to_dict(),
-        "n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
-        "scale_attn_weights "
-        "scale_attn_by_inverse_layer_idx resid_pdrop embd_pdrop attn_pdrop n_ctx "
-        "summary_type summary_use_proj summary_activation summary_proj_to_labels "
-        "summary_first_dropout",
-    )
-    return Architecture(
-        graph=Graph(config.n_layer, config.n_head),
-        blocks=tuple(
-            _block(block, part(block.attn).scaling, part(block.mlp).act) for block in bridge.blocks
-        ),
-        token=part(bridge.embed),
-        position=part(bridge.pos_embed),
-        rotary=None,
-        final_norm=layer_norm(bridge.ln_final),
-        unembed=projection(bridge.unembed),
-        head_width=config.n_embd // config.n_head,
-        context=config.n_positions,
-    )
+    refuse_unknown("GPT-2", config, _COMMON + "scale_attn_by_inverse_layer_idx")
+    blocks = tuple(_block(block, part(block.attn).scaling) for block in bridge.blocks)
+    return _decoder(bridge, config, blocks)
 
 
 def gpt_neox(bridge: Any, config: Any) -> Architecture:
-    """GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023): parallel blocks or not,
-    partial rotary.
-    """
+    """GPT-NeoX, Pythia (Black et al. 2022, Biderman et al. 2023): parallel or not; part rotary."""
     refuse_unknown(
         "GPT-NeoX",
-        config.to_dict(),
+        config,
         "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-        "max_position_embeddings "
-        "layer_norm_eps use_parallel_residual rope_parameters attention_bias rotary_pct "
-        "rotary_emb_base "
-        "attention_dropout hidden_dropout classifier_dropout",
+        "max_position_embeddings layer_norm_eps use_parallel_residual rope_parameters "
+        "attention_bias rotary_pct rotary_emb_base attention_dropout hidden_dropout "
+        "classifier_dropout",
     )
-    return Architecture(
-        graph=Graph(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            parallel=config.use_parallel_residual,
-        ),
-        blocks=tuple(
-            _block(block, part(block.attn).scaling, part(block.mlp).act) for block in bridge.blocks
-        ),
-        token=part(bridge.embed),
-        position=None,
-        rotary=rotary("GPT-NeoX", bridge, config),
-        final_norm=layer_norm(bridge.ln_final),
-        unembed=projection(bridge.unembed),
-        head_width=config.hidden_size // config.num_attention_heads,
-        context=config.max_position_embeddings,
-    )
+    blocks = tuple(_block(block, part(block.attn).scaling) for block in bridge.blocks)
+    positions = rotary("GPT-NeoX", bridge, config)
+    return _decoder(bridge, config, blocks, positions, parallel=config.use_parallel_residual)
 
 
 def gptj(bridge: Any, config: Any) -> Architecture:
-    """GPT-J (Wang & Komatsuzaki 2021): parallel blocks with one norm, partial rotary positions in
-    adjacent pairs.
-    """
+    """GPT-J (Wang & Komatsuzaki 2021): parallel blocks with one norm, rotary in adjacent pairs."""
     return _gptj("GPT-J", bridge, config)
 
 
@@ -89,48 +58,49 @@ def codegen(bridge: Any, config: Any) -> Architecture:
 
 
 def _gptj(family: str, bridge: Any, config: Any) -> Architecture:
-    refuse_unknown(
-        family,
-        config.to_dict(),
-        "n_positions n_ctx n_embd n_layer n_head n_inner rotary_dim activation_function "
-        "layer_norm_epsilon "
-        "resid_pdrop embd_pdrop attn_pdrop rotary scale_attn_weights "
-        "summary_type summary_use_proj summary_activation summary_proj_to_labels "
-        "summary_first_dropout",
-    )
+    refuse_unknown(family, config, _COMMON + "rotary_dim rotary")
     first = part(bridge.blocks[0].attn)
 
     def tables(positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
         sin, cos = first.embed_positions[:positions].to(like).chunk(2, -1)  # each pair's angle once
         return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
 
-    return Architecture(
-        graph=Graph(config.n_layer, config.n_head, parallel=True),
-        blocks=tuple(
-            _block(block, 1.0 / part(block.attn).scale_attn, part(block.mlp).act)
-            for block in bridge.blocks
-        ),
-        token=part(bridge.embed),
-        position=None,
-        rotary=Rotary(tables, pairs="adjacent"),
-        final_norm=layer_norm(bridge.ln_final),
-        unembed=projection(bridge.unembed),
-        head_width=config.n_embd // config.n_head,
-        context=config.n_positions,
-    )
+    blocks = tuple(_block(block, 1.0 / part(block.attn).scale_attn) for block in bridge.blocks)
+    return _decoder(bridge, config, blocks, Rotary(tables, pairs="adjacent"), parallel=True)
 
 
-def _block(block: Any, scale: float, act: Any) -> Block:
+def _block(block: Any, scale: float) -> Block:
     """A block with LayerNorms; where there is one norm, attention and MLP share it."""
     return Block(
         norm1=layer_norm(block.ln1),
-        attention=Attention(
-            *(projection(getattr(block.attn, side)) for side in "qkvo"), scale=scale
-        ),
+        attention=Attention(*qkvo(block.attn), scale=scale),
         norm2=layer_norm(block.ln2 if "ln2" in block._modules else block.ln1),
         mlp=MLP(
             up=projection(getattr(block.mlp, "in")),
             down=projection(block.mlp.out),
-            activation=activation(act),
+            activation=activation(part(block.mlp).act),
         ),
+    )
+
+
+def _decoder(
+    bridge: Any,
+    config: Any,
+    blocks: tuple[Block, ...],
+    positions: Rotary | None = None,
+    *,
+    parallel: bool = False,
+) -> Architecture:
+    """The whole model; without rotary positions it has a learned table of them."""
+    n_heads = config.num_attention_heads
+    return Architecture(
+        graph=Graph(config.num_hidden_layers, n_heads, parallel=parallel),
+        blocks=blocks,
+        token=part(bridge.embed),
+        position=part(bridge.pos_embed) if positions is None else None,
+        rotary=positions,
+        final_norm=layer_norm(bridge.ln_final),
+        unembed=projection(bridge.unembed),
+        head_width=config.hidden_size // n_heads,
+        context=config.max_position_embeddings,
     )

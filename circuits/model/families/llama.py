@@ -7,69 +7,63 @@ from typing import Any
 
 from circuits.graph import Graph
 from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm
-from circuits.model.families.parts import activation, part, projection, refuse_unknown, rotary
+from circuits.model.families.parts import (
+    activation,
+    part,
+    projection,
+    qkvo,
+    refuse_unknown,
+    rotary,
+)
 
 _COMMON = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim hidden_act "
-    "max_position_embeddings rms_norm_eps rope_parameters rope_theta attention_dropout "
+    "head_dim hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_theta "
+    "attention_dropout "
+)
+_LAYERED = _COMMON + "sliding_window layer_types "
+_SOME_WINDOWS = _LAYERED + "max_window_layers use_sliding_window "
+# A bias of the output projection would be inside the post-norm: attention_bias stays refused.
+_GEMMA2 = _LAYERED + (
+    "hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping "
+    "cache_implementation"
 )
 
 
 def llama(bridge: Any, config: Any) -> Architecture:
     """Llama (Touvron et al. 2023)."""
-    refuse_unknown("Llama", config.to_dict(), _COMMON + "attention_bias mlp_bias")
+    refuse_unknown("Llama", config, _COMMON + "attention_bias mlp_bias")
     return _decoder("Llama", bridge, config)
 
 
 def mistral(bridge: Any, config: Any) -> Architecture:
     """Mistral (Jiang et al. 2023): a sliding window in every layer."""
-    refuse_unknown("Mistral", config.to_dict(), _COMMON + "sliding_window")
+    refuse_unknown("Mistral", config, _COMMON + "sliding_window")
     return _decoder("Mistral", bridge, config, window=lambda layer: config.sliding_window)
 
 
 def qwen2(bridge: Any, config: Any) -> Architecture:
-    """Qwen 2 and 2.5 (Yang et al. 2024): biases on queries, keys and values; windows in some layers
-    if asked for.
-    """
-    refuse_unknown(
-        "Qwen2", config.to_dict(), _COMMON + _LAYERED + "max_window_layers use_sliding_window"
-    )
+    """Qwen 2 and 2.5 (Yang et al. 2024): biases on q, k and v; windows in some layers if wanted."""
+    refuse_unknown("Qwen2", config, _SOME_WINDOWS)
     return _decoder("Qwen2", bridge, config, window=_by_layer("Qwen2", config))
 
 
 def qwen3(bridge: Any, config: Any) -> Architecture:
     """Qwen 3, dense (Yang et al. 2025): queries and keys are normed per head."""
-    refuse_unknown(
-        "Qwen3",
-        config.to_dict(),
-        _COMMON + _LAYERED + "max_window_layers use_sliding_window attention_bias",
-    )
+    refuse_unknown("Qwen3", config, _SOME_WINDOWS + "attention_bias")
     return _decoder("Qwen3", bridge, config, window=_by_layer("Qwen3", config))
 
 
 def gemma(bridge: Any, config: Any) -> Architecture:
     """Gemma 1 (Gemma Team 2024): scaled embeddings, gains stored less 1."""
-    refuse_unknown("Gemma", config.to_dict(), _COMMON + "attention_bias hidden_activation")
+    refuse_unknown("Gemma", config, _COMMON + "attention_bias hidden_activation")
     return _decoder("Gemma", bridge, config, offset=1.0)
 
 
 def gemma2(bridge: Any, config: Any) -> Architecture:
-    """Gemma 2 (Gemma Team 2024): also post-norms, soft-caps, alternating windows, its own attention
-    scale.
-    """
-    refuse_unknown(
-        "Gemma 2",
-        config.to_dict(),
-        _COMMON
-        + _LAYERED
-        + "hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping "
-        "cache_implementation",
-    )  # a bias of the output projection would be inside the post-norm, so attention_bias stays refused
+    """Gemma 2 (Gemma Team 2024): also post-norms, soft-caps, windows, its own attention scale."""
+    refuse_unknown("Gemma 2", config, _GEMMA2)
     return _decoder("Gemma 2", bridge, config, offset=1.0, window=_by_layer("Gemma 2", config))
-
-
-_LAYERED = "sliding_window layer_types "
 
 
 def _by_layer(family: str, config: Any) -> Callable[[int], int | None]:
@@ -97,6 +91,8 @@ def _decoder(
     offset: float = 0.0,
     window: Callable[[int], int | None] = lambda layer: None,
 ) -> Architecture:
+    """The whole model; `offset` is added to the stored gains, `window` is that of each layer."""
+
     def norm(bridge_part: Any) -> Norm:
         return Norm("rms", config.rms_norm_eps, part(bridge_part), offset)
 
@@ -107,7 +103,7 @@ def _decoder(
         Block(
             norm1=norm(block.ln1),
             attention=Attention(
-                *(projection(getattr(block.attn, side)) for side in "qkvo"),
+                *qkvo(block.attn),
                 scale=part(block.attn).scaling,
                 soft_cap=getattr(config, "attn_logit_softcapping", None),
                 window=window(layer),

@@ -1,17 +1,20 @@
-"""TransformerLens's own model: causal or bidirectional, with or without norm, MLP, gate and rotary
-positions.
-"""
+"""TransformerLens's own model, with or without causal mask, norm, MLP, gate, rotary positions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
+
+from torch import Tensor
 
 from circuits.graph import Graph
 from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm, Rotary
-from circuits.model.families.parts import part, projection
+from circuits.model.families.parts import part, projection, qkvo
 
-_NORMS: Mapping[str | None, Literal["layer", "rms", "none"]] = {
+NormKind = Literal["layer", "rms", "none"]
+
+_NORMS: Mapping[str | None, NormKind] = {
     None: "none",
     "LN": "layer",
     "LNPRE": "layer",
@@ -21,23 +24,19 @@ _NORMS: Mapping[str | None, Literal["layer", "rms", "none"]] = {
 # Fields that change what a native model computes, and that are honoured here.
 _HONOURED = frozenset(
     "d_model d_head n_layers n_ctx n_heads d_mlp d_vocab d_vocab_out positional_embedding_type "
-    "n_key_value_heads "
-    "attn_only gated_mlp eps act_fn normalization_type final_rms use_attn_scale attn_scale "
-    "attention_dir rotary_dim "
-    "rotary_base rope_scaling attn_scores_soft_cap output_logits_soft_cap".split()
+    "n_key_value_heads attn_only gated_mlp eps act_fn normalization_type final_rms use_attn_scale "
+    "attn_scale attention_dir rotary_dim rotary_base rope_scaling attn_scores_soft_cap "
+    "output_logits_soft_cap".split()
 )
-# Fields that change nothing of it: names, devices, initialisation, tokenisers, hooks that are off
-# the forward pass.
+# Fields that change nothing of it: names, devices, initialisation, tokenisers, hooks.
 _INERT = frozenset(
     "device dtype architecture original_architecture model_name tokenizer_name initializer_range "
-    "init_mode "
-    "init_weights seed n_params n_devices from_checkpoint checkpoint_index checkpoint_label_type "
-    "checkpoint_value "
-    "default_prepend_bos tokenizer_prepends_bos tokenizer_appends_eos default_padding_side "
-    "trust_remote_code "
-    "use_attn_result use_split_qkv_input use_hook_mlp_in use_attn_in use_hook_tokens uses_rms_norm "
-    "attn_implementation "
-    "decoder_start_token_id NTK_by_parts_low_freq_factor NTK_by_parts_high_freq_factor NTK_by_parts_factor".split()
+    "init_mode init_weights seed n_params n_devices from_checkpoint checkpoint_index "
+    "checkpoint_label_type checkpoint_value default_prepend_bos tokenizer_prepends_bos "
+    "tokenizer_appends_eos default_padding_side trust_remote_code use_attn_result "
+    "use_split_qkv_input use_hook_mlp_in use_attn_in use_hook_tokens uses_rms_norm "
+    "attn_implementation decoder_start_token_id NTK_by_parts_low_freq_factor "
+    "NTK_by_parts_high_freq_factor NTK_by_parts_factor".split()
 )
 
 
@@ -45,59 +44,9 @@ def native(bridge: Any, hf_config: None) -> Architecture:
     """A native model; fields that TransformerLens's native model itself ignores are refused."""
     config = bridge.cfg
     _refuse_others(config)
-    if config.attention_dir not in ("causal", "bidirectional"):
-        raise ValueError(
-            f"TransformerLens native: attention_dir={config.attention_dir!r} is not supported, "
-            "only 'causal' and "
-            "'bidirectional'"
-        )
-    kind = config.normalization_type and config.normalization_type.upper()
-    if kind not in _NORMS:
-        raise ValueError(
-            f"TransformerLens native: normalization_type={kind!r} is not supported, only LN, RMS, "
-            "None"
-        )
-    model = bridge.original_model
-
-    def norm(bridge_part: Any, kind: Literal["layer", "rms", "none"] = _NORMS[kind]) -> Norm:
-        module = part(bridge_part)
-        return Norm(
-            kind, config.eps, module if getattr(module, "weight", None) is not None else None
-        )
-
-    def mlp(bridge_part: Any) -> MLP:
-        module = part(bridge_part)
-        inner = getattr(module, "ln", None)
-        return MLP(
-            gate=projection(bridge_part.gate) if config.gated_mlp else None,
-            up=projection(getattr(bridge_part, "in")),
-            down=projection(bridge_part.out),
-            activation=module.act,
-            inner_norm=None if inner is None else Norm("layer", config.eps, part(inner)),
-        )
-
-    blocks = tuple(
-        Block(
-            norm1=norm(block.ln1),
-            attention=Attention(
-                *(projection(getattr(block.attn, side)) for side in "qkvo"),
-                scale=1.0 / part(block.attn).scale,
-                soft_cap=config.attn_scores_soft_cap if config.attn_scores_soft_cap > 0 else None,
-            ),
-            norm2=None if config.attn_only else norm(block.ln2),
-            mlp=None if config.attn_only else mlp(block.mlp),
-        )
-        for block in bridge.blocks
-    )
-    rotary = None
-    if model.rotary is not None:
-        rotary = Rotary(
-            lambda positions, like: (
-                model.rotary.cos_cached[:positions].to(like.dtype),
-                model.rotary.sin_cached[:positions].to(like.dtype),
-            ),
-            pairs="adjacent",
-        )
+    norm = partial(_norm, config, kind=_norm_kind(config))
+    final_norm = norm(bridge.ln_final, kind="rms") if config.final_rms else norm(bridge.ln_final)
+    rotary = _rotary(bridge.original_model.rotary)
     return Architecture(
         graph=Graph(
             config.n_layers,
@@ -106,20 +55,76 @@ def native(bridge: Any, hf_config: None) -> Architecture:
             attention_only=bool(config.attn_only),
             causal=config.attention_dir == "causal",
         ),
-        blocks=blocks,
+        blocks=tuple(_block(config, block, norm) for block in bridge.blocks),
         token=part(bridge.embed),
         position=None if rotary is not None else part(bridge.pos_embed),
         rotary=rotary,
-        final_norm=norm(bridge.ln_final, "rms") if config.final_rms else norm(bridge.ln_final),
+        final_norm=final_norm,
         unembed=projection(bridge.unembed),
         head_width=config.d_head,
         context=config.n_ctx,
-        logit_cap=config.output_logits_soft_cap if config.output_logits_soft_cap > 0 else None,
+        logit_cap=_cap(config.output_logits_soft_cap),
     )
 
 
+def _norm_kind(config: Any) -> NormKind:
+    named = config.normalization_type and config.normalization_type.upper()
+    if named not in _NORMS:
+        raise ValueError(
+            f"TransformerLens native: normalization_type={named!r} is not supported, only LN, RMS, "
+            "None"
+        )
+    return _NORMS[named]
+
+
+def _norm(config: Any, bridge_part: Any, kind: NormKind) -> Norm:
+    module = part(bridge_part)
+    return Norm(kind, config.eps, None if getattr(module, "weight", None) is None else module)
+
+
+def _block(config: Any, block: Any, norm: Callable[[Any], Norm]) -> Block:
+    return Block(
+        norm1=norm(block.ln1),
+        attention=Attention(
+            *qkvo(block.attn),
+            scale=1.0 / part(block.attn).scale,
+            soft_cap=_cap(config.attn_scores_soft_cap),
+        ),
+        norm2=None if config.attn_only else norm(block.ln2),
+        mlp=None if config.attn_only else _mlp(config, block.mlp),
+    )
+
+
+def _mlp(config: Any, bridge_part: Any) -> MLP:
+    module = part(bridge_part)
+    inner = getattr(module, "ln", None)
+    return MLP(
+        gate=projection(bridge_part.gate) if config.gated_mlp else None,
+        up=projection(getattr(bridge_part, "in")),
+        down=projection(bridge_part.out),
+        activation=module.act,
+        inner_norm=None if inner is None else Norm("layer", config.eps, part(inner)),
+    )
+
+
+def _cap(soft_cap: float) -> float | None:
+    return soft_cap if soft_cap > 0 else None
+
+
+def _rotary(rotary: Any | None) -> Rotary | None:
+    """Rotary positions by the model's own tables; None where it has learned positions."""
+    if rotary is None:
+        return None
+
+    def tables(positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (table[:positions] for table in (rotary.cos_cached, rotary.sin_cached))
+        return cos.to(like.dtype), sin.to(like.dtype)
+
+    return Rotary(tables, pairs="adjacent")
+
+
 def _refuse_others(config: Any) -> None:
-    """Refuses fields that differ from TransformerLens's default and are neither honoured nor inert."""
+    """Refuses fields off TransformerLens's default that it ignores, and any other direction."""
     from transformer_lens.config import TransformerBridgeConfig
 
     defaults = vars(TransformerBridgeConfig(d_model=1, d_head=1, n_layers=1, n_ctx=1))
@@ -128,7 +133,11 @@ def _refuse_others(config: Any) -> None:
             continue
         raise ValueError(
             f"TransformerLens native: {field}={value!r} is set, but TransformerLens's native model "
-            "ignores it, so that "
-            "the weights would compute another function than they were trained for; leave it at "
-            "its default"
+            "ignores it, so that the weights would compute another function than they were trained "
+            "for; leave it at its default"
+        )
+    if config.attention_dir not in ("causal", "bidirectional"):
+        raise ValueError(
+            f"TransformerLens native: attention_dir={config.attention_dir!r} is not supported, "
+            "only 'causal' and 'bidirectional'"
         )

@@ -1,10 +1,8 @@
-"""What the descriptions of families share: allow-lists of configuration fields, and the parts of a
-bridge.
-"""
+"""What the descriptions of families share: known configuration fields, the parts of a bridge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,17 +11,14 @@ from torch import Tensor
 
 from circuits.model.architecture import Activation, Linear, Norm, Rotary
 
-# Fields of any HuggingFace configuration that do not change what a decoder computes in evaluation
-# mode.
+# Fields of any HuggingFace configuration that change nothing of what a decoder computes.
 INERT = frozenset(
     "transformers_version architectures output_hidden_states output_attentions return_dict dtype "
-    "torch_dtype "
-    "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type use_cache "
-    "bos_token_id eos_token_id "
-    "pad_token_id sep_token_id initializer_range _name_or_path model_type tie_word_embeddings "
-    "task_specific_params "
-    "_attn_implementation attn_implementation pretraining_tp vocab_size name_or_path "
-    "predict_special_tokens _num_labels use_bfloat16 output_past gradient_checkpointing".split()
+    "torch_dtype chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type "
+    "use_cache bos_token_id eos_token_id pad_token_id sep_token_id initializer_range _name_or_path "
+    "model_type tie_word_embeddings task_specific_params _attn_implementation attn_implementation "
+    "pretraining_tp vocab_size name_or_path predict_special_tokens _num_labels use_bfloat16 "
+    "output_past gradient_checkpointing".split()
 )
 
 # What to do about a field that is refused, by a part of its name.
@@ -37,14 +32,14 @@ REMEDIES = {
 }
 
 
-def refuse_unknown(family: str, config: Mapping[str, Any], honoured: str) -> None:
+def refuse_unknown(family: str, config: Any, honoured: str) -> None:
     """Refuses fields that are set (not None, not False) and neither honoured nor inert.
 
     Raises:
         ValueError: there is such a field.
     """
     known = INERT.union(honoured.split())
-    for field, value in config.items():
+    for field, value in config.to_dict().items():
         if field in known or value is None or value is False:
             continue
         remedy = next(
@@ -53,8 +48,7 @@ def refuse_unknown(family: str, config: Mapping[str, Any], honoured: str) -> Non
         )
         raise ValueError(
             f"{family}: configuration field {field}={value!r} is not honoured by the engine, which "
-            "would then compute "
-            f"another function than the model; {remedy}"
+            f"would then compute another function than the model; {remedy}"
         )
 
 
@@ -69,10 +63,14 @@ def projection(bridge_part: Any) -> Linear:
     return Linear(module, stored_in_out=type(module).__name__ == "Conv1D")
 
 
+def qkvo(attention: Any) -> Iterator[Linear]:
+    """The projections of a bridge's attention, in the order of `Attention`'s fields."""
+    return (projection(getattr(attention, side)) for side in "qkvo")
+
+
 def activation(module: Any) -> Activation:
-    """The activation of an MLP module, by its fastest equal: HuggingFace writes GPT-2's GELU in
-    eight operations.
-    """
+    """The activation of an MLP module, by its fastest equal."""
+    # HuggingFace writes GPT-2's GELU in eight operations.
     if type(module).__name__ == "NewGELUActivation":
         return lambda x: F.gelu(x, approximate="tanh")
     return module
@@ -93,8 +91,7 @@ def rotary(family: str, bridge: Any, config: Any) -> Rotary:
     if rope_type not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(
             f"{family}: rope_type={rope_type!r} depends on the length of the text and is not "
-            "supported, "
-            "only 'default', 'linear', 'llama3' and 'yarn'"
+            "supported, only 'default', 'linear', 'llama3' and 'yarn'"
         )
     embedding: Callable[..., tuple[Tensor, Tensor]] = part(bridge.rotary_emb)
 

@@ -10,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abstraction.ground_truth.placement import place, reads
-from abstraction.ground_truth.program import (
-    Attend,
-    Combine,
-    Lookup,
-    Program,
-    Switch,
-    Threshold,
-    at,
-    back,
-)
+from abstraction.ground_truth.program import Program
+from abstraction.ground_truth.steps import Attend, Combine, Lookup, Switch, Threshold, at, back
 
 TOKENS = ("a", "b", "c", "no", "yes")
 LENGTH = 5

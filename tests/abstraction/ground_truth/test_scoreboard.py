@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from circuits.discovery.found import Found
 
 from abstraction.ground_truth.scoreboard import Result, judge, put_to_the_test
 from abstraction.ground_truth.scoreboard_plot import draw_truth
 from circuits.discovery import ACDC, EAP, EAPIG, METHODS
+from circuits.discovery.method import Found
 from circuits.graph import Graph
 from mad.commands.main import main
 
@@ -115,7 +115,7 @@ def test_acdc_by_kl_recovers_trained_circuits_exactly():
 
 
 def test_gradients_at_the_clean_run_miss_attention_that_is_saturated():
-    """Hard attention has no gradient, so plain EAP cannot see what it attends by; the integral can."""
+    """Hard attention has no gradient: plain EAP cannot see what it attends by."""
     methods = {"eap": EAP(), "eap_ig": EAPIG()}
     plain, integrated = put_to_the_test(methods, ("recall",), ("plain",), prompts=32)
     assert not plain.exact and set(plain.missing) == {"input->a1.h0<q>", "a0.h0->a1.h0<k>"}

@@ -11,30 +11,28 @@ from functools import cache
 import pytest
 import torch
 
-from abstraction.ground_truth.compiled import Options, compile
-from abstraction.ground_truth.ground_truth import BOUND, effects, mask_of, true_edges
+from abstraction.ground_truth.compiled import compile
+from abstraction.ground_truth.effects import BOUND, effects, mask_of, true_edges
+from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.trained import (
     FOLDER,
     GATES,
     TRUTHS,
     Trained,
     TrainedTruth,
-    answers,
     edge_effects,
-    edges,
-    fixed_edges,
-    load,
+    load_trained,
     measure,
-    nodes,
     objectives,
-    records,
+    wanted,
     without,
 )
-from abstraction.ground_truth.training import GateMissed, check, run, train
+from abstraction.ground_truth.training import run, train
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.model.load import local_path
 from circuits.prompts import prompts_from_records
+from circuits.training import GateMissed, check_gates
 
 KILOBYTES = 200
 NEGLIGIBLE = 0.02  # nats: what all edges outside the circuit may do together
@@ -42,7 +40,7 @@ NEGLIGIBLE = 0.02  # nats: what all edges outside the circuit may do together
 
 @cache
 def shipped(name: str) -> Trained:
-    return load(name)
+    return load_trained(name)
 
 
 @pytest.fixture(params=TRUTHS)
@@ -56,8 +54,8 @@ def trained(request) -> Trained:
 def test_shipped_files_pass_every_gate(trained):
     found = measure(trained, prompts=256, seed=77)  # other inputs than those they were measured on
     assert set(found) == set(GATES)
-    check(replace(trained, gates=found))
-    check(trained)  # and on those
+    check_gates(found, GATES, trained.config.steps)
+    check_gates(trained.gates, GATES, trained.config.steps)  # and on those
 
 
 def test_what_lies_outside_the_circuit_does_next_to_nothing(trained):
@@ -107,20 +105,17 @@ def test_the_folder_says_what_the_code_says(trained):
 def test_records_have_other_answers_in_the_corrupt_twin(trained):
     prompts = prompts_from_records(trained.records(64, 3))
     assert prompts.corrupt is not None
-    assert (
-        answers(trained.program, prompts.clean) != answers(trained.program, prompts.corrupt)
-    ).all()
+    answered = trained.program.answered
+    assert (answered(prompts.clean) != answered(prompts.corrupt)).all()
     assert trained.records(64, 3) == trained.records(64, 3) != trained.records(64, 4)
 
 
 def test_edges_through_which_the_program_reads_the_position_alone():
-    assert fixed_edges(TRUTHS["recall"]) == ("input->a0.h0<k>", "input->a0.h0<q>")
-    assert fixed_edges(TRUTHS["modular_addition"]) == ("input->a0.h0<k>", "input->a0.h1<k>")
+    fixed = wanted(TRUTHS["recall"]).fixed_edges
+    assert fixed == ("input->a0.h0<k>", "input->a0.h0<q>")
+    assert wanted(TRUTHS["modular_addition"]).fixed_edges == ("input->a0.h0<k>", "input->a0.h1<k>")
     tested = objectives(shipped("recall"), prompts=64, seed=5)["resample"]
-    assert (
-        max(map(abs, effects(tested, [(edge,) for edge in fixed_edges(TRUTHS["recall"])])))
-        < NEGLIGIBLE
-    )
+    assert max(map(abs, effects(tested, [(edge,) for edge in fixed]))) < NEGLIGIBLE
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -154,12 +149,12 @@ def test_run_saves_what_load_reads(tmp_path, monkeypatch):
         "abstraction.ground_truth.training.GATES", dict.fromkeys(GATES, float("-inf"))
     )
     out = str(tmp_path / "out")
-    made, again = run(TINY, out), load(out)
+    made, again = run(TINY, out), load_trained(out)
     assert again.config == TINY and again.model.weight_hash == made.model.weight_hash
     assert again.nodes == made.nodes and again.edges == made.edges
     assert again.gates == {name: round(value, 4) for name, value in made.gates.items()}
     with pytest.raises(
-        FileExistsError, match="is not empty; choose another folder or set overwrite=True"
+        FileExistsError, match="is not empty; choose another folder or set overwrite=true"
     ):
         run(TINY, out)
     run(TINY, out, overwrite=True)
@@ -196,18 +191,18 @@ def test_refusals():
         ValueError,
         match=r"no trained truth 'nothing'; name a folder with config.json, or one of recal",
     ):
-        load("nothing")
+        load_trained("nothing")
     with pytest.raises(
         ValueError, match="program='nothing' is unknown; the programs are modular_addition, "
     ):
-        nodes(TrainedTruth("nothing"))
+        wanted(TrainedTruth("nothing"))
     with pytest.raises(ValueError, match="layers=1, but program 'recall' needs 2; raise layers"):
-        nodes(TrainedTruth("recall", layers=1))
+        wanted(TrainedTruth("recall", layers=1))
     with pytest.raises(
         ValueError,
         match=r"unused edge 'm0->logits' is none of 'recall'; those are input->a0.h0<q>|in",
     ):
-        edges(TrainedTruth("recall", unused=("m0->logits",)))
+        wanted(TrainedTruth("recall", unused=("m0->logits",)))
     with pytest.raises(
         ValueError, match="d_model=9 is not a multiple of heads=2; change one of them"
     ):
@@ -215,7 +210,7 @@ def test_refusals():
     with pytest.raises(
         ValueError, match="behaviour=0, edges=0, but training starts with these losses"
     ):
-        train(replace(TINY, objective=0.0, edges=0.0))
+        train(replace(TINY, behaviour=0.0, edges=0.0))
 
 
 def test_a_sampler_without_other_answers_is_refused():
@@ -225,6 +220,6 @@ def test_a_sampler_without_other_answers_is_refused():
         sample=lambda count, generator: torch.zeros(count, program.length, dtype=torch.int64),
     )
     with pytest.raises(
-        ValueError, match="no input of recall with other answers in 100 draws; check its sampler"
+        ValueError, match="no input of recall with another answer in 100 draws; check its sampler"
     ):
-        records(constant, 4, 0)
+        constant.records(4, 0)

@@ -110,7 +110,7 @@ def test_a_size_is_written_so_that_it_suffices_when_read(size):
 def test_the_default_is_the_same_everywhere():
     names = [
         "ablation.fit_ablation",
-        "ablation.writer_means",
+        "ablation.means.writer_means",
         "objective.prepare",
         "extraction.extract",
     ]
@@ -397,8 +397,12 @@ def test_attribution_is_the_same_whatever_is_kept_and_leaves_it_alone(engine, ab
 
 def test_what_is_not_kept_costs_two_forwards_a_pass(monkeypatch):
     none, some, everything = objectives(ENGINES["gpt2"], "kl", "counterfactual")
-    real, runs = Engine.clean, []
-    monkeypatch.setattr(Engine, "clean", lambda *arguments: runs.append(1) or real(*arguments))
+    runs = []
+    for name in ("clean", "writers"):
+        real = getattr(Engine, name)
+        monkeypatch.setattr(
+            Engine, name, lambda *arguments, real=real: runs.append(1) or real(*arguments)
+        )
     for ours in (none, some, everything):
         for work in (ours.full, lambda ours=ours: eap_ig(EAPIG(steps=3), ours)):
             runs.clear()

@@ -263,6 +263,25 @@ def test_a_huggingface_folder_gives_the_model_it_was_saved_from(folder):
     assert not any(parameter.requires_grad for parameter in model.bridge.parameters())
 
 
+def test_a_path_alone_is_a_configuration_with_defaults(folder):
+    configured = load(folder[0])
+    for path in (folder[0], str(folder[0])):
+        model = load_model(path)
+        assert (model.path, model.weight_hash) == (configured.path, configured.weight_hash)
+        assert torch.equal(model.probe_logits, configured.probe_logits)
+
+
+def test_a_reference_into_a_package_and_a_state_dict_load_by_their_names(tmp_path):
+    assert load_model("pkg://mad/models/recall_redirect").vocabulary > 0
+    bridge = tiny.native_bridge(torch.float32)
+    path = write(tmp_path, legacy(bridge), config_of(bridge), ".pt")
+    assert (
+        load_model(path).weight_hash == load_model(str(path)).weight_hash == load(path).weight_hash
+    )
+    with pytest.raises(FileNotFoundError, match="no model at ./nothing"):
+        load_model("./nothing")
+
+
 def test_dtype_is_taken_after_the_hash(folder):
     path, module = folder
     models = {

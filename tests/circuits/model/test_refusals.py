@@ -193,7 +193,8 @@ def test_a_shard_without_one_of_its_tensors_is_named(shards):
     rewrite(shards, "model-00002-of-00007.safetensors", lambda tensors: tensors.pop(name))
     with pytest.raises(
         ValueError,
-        match=f"model-00002-of-00007.safetensors lacks 1 of the 6 tensors .* the first is {name}; download",
+        match="model-00002-of-00007.safetensors lacks 1 of the 6 tensors .* "
+        f"the first is {name}; download",
     ):
         load(shards)
 
@@ -204,7 +205,8 @@ def test_an_index_without_one_of_the_shards_is_refused(shards):
         index["weight_map"] = {name: file for name, file in places if "00002" not in file}
 
     rewrite(shards, INDEX, without)
-    message = r"6 missing keys, the first is model\.layers\.0\.self_attn\.k_proj\.bias; is config.json of this"
+    name = r"model\.layers\.0\.self_attn\.k_proj\.bias"
+    message = f"6 missing keys, the first is {name}; is config.json of this"
     with pytest.raises(ValueError, match=message):
         load(shards)
 
@@ -246,7 +248,10 @@ def test_a_folder_without_weights_is_refused(llama):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_weights_that_are_not_finite_are_named(llama, value):
     name = "model.layers.1.mlp.up_proj.weight"
-    message = rf"{name} is not finite \(NaN or infinite\) in 1 of its 240 values as torch.float32; take an earlier"
+    message = (
+        rf"{name} is not finite \(NaN or infinite\) in 1 of its 240 values as torch.float32; "
+        "take an earlier"
+    )
     module = tiny.llama_module()
     with torch.no_grad():
         module.get_parameter(name)[3, 4] = value
@@ -384,7 +389,8 @@ def test_mixed_dtypes_are_refused():
     module = cast(tiny.gpt2_module(), torch.float16, "transformer.h.1.mlp")
     with pytest.raises(
         ValueError,
-        match=r"wte\.weight has dtype torch\.float32 and transformer\.h\.1\.mlp\.c_fc\.weight torch\.float16; cast",
+        match=r"wte\.weight has dtype torch\.float32 and "
+        r"transformer\.h\.1\.mlp\.c_fc\.weight torch\.float16; cast",
     ):
         from_module(module)
     same_logits(from_module(module.float()), module)
@@ -690,7 +696,8 @@ def test_the_reason_fits_the_name(tmp_path, name, why):
 
 def test_every_reason_says_what_to_do():
     assert all(
-        ": " in why and (": use" in why or ": hand" in why or ": load" in why) for _, why in REASONS
+        ": " in why and (": use" in why or ": hand" in why or ": load" in why)
+        for why in REASONS.values()
     )
 
 

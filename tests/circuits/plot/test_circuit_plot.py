@@ -1,6 +1,4 @@
-"""The circuit's picture: every edge is in it, where dot put it, the same on every run; bad input is
-refused.
-"""
+"""The circuit's picture: every edge, where dot put it, the same each run; bad input is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from circuits.plot.circuit import draw_circuit, edge_style
+from circuits.plot import draw_circuit
+from circuits.plot.circuit import edge_style
 from circuits.plot.layout import lay_out, parse_edges, strengths
-from circuits.plot.style import FaithfulnessCurve, RandomBand, draw_faithfulness_curve
 
 SMALL = [
     ("input->a0.h0<q>", 0.4),
@@ -101,9 +99,11 @@ def test_the_callers_plot_style_neither_matters_nor_changes(tmp_path):
 
 def test_importing_is_lazy_and_drawing_needs_no_pyplot(tmp_path):
     script = (
-        "import sys; import circuits.plot.circuit as plot; from pathlib import Path\n"
+        "import sys; from pathlib import Path; import circuits.plot\n"
+        "assert 'torch' not in sys.modules\n"
+        "from circuits.plot import draw_circuit, draw_positions, draw_faithfulness_curve\n"
         "assert not {'matplotlib', 'pygraphviz'} & set(sys.modules)\n"
-        f"plot.draw_circuit([('input->logits', 1.0)], Path({str(tmp_path)!r}))\n"
+        f"draw_circuit([('input->logits', 1.0)], Path({str(tmp_path)!r}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
@@ -255,6 +255,11 @@ def test_edges_that_do_not_run_upwards_are_refused(name):
         parse_edges([(name, 1.0)])
 
 
+def test_edges_of_one_position_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"'input->m0@3' is of one position.*edges_over_positions"):
+        parse_edges([("input->m0@3", 1.0)])
+
+
 def test_an_edge_given_twice_is_refused():
     with pytest.raises(ValueError, match="'input->m0' is given twice"):
         parse_edges([("input->m0", 1.0), ("input->m0", 2.0)])
@@ -293,57 +298,3 @@ def test_strengths_without_contrast_are_middling():
 def test_colour_is_sign():
     colours = [edge_style(score, 0.5)["color"] for score in (3.0, 0.1, -0.1, -3.0, 0.0)]
     assert colours[0] == colours[1] and colours[2] == colours[3] and len(set(colours)) == 3
-
-
-# --- faithfulness curve ---------------------------------------------------------------------------
-
-CURVE = FaithfulnessCurve("EAP-IG", [0, 1, 10, 110], [0.0, 0.2, 0.9, 1.0])
-
-
-@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
-def test_faithfulness_curve_is_drawn_and_is_the_same_again(tmp_path, suffix):
-    band = RandomBand([1, 10, 110], [-0.1, 0.0, 1.0], [0.1, 0.2, 1.0])
-    options = {"random_band": band, "edges_total": 110, "title": "Faithfulness", "caption": "KL"}
-    one = draw_faithfulness_curve([CURVE], tmp_path / f"one.{suffix}", **options)
-    two = draw_faithfulness_curve([CURVE], tmp_path / f"two.{suffix}", **options)
-    assert one.read_bytes() == two.read_bytes()
-    if suffix == "svg":
-        assert {"curve:EAP-IG", "random band"} <= ids(one)
-
-
-@pytest.mark.parametrize(
-    "name", ["method", "a method with all of its settings, seed and ablation", "unbroken" * 20]
-)
-@pytest.mark.parametrize("count", [1, 18, 40])
-def test_the_legend_beside_the_curves_is_not_cut(tmp_path, monkeypatch, name, count):
-    from circuits import figures
-
-    drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, paths: drawn.append(figure))
-    curves = [
-        FaithfulnessCurve(f"{name} {index}", CURVE.edges, CURVE.faithfulness)
-        for index in range(count)
-    ]
-    draw_faithfulness_curve(
-        curves, tmp_path / "curve.svg", random_band=RandomBand([1, 9], [0, 0], [0.1, 0.1])
-    )
-    (figure,) = drawn
-    figure.draw_without_rendering()
-    legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
-    assert 0 <= legend.y0 and legend.y1 <= figure.bbox.height and legend.x1 <= figure.bbox.width
-    assert axes.x1 <= legend.x0
-    assert axes.width > 150
-
-
-@pytest.mark.parametrize(
-    ("curves", "message"),
-    [
-        ([], "0 curves"),
-        ([FaithfulnessCurve("ACDC", [1, 2], [0.1])], "2 edge counts but 1 values"),
-        ([FaithfulnessCurve("ACDC", [1], [math.nan])], "value nan at 1 edges"),
-        ([FaithfulnessCurve("ACDC", [-1], [0.5])], "at -1 edges"),
-    ],
-)
-def test_faithfulness_curve_refusals(tmp_path, curves, message):
-    with pytest.raises(ValueError, match=message):
-        draw_faithfulness_curve(curves, tmp_path / "curve.svg")

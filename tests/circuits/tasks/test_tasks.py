@@ -36,7 +36,7 @@ def stories(cases):
 @pytest.mark.parametrize("name", GENERATED)
 def test_config_is_a_structured_config(name):
     omegaconf = pytest.importorskip("omegaconf")
-    config_type, _ = TASKS[name]
+    config_type = TASKS[name].schema
     first = fields(config_type)[0]
     assert (first.name, first.default) == ("name", name)
     assert all(field.default is not MISSING for field in fields(config_type))
@@ -46,7 +46,7 @@ def test_config_is_a_structured_config(name):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_records_are_distinct_repeatable_and_differ_by_seed(name):
-    config_type, generate = TASKS[name]
+    config_type, generate = TASKS[name].schema, TASKS[name].generate
     records = generate(config_type(), 40, seed=3)
     assert (
         len({str(record["clean"]) for record in records})

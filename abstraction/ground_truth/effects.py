@@ -1,4 +1,4 @@
-"""Which edges of a compiled program matter, found by intervention and not by assumption.
+"""Which edges matter: the effects of removing them, found by intervention and not by assumption.
 
 The program says which edges it reads through.  Under a given ablation some of them carry nothing:
 the position embedding, say, is the same in a prompt and in its corrupt twin, so that
@@ -21,8 +21,8 @@ Shapes: readers R, writers W.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,7 +42,7 @@ AT_ONCE = 16  # masks in one run
 
 @dataclass(frozen=True)
 class Effect:
-    """What removing a group of edges does to the full model, in nats; mostly a group is one edge."""
+    """What removing a group of edges, mostly one, does to the full model, in nats."""
 
     edges: tuple[str, ...]
     mechanism: str
@@ -59,8 +59,7 @@ def true_edges(
     *,
     bound: float = BOUND,
 ) -> tuple[Effect, ...]:
-    """Returns the effect of every group of the program's edges; those with `true` are the ground
-    truth.
+    """Returns the effect of every group of the program's edges; the true ones are the ground truth.
 
     Raises:
         ValueError: the engine runs another model, the bound is not positive, ablation=zero with RMS
@@ -73,8 +72,7 @@ def true_edges(
     if ablation.name == "zero" and compiled.options.norm == "rms":
         raise ValueError(
             "ablation=zero removes the constant that keeps the norm of an RMS model, so that "
-            "nothing reads right; use "
-            "another ablation, or compile with norm=none"
+            "nothing reads right; use another ablation, or compile with norm=none"
         )
     if not bound > 0:
         raise ValueError(f"bound={bound}, but it must be above 0, or every edge counts")
@@ -98,11 +96,11 @@ def true_edges(
 
 
 def effects(
-    objective: Objective, removed: list[tuple[str, ...]], kept: Bool[Tensor, "R W *S"] | None = None
+    objective: Objective,
+    removed: Sequence[Sequence[str]],
+    kept: Bool[Tensor, "R W *S"] | None = None,
 ) -> list[float]:
-    """Returns by how much the metric falls when each set of edges is removed, from the full model
-    or from `kept`.
-    """
+    """Returns by how much the metric falls when each set of edges is removed, by default of all."""
     graph = objective.engine.graph
     kept = graph.exists if kept is None else kept
     masks = torch.stack([kept & ~mask_of(graph, edges) for edges in removed] + [kept])
@@ -128,12 +126,5 @@ def circuit_of(graph: Graph, found: Iterable[Effect]) -> Bool[Tensor, "R W *S"]:
 
 
 def accuracy(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> Float[Tensor, "N"]:
-    """Returns, per prompt, the share of scored positions at which the answer comes first when only
-    `kept` is kept.
-    """
-    engine, metric, parts = objective.engine, metric_named("accuracy"), []
-    for batch in objective.batches:
-        prompts = batch.prompts
-        logits = engine.masked(prompts, kept, batch.ablated)
-        parts.append(metric(logits, prompts))
-    return torch.cat(parts)
+    """Returns, per prompt, the share of scored positions at which the answer comes first."""
+    return replace(objective, metric=metric_named("accuracy")).measure(kept)

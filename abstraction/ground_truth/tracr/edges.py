@@ -4,12 +4,14 @@ Every dimension of the residual stream has a label and every weight is there for
 edges can be read off the weights: one exists where what the writer can write meets what the reader
 reads, on a path from an input to the logits,
 
-    written[w] read[r] > tolerance     written by   input    rows X of the embedding
-                                                    head     X W_V W_O, with X all that is written before it
-                                                    MLP      rows of W_out whose neuron reads something
-                                       read by      q, k, v  W_Q W_K^T X^T, W_K W_Q^T X^T, W_V W_O
-                                                    MLP      columns of W_in whose neuron writes something
-                                                    logits   W_U
+    written[w] read[r] > tolerance
+
+    written by   input    rows X of the embedding
+                 head     X W_V W_O, with X all that is written before it
+                 MLP      rows of W_out whose neuron reads something
+    read by      q, k, v  W_Q W_K^T X^T, W_K W_Q^T X^T, W_V W_O
+                 MLP      columns of W_in whose neuron writes something
+                 logits   W_U
 
 Keeping only these leaves every output as it is, whatever the others carry.  Some of them carry the
 same on all inputs (a constant, a position, the length of prompts that are all equally long): then
@@ -25,10 +27,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from abstraction.ground_truth.ground_truth import mask_of
-from abstraction.ground_truth.tracr import TracrProgram, variable_of
+from abstraction.ground_truth.effects import mask_of
+from abstraction.ground_truth.tracr.program import TracrProgram, variable_of
 from circuits.ablation import Ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named
@@ -42,8 +45,7 @@ BOUND = 1e-4  # on outputs, which are 0, 1 or what the program says
 def derived_edges(
     program: TracrProgram, engine: Engine, *, tolerance: float = TOLERANCE
 ) -> dict[str, tuple[str, ...]]:
-    """Returns the edges that the weights make, in forward order, each with the variables that it
-    carries.
+    """Returns the edges that the weights make, in forward order, with the variables they carry.
 
     Raises:
         ValueError: the engine runs another model, or tells edges apart by position; the tolerance
@@ -63,11 +65,11 @@ def derived_edges(
         kept[reader, writer] = bool(((written[writer] @ read[reader]).abs() > tolerance).any())
     found = {}
     for reader, writer in graph.without_dead_ends(kept).nonzero().tolist():
-        shared = (written[writer].abs() > tolerance).any(0) & (read[reader].abs() > tolerance).any(
-            1
-        )  # [D]
-        carried = [variable_of(program.labels[index]) for index in shared.nonzero()[:, 0].tolist()]
-        found[graph.edge_name(reader, writer)] = tuple(dict.fromkeys(carried))
+        is_written = (written[writer].abs() > tolerance).any(0)  # [D]
+        is_read = (read[reader].abs() > tolerance).any(1)  # [D]
+        shared = (is_written & is_read).nonzero()[:, 0].tolist()
+        carried = dict.fromkeys(variable_of(program.labels[index]) for index in shared)
+        found[graph.edge_name(reader, writer)] = tuple(carried)
     return found
 
 
@@ -75,10 +77,9 @@ def _spans(engine: Engine, tolerance: float) -> tuple[list[Tensor], list[Tensor]
     """What each writer can write, [rows, D], and what each reader reads, [D, columns]."""
     architecture, graph = engine.architecture, engine.graph
     modules: list[Any] = [architecture.token, architecture.position]
-    token, position = (module.weight.double() for module in modules)
-    written: list[Tensor] = (
-        [token, position] if graph.split_input else [torch.cat((token, position))]
-    )
+    written: list[Tensor] = [module.weight.double() for module in modules]
+    if not graph.split_input:
+        written = [torch.cat(written)]
     read: list[Tensor] = []
     for block in architecture.blocks:
         attention, rows = block.attention, torch.cat(written)
@@ -89,17 +90,11 @@ def _spans(engine: Engine, tolerance: float) -> tuple[list[Tensor], list[Tensor]
         o = attention.o.weight.double().T.unflatten(0, (-1, architecture.head_width))  # [H, E, D]
         read += [*(q.mT @ (k @ rows.T)), *(k.mT @ (q @ rows.T)), *(v.mT @ o)]
         for head in range(graph.n_heads):
-            _, sizes, values = torch.linalg.svd(
-                rows @ v[head].T, full_matrices=False
-            )  # values: [E, E]
+            _, sizes, values = torch.linalg.svd(rows @ v[head].T, full_matrices=False)  # [E, E]
             written.append(values[sizes > tolerance] @ o[head])
         if block.mlp is not None:
-            rows, into, out = (
-                torch.cat(written),
-                block.mlp.up.weight.double(),
-                block.mlp.down.weight.double().T,
-            )
-            live = (rows @ into.T).abs().amax(0) > tolerance  # [neurons]
+            into, out = block.mlp.up.weight.double(), block.mlp.down.weight.double().T
+            live = (torch.cat(written) @ into.T).abs().amax(0) > tolerance  # [neurons]
             written.append(out[live])
             read.append(into.T * (out.abs().amax(1) > tolerance))
     return written, [*read, architecture.unembed.weight.double().T]
@@ -123,8 +118,7 @@ def effective_edges(
     *,
     bound: float = BOUND,
 ) -> tuple[Effect, ...]:
-    """Returns the derived edges, in forward order; the true ones are the ground truth on these
-    prompts.
+    """Returns the derived edges, in forward order; the true ones are the truth on these prompts.
 
     Keeping only those changes no output by more than `bound`; removing any one of them then does.
     They are found by a sweep from the logits to the inputs.  Where two edges can stand in for each
@@ -145,23 +139,19 @@ def effective_edges(
         raise ValueError(
             f"the derived edges alone change an output by {change:.2g}; bound={bound} is too low"
         )
-    changed = True
-    while changed:  # what could not go at first may be able to go once others have gone
-        changed = False
-        for index in graph.sweep_order():
-            if kept[index]:
-                kept[index] = False
-                kept[index] = _change(objective, kept) > bound
-                changed |= not bool(kept[index])
+    before = None
+    while before is None or not torch.equal(before, kept):
+        before = kept.clone()  # what could not go at first may be able to go once others have gone
+        for index in (index for index in graph.sweep_order() if before[index]):
+            kept[index] = False
+            kept[index] = _change(objective, kept) > bound
     return tuple(Effect(edge, alone[edge], bool(kept[graph.edge_index(edge)])) for edge in derived)
 
 
-@torch.no_grad()
-def _change(objective: Objective, kept: Tensor) -> float:
+def _change(objective: Objective, kept: Bool[Tensor, "R W"]) -> float:
     """The largest change of an output, over all prompts and scored positions."""
     worst = 0.0
     for batch in objective.batches:
-        prompts, scored = batch.prompts, batch.prompts.positions >= 0
-        logits = objective.engine.masked(prompts, kept, batch.ablated)
+        logits, scored = objective.logits(batch, kept), batch.prompts.positions >= 0
         worst = max(worst, (logits - batch.clean.logits).abs()[scored].max().item())
     return worst

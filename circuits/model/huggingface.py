@@ -1,0 +1,204 @@
+"""HuggingFace folders and hub names: what is looked at before weights are read, and reading them.
+
+config.json is read first and refused without touching the weights; then the weight files, of which
+safetensors tell their tensors in the header; then transformers' own report on what it loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from circuits.model.refusals import first_line, refuse_configuration
+
+# The weights of a folder, in the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+
+
+def read_module(source: str, *, local: bool) -> Any:
+    """The module as it was saved, in its own dtype on the CPU.
+
+    Args:
+        source: a folder, if `local`, or a hub name.
+
+    Raises:
+        FileNotFoundError: no such model, no config.json, no weights or not all of their shards.
+        ValueError: an adapter, a configuration that is refused, broken weights, or other ones.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options = _options(local)
+    if local:
+        _refuse_no_model(Path(source))
+    _check_configuration(source, options)
+    if local:
+        _refuse_incomplete(Path(source))
+    try:
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype="auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
+        ) from error
+    module, report = loaded
+    _refuse_keys(source, module, report)
+    return module
+
+
+def read_tokenizer(source: str, *, local: bool) -> Any | None:
+    """The tokenizer of a model; None for a folder that has none."""
+    from transformers import AutoTokenizer
+
+    if local and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(source, **_options(local))
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bar and report, which are for terminals."""
+    from logging import CRITICAL
+
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _options(local: bool) -> dict[str, Any]:
+    return {"local_files_only": local, "trust_remote_code": False}
+
+
+def _check_configuration(source: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a configuration that is refused, or cannot be read."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with _reading_configuration(source, options):
+        fields, _ = PreTrainedConfig.get_config_dict(source, **options)
+        if not isinstance(fields, Mapping):
+            raise TypeError("it holds no mapping")
+    refuse_configuration(source, fields)
+    with _reading_configuration(source, options):
+        AutoConfig.from_pretrained(source, **options)
+
+
+@contextlib.contextmanager
+def _reading_configuration(source: str, options: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        if options["local_files_only"] or not isinstance(error, OSError):
+            raise ValueError(
+                f"{source}: config.json is no HuggingFace configuration: {first_line(error)}"
+            ) from error
+        raise FileNotFoundError(
+            f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
+            f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _refuse_no_model(folder: Path) -> None:
+    """Refuses folders of adapters, and folders of no HuggingFace model."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds adapter_config.json, an adapter that is not merged into its model; "
+            "merge it first (PeftModel.merge_and_unload()) and save the whole, or delete the file "
+            "if the weights are merged already"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json, so it is no HuggingFace model folder"
+        )
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    """Refuses weights that are not all there; of safetensors files only the headers are read."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}); download or save them there"
+        )
+    shards = _shards(path) if path.suffix == ".json" else {path.name: set()}
+    for name, wanted in sorted(shards.items()):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks {name}, one of the {len(shards)} shards that {path.name} names; "
+                "download it again"
+            )
+        if lacking := sorted(wanted - _tensor_names(folder / name, wanted)):
+            raise ValueError(
+                f"{folder / name} lacks {len(lacking)} of the {len(wanted)} tensors that "
+                f"{path.name} places there, the first is {lacking[0]}; download or save the model "
+                "again"
+            )
+
+
+def _shards(index: Path) -> dict[str, set[str]]:
+    """The files that an index names, each with its tensors."""
+    try:
+        places = json.loads(index.read_text())["weight_map"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards ({first_line(error)}); download it again"
+        ) from error
+    shards: dict[str, set[str]] = {}
+    for tensor, name in places:
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def _tensor_names(path: Path, wanted: set[str]) -> set[str]:
+    """The tensors in a file; of a pickle, which is not read to know them, all that are wanted."""
+    from safetensors import SafetensorError, safe_open
+
+    broken = f"{path} is no file of tensors, perhaps it was cut short; download or save it again"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return set(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{broken} ({first_line(error)})") from error
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped and not zipfile.is_zipfile(path) or not path.stat().st_size:
+        raise ValueError(broken)
+    return wanted
+
+
+def _refuse_keys(source: str, module: Any, report: Mapping[str, Any]) -> None:
+    """Refuses weights of other names or shapes than their configuration's."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        found = sorted(map(str, report.get(problem) or ()))
+        if not found:
+            continue
+        remedy = "is config.json of this model? Otherwise download or save the model again"
+        if problem == "missing_keys" and found[0] in (type(module)._tied_weights_keys or ()):
+            remedy = "if it is the input embedding's, set tie_word_embeddings=True in config.json"
+        raise ValueError(
+            f"{source}: the weights do not fit the configuration: {len(found)} "
+            f"{problem.replace('_', ' ')}, the first is {found[0]}; {remedy}"
+        )
