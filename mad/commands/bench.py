@@ -62,8 +62,8 @@ def _detectors(config: Bench) -> None:
     run_benchmark(config.benchmark, folder)
     trained = [task for task in config.benchmark.tasks if is_trained(task)]
     natural = [task for task in config.benchmark.tasks if not is_trained(task)]
-    summary = write(folder, tasks=trained)
-    if natural and config.benchmark.natural is not None:
+    summary = write(folder, tasks=trained or natural)
+    if trained and natural and config.benchmark.natural is not None:
         write(folder, tasks=natural, stem="natural")
     pictures = draw_all(summary, folder)
     # The terminal has room for some of the headline's columns.
