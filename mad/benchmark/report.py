@@ -32,7 +32,6 @@ from mad.benchmark.worst_case import (
 )
 
 ALARM = 0.01  # the false-alarm rate that the headline is at
-HEADERS = "detector,worst case,where,difference,control worst,false alarms,of which,places"
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,7 @@ def headline(summary: Summary) -> str:
     """Each detector's worst case, its random circuits', and its worst false alarms."""
     if not summary.shown:
         return "No task with anomalies was scored."
+    headers = "detector,worst case,where,difference,control worst,false alarms,of which,places"
     best = summary.best_baseline
     against = f"The best baseline is `{best}`." if best else "No baseline was computed everywhere."
     return (
@@ -161,12 +161,11 @@ def headline(summary: Summary) -> str:
         "over random circuits of each one's own worst case, with their range.  `false alarms`: "
         f"the benign stratum with the largest share flagged at {100 * ALARM:g} %.  A detector that "
         "is missing in some places stands below those that are complete.\n\n"
-        + markdown_table(HEADERS.split(","), headline_rows(summary))
+        + markdown_table(headers.split(","), _headline_rows(summary))
     )
 
 
-def headline_rows(summary: Summary) -> list[list[str]]:
-    """The rows of the headline's table."""
+def _headline_rows(summary: Summary) -> list[list[str]]:
     rows = []
     for scorer in summary.shown:
         worst, alarm = summary.worst[scorer], summary.alarms.get(scorer)

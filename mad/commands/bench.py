@@ -22,8 +22,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mad.benchmark.plan import Benchmark
+
+if TYPE_CHECKING:
+    from mad.benchmark.report import Summary
 
 
 @dataclass
@@ -50,7 +54,7 @@ def _detectors(config: Bench) -> None:
     from rich.console import Console
 
     from mad.benchmark.pictures import draw_all
-    from mad.benchmark.report import HEADERS, headline_rows, write
+    from mad.benchmark.report import write
     from mad.benchmark.run import is_trained, run_benchmark
     from mad.benchmark.tables import terminal_table
 
@@ -66,17 +70,22 @@ def _detectors(config: Bench) -> None:
     if trained and natural and config.benchmark.natural is not None:
         write(folder, tasks=natural, stem="natural")
     pictures = draw_all(summary, folder)
-    # The terminal has room for some of the headline's columns.
-    headers, rows = HEADERS.split(","), headline_rows(summary)
-    shown = [0, 1, 2, 4, 5]
-    table = terminal_table(
-        "worst case over tasks, groups of normals, strata and seeds",
-        [headers[column] for column in shown],
-        [[row[column].strip("*") for column in shown] for row in rows],
-        left=("detector", "where"),
-    )
-    Console().print(table)
+    title = "worst case over tasks, groups of normals, strata and seeds"
+    headers = ("detector", "AUROC", "in", "random circuits", "false alarms at 1 %")
+    Console().print(terminal_table(title, headers, _worst_rows(summary), left=("detector",)))
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
+
+
+def _worst_rows(summary: Summary) -> list[list[str]]:
+    """Each detector's worst case, its random circuits' and its worst false alarms."""
+    rows = []
+    for scorer in summary.shown:
+        worst, alarm = summary.worst[scorer], summary.alarms.get(scorer)
+        control = summary.worst_controls.get(scorer)
+        random = f"{control.mean:.3f}" if control else ""
+        alarms = f"{alarm.share:.1%}" if alarm else ""
+        rows.append([scorer.detector, f"{worst.auroc:.3f}", str(worst.place), random, alarms])
+    return rows
 
 
 def _engine(config: Bench) -> None:
