@@ -52,11 +52,7 @@ class Circuit:
         return f"Circuit({', '.join(parts)})"
 
     def draw(self, path: str | Path) -> Path:
-        """Draws the circuit into an .svg, .png or .pdf file and returns its path.
-
-        Raises:
-            ValueError: another kind of file, or more edges than a picture holds.
-        """
+        """Draws into an .svg, .png or .pdf file; ValueError as `circuits.draw_circuit`."""
         from circuits.plot.circuit import draw_circuit
 
         path = Path(path)
@@ -109,11 +105,7 @@ class Circuit:
         return view
 
     def save(self, folder: str | Path) -> None:
-        """Writes `circuit.json` and `scores.safetensors` into a folder, which is made if need be.
-
-        Raises:
-            ValueError: the score of a kept edge is not finite, which JSON cannot hold.
-        """
+        """Writes a folder, made if need be; ValueError where a kept edge's score is not finite."""
         from safetensors.torch import save_file
 
         for name, score in self.edges:

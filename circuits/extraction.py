@@ -142,7 +142,7 @@ def _discover(
 def rediscover(
     circuit: Circuit, engine: Engine, prompts: Prompts, *, memory: str = "2GB"
 ) -> Bool[Tensor, "R W *S"]:
-    """Returns the edges that are found on other prompts in the way that a circuit was found.
+    """Returns the edges found on other prompts in the way that a circuit was found.
 
     Where that was at random, they are drawn anew; other prompts give other edges.
 
@@ -196,9 +196,7 @@ def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
 
 
 def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "R W *S"]:
-    """The kept edges that a selection asks for.
-
-    For a target faithfulness they are the first of a ladder of sizes to reach it.
+    """The kept edges that a selection asks for; for a target, the first of a ladder of sizes.
 
     Raises:
         ValueError: more than one of edges, share and threshold, a threshold that `how` does not

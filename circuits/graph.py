@@ -174,11 +174,7 @@ class Graph:
         return edge_name(self.writers[writer], self.readers[reader], position)
 
     def edge_index(self, name: str) -> tuple[int, ...]:
-        """(reader, writer) or (reader, writer, position) indices of an edge's name.
-
-        Raises:
-            ValueError: the name is no edge of this graph.
-        """
+        """The indices, as in `edges`, of an edge's name; ValueError for no edge of this graph."""
         positions = [None] if self.n_positions is None else range(self.n_positions)
         try:
             edge = parse_edge(name)

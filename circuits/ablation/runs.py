@@ -29,11 +29,7 @@ class Counterfactual(Ablation):
         return cls()
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What is written on the corrupt prompts.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """What is written on the corrupt prompts; ValueError where there are none."""
         if prompts.corrupt is None:
             raise ValueError(
                 "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to "
@@ -62,11 +58,7 @@ class Resample(Ablation):
         return cls(reference.to(engine.device), seed)
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What is written on the donors.
-
-        Raises:
-            InputError: no donor is as long as one of the prompts, or none but itself.
-        """
+        """What is written on the donors; InputError where a prompt has none as long."""
         longest, length = int(self._lengths.max()), int(prompts.lengths.max())
         if length > longest:
             raise InputError(

@@ -77,11 +77,7 @@ class LoadedModel:
         return own if own > 0 else self.vocabulary
 
     def prompts(self, records: Iterable[Mapping[str, Any]]) -> Prompts:
-        """Records as this model's prompts: by its tokenizer, BOS, context and vocabulary.
-
-        Raises:
-            ValueError: a bad record, which is named.
-        """
+        """Records as this model's prompts, by its tokenizer, BOS, context and vocabulary."""
         return prompts_from_records(
             records,
             tokenizer=self.tokenizer,
@@ -122,7 +118,6 @@ def _with_head(loaded: LoadedModel, path: Path) -> LoadedModel:
 
 
 def _check_device(name: str) -> None:
-    """Raises ValueError when there is no such device here."""
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -152,8 +147,7 @@ def from_module(
     """Returns a HuggingFace module in memory as a loaded model, from a copy of it.
 
     Raises:
-        ValueError: the module has no HuggingFace configuration, or is refused
-            (`circuits.model.refusals`).
+        ValueError: it has no HuggingFace configuration, or is refused (`circuits.model.refusals`).
     """
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):

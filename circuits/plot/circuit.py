@@ -100,11 +100,7 @@ def draw_circuit(
 
 
 def circuit_svg(edges: Sequence[tuple[str, float]], *, caption: str = "", kv_group: int = 1) -> str:
-    """Return the picture as an `<svg>` element for a page.
-
-    Raises:
-        ValueError: as `draw_circuit`.
-    """
+    """Return the picture as an `<svg>` element for a page; ValueError as `draw_circuit`."""
     drawn, layout = _laid_out(edges, MAXIMUM_EDGES, kv_group)
     with plot_style():
         return svg_text(circuit_figure(drawn, layout, caption=caption))

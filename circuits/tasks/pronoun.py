@@ -123,10 +123,8 @@ class Pronoun:
     """Prompts of gendered pronouns."""
 
     name: str = "pronoun"
-    # which subjects: "trusted", "shifted" or "all"
-    names: str = "trusted"
-    # which sentences stand around them: "trusted", "shifted" or "all"
-    frames: str = "trusted"
+    names: str = "trusted"  # which subjects: "trusted", "shifted" or "all"
+    frames: str = "trusted"  # which sentences stand around them: the same choice
 
 
 def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
