@@ -63,8 +63,6 @@ def joined(parts: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(parts)
     if is_dataclass(first):
-        names = [field.name for field in fields(first)]
-        return type(first)(
-            **{name: joined([getattr(part, name) for part in parts]) for name in names}
-        )
+        columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(first)}
+        return type(first)(**{name: joined(values) for name, values in columns.items()})
     return first

@@ -146,9 +146,8 @@ class Objective:
     @torch.no_grad()
     def full(self) -> Float[Tensor, "N"]:
         """The oriented metric of the full model."""
-        return torch.cat(
-            [self.metric.oriented(b.clean.logits, b.prompts, b.clean.logits) for b in self.batches]
-        )
+        runs = ((batch.prompts, batch.clean.logits) for batch in self.batches)
+        return torch.cat([self.metric.oriented(own, prompts, own) for prompts, own in runs])
 
     def empty(self) -> Float[Tensor, "N"]:
         """The oriented metric with every edge removed."""

@@ -25,9 +25,9 @@ class Ablation(ABC):
     per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
 
     @classmethod
-    @abstractmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Ablation:
-        """Returns the ablation fitted on reference prompts."""
+        """Returns the ablation fitted on reference prompts; of some there is nothing to fit."""
+        return cls()
 
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:

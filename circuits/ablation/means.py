@@ -63,7 +63,6 @@ class Mean(Ablation):
 
     @classmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Mean:
-        """Returns the ablation with means over reference prompts."""
         return cls(writer_means(engine, reference, memory=memory))
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
@@ -79,12 +78,10 @@ class Mean(Ablation):
         return torch.cat([self.means.first[:, None], later], 1)[:, None]
 
     def state(self) -> Mapping[str, Tensor]:
-        """The means."""
         return dict(vars(self.means))
 
     @classmethod
     def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Mean:
-        """The ablation with saved means."""
         tensors = {name: tensor.to(engine.device) for name, tensor in state.items()}
         values = {name: tensors[name].to(engine.dtype) for name in ("first", "rest", "positional")}
         return cls(Means(**values, count=tensors["count"]))

@@ -23,11 +23,6 @@ class Counterfactual(Ablation):
     name = "counterfactual"
     per_prompt = True
 
-    @classmethod
-    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Counterfactual:
-        """Returns the ablation; there is nothing to fit."""
-        return cls()
-
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """What is written on the corrupt prompts; ValueError where there are none."""
         if prompts.corrupt is None:
@@ -54,7 +49,6 @@ class Resample(Ablation):
 
     @classmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Resample:
-        """Returns the ablation with reference prompts as donors."""
         return cls(reference.to(engine.device), seed)
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:

@@ -268,10 +268,9 @@ class Engine:
         clean = self.clean(Prompts.from_tokens(tokens))
         exact = self.dtype in (torch.float32, torch.float64)
         tolerance = 1e-3 if exact else 0.2  # two to three digits, added up
-        bridge, cache = model.bridge.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_out")
-        )
-        residual = cache[f"blocks.{self.graph.n_layers - 1}.hook_out"]
+        last = f"blocks.{self.graph.n_layers - 1}.hook_out"
+        bridge, cache = model.bridge.run_with_cache(tokens, names_filter=last)
+        residual = cache[last]
         biases = (block.attention.o.bias for block in self.architecture.blocks)
         stream = clean.writers.sum(0) + sum(bias for bias in biases if bias is not None)
         pairs = {

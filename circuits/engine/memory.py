@@ -66,11 +66,7 @@ def written(size: int) -> str:
     >>> written(1_234_567_890)
     '1.24GB'
     """
-    unit = max(
-        (unit for unit, factor in UNITS.items() if size >= factor),
-        key=UNITS.__getitem__,
-        default="",
-    )
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
     hundredths = -(-100 * size // UNITS[unit])
     return f"{hundredths / 100:.10g}{unit.replace('K', 'k')}"
 

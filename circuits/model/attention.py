@@ -17,6 +17,8 @@ from torch import Tensor
 
 from circuits.model.architecture import Architecture, Attention
 
+Pair = tuple[Tensor, Tensor]
+
 
 def attend(
     architecture: Architecture,
@@ -70,9 +72,7 @@ def attention_scores(
     return scores.masked_fill(~allowed, float("-inf"))
 
 
-def _positioned(
-    architecture: Architecture, attention: Attention, q: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor]:
+def _positioned(architecture: Architecture, attention: Attention, q: Tensor, k: Tensor) -> Pair:
     """Queries and keys as they are compared: normed and rotated where the model does so."""
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)

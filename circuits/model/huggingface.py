@@ -67,13 +67,11 @@ def read_tokenizer(source: str, *, local: bool) -> Any | None:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' progress bar and report, which are for terminals."""
-    from logging import CRITICAL
-
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

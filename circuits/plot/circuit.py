@@ -4,13 +4,9 @@
     draw_circuit(edges, Path("out"))  # -> out/circuit.svg, out/circuit.png, out/circuit.pdf
 
 Rows are layers, node colour is kind, edge colour is sign, edge width and opacity are strength
-(`circuits.plot.layout`; where outliers share the widest line, the legend says ">="). Every edge
-runs upwards, so there are no arrow heads; where a head reads, a small `q`, `k` or `v` stands at the
-reading end.
-
-The layout is made once; matplotlib then draws SVG, PNG and PDF from its coordinates. It brings its
-own fonts, so a machine without any gives the same picture. Same input, same bytes, whatever the
-order of the edges.
+(where outliers share the widest line, the legend says ">="). Every edge runs upwards, so there are
+no arrow heads; a small `q`, `k` or `v` stands where a head reads. Same input, same bytes, whatever
+the order of the edges and the fonts of the machine.
 """
 
 from __future__ import annotations

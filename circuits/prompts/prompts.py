@@ -242,7 +242,7 @@ def _rows_without_padding(tokens: Tensor, lengths: Tensor) -> list[tuple[int, ..
 
 
 def _real(answers: Tensor) -> list[list[list[int]]]:
-    return [
-        [sorted(token for token in here if token != NONE) for here in row]
-        for row in answers.tolist()
-    ]
+    def real(tokens: list[int]) -> list[int]:
+        return sorted(token for token in tokens if token != NONE)
+
+    return [list(map(real, row)) for row in answers.tolist()]

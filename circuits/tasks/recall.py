@@ -211,9 +211,8 @@ def records(
     clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
     """One record a prompt; the wrong answers are the other values of the prompt."""
-    return token_records(
-        "recall", tokens(clean), tokens(corrupt), answers, clean.values, group, seed
-    )
+    both = tokens(clean), tokens(corrupt)
+    return token_records("recall", *both, answers, clean.values, group, seed)
 
 
 def with_counterfactuals(

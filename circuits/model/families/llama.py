@@ -67,9 +67,8 @@ def _by_layer(family: str, config: Any) -> Callable[[int], int | None]:
                 f"{family}: layer type {kind!r} is not supported, only 'full_attention' and "
                 "'sliding_attention'"
             )
-    return lambda layer: (
-        config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
-    )
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return lambda layer: windows[config.layer_types[layer]]
 
 
 def _decoder(
