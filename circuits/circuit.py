@@ -32,6 +32,11 @@ class Circuit:
     """Kept edges with their scores; `about` says which model, task, method, ... gave them.
 
     In a notebook it shows its picture.
+
+    >>> graph = Graph(n_layers=1, n_heads=1)
+    >>> circuit = Circuit(graph, kept=graph.exists, scores=graph.exists.float())
+    >>> circuit, circuit.edges[0]
+    (Circuit(8 of 8 edges), ('input->a0.h0<q>', 1.0))
     """
 
     graph: Graph

@@ -75,6 +75,16 @@ def extract(
         seed: of the random circuits.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
 
+    >>> from circuits.discovery import EAPIG
+    >>> from circuits.model.load import load_model
+    >>> from circuits.tasks import recall
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> prompts = model.prompts(recall.generate(recall.Recall(), 32, seed=0))
+    >>> parts = prompts.split({"discovery": 16, "evaluation": 16}, seed=0)
+    >>> kept = Selection(edges=30)
+    >>> extract(Engine(model), *parts.values(), EAPIG(), selection=kept, random_draws=0).circuit
+    Circuit(30 of 110 edges, method=eap_ig, metric=kl, ablation=counterfactual)
+
     Raises:
         ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does
             not separate the model from the ablated model.

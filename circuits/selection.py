@@ -28,7 +28,11 @@ HOW = ("greedy", "top_n", "threshold")
 
 @dataclass
 class Selection:
-    """Which scored edges a circuit keeps; methods that decide themselves (ACDC) ignore it."""
+    """Which scored edges a circuit keeps; methods that decide themselves (ACDC) ignore it.
+
+    >>> Selection(edges=20).given()
+    ['edges']
+    """
 
     # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
     how: str = "greedy"

@@ -47,6 +47,10 @@ class Engine:
     Construction compares the engine with the bridge, and both with the logits that the HuggingFace
     model gave before it was wrapped, on random tokens.
 
+    >>> from circuits.model.load import load_model
+    >>> Engine(load_model("pkg://mad/models/recall_redirect")).graph.n_edges
+    110
+
     Raises:
         ValueError: the architecture or a configuration field is not supported, or the comparison
             fails.

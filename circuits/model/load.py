@@ -91,6 +91,10 @@ class LoadedModel:
 def load_model(config: ModelConfig | str | Path) -> LoadedModel:
     """Returns the model that a configuration names, or a path alone: `load_model("gpt2")`.
 
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> model.context, model.vocabulary
+    (12, 87)
+
     Raises:
         FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
         ValueError: a device or dtype that cannot be computed with, weights that do not fit their
@@ -146,6 +150,11 @@ def from_module(
 ) -> LoadedModel:
     """Returns a HuggingFace module in memory as a loaded model, from a copy of it.
 
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=29)
+    >>> from_module(GPT2LMHeadModel(config)).outputs
+    29
+
     Raises:
         ValueError: it has no HuggingFace configuration, or is refused (`circuits.model.refusals`).
     """
@@ -162,6 +171,13 @@ def from_module(
 
 def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memory") -> LoadedModel:
     """Returns a TransformerLens native bridge as a loaded model.
+
+    >>> from transformer_lens.config import TransformerBridgeConfig
+    >>> from transformer_lens.model_bridge import TransformerBridge
+    >>> sizes = {"d_model": 8, "d_head": 4, "n_layers": 1, "n_heads": 2, "n_ctx": 16, "d_vocab": 29}
+    >>> config = TransformerBridgeConfig(**sizes, act_fn="gelu")
+    >>> from_bridge(TransformerBridge.boot_native(config)).outputs
+    29
 
     Raises:
         ValueError: the bridge wraps another kind of model, whose source is no longer at hand to

@@ -83,6 +83,12 @@ def draw_circuit(
     `node:NAME`, `label:NAME`, `port:NAME<q>`, `link:KV->HEAD`. An empty circuit gives input, logits
     and a note.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> edges = [("input->a0.h3<v>", 0.8), ("a0.h3->logits", 0.5)]
+    >>> with TemporaryDirectory() as folder:
+    ...     [path.name for path in draw_circuit(edges, Path(folder), formats=["svg"])]
+    ['circuit.svg']
+
     Raises:
         ValueError: more than `maximum_edges` edges, a name that is no edge, an edge given twice, a
             score that is not finite, a key-value head with `kv_group` 1, or a format that is none

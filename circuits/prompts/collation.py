@@ -34,6 +34,9 @@ def prompts_from_records(
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
 
+    >>> prompts_from_records([{"clean": [5, 7, 5], "answers": [7]}]).answers.tolist()
+    [[[7]]]
+
     Raises:
         ValueError: a bad record, named by its id or else by its number (its line in a file).
     """

@@ -32,6 +32,13 @@ ANSWER_KEYS = {"clean_answer": "answers", "patch_answer": "wrong_answers"}
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records in the file, in order.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "prompts.jsonl"
+    ...     write_jsonl([{"clean": [5, 7, 5], "answers": [7]}], path)
+    ...     read_records(path)
+    [{'clean': [5, 7, 5], 'answers': [7]}]
+
     Raises:
         ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
             formats, by number.

@@ -29,6 +29,10 @@ class Prompts:
     """A set of prompts.
 
     Either all of them have a corrupt prompt, answers, wrong answers, a label, or none has.
+
+    >>> prompts = Prompts.from_tokens(torch.tensor([[5, 7, 5]]))
+    >>> len(prompts), prompts.positions.tolist()
+    (1, [[0, 1, 2]])
     """
 
     clean: Int[Tensor, "n pos"]  # right-padded with 0
