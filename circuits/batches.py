@@ -21,19 +21,12 @@ Result = TypeVar("Result")
 Bytes = Callable[[Footprint], int]
 
 
-def nothing(size: Footprint) -> int:
-    """No bytes."""
-    return 0
-
-
 def in_batches(
-    engine: Engine, prompts: Prompts, each: Bytes, *, memory: str, shared: Bytes = nothing
+    engine: Engine, prompts: Prompts, each: Bytes, *, memory: str, shared: Bytes = lambda _: 0
 ) -> Iterator[Prompts]:
     """Yields prompts in order, on the engine's device, as many at a time as fit.
 
     Args:
-        engine: that will run them.
-        prompts: all of them.
         each: bytes that the work on one prompt takes at most.
         memory: working memory beside the model's own weights, such as 500MB.
         shared: bytes that it takes besides, however many prompts there are.
@@ -53,15 +46,12 @@ def over_batches(
     each: Bytes,
     *,
     memory: str,
-    shared: Bytes = nothing,
+    shared: Bytes = lambda _: 0,
 ) -> Result:
     """Returns what `work` makes of all prompts: its results of batches (see `in_batches`) joined.
 
     A result is a tensor with prompts along its first axis, or a dataclass of such tensors, whose
     other fields are the same for all batches.
-
-    Raises:
-        TooLittleMemory: not even one prompt fits.
     """
     batches = in_batches(engine, prompts, each, memory=memory, shared=shared)
     return joined([work(batch) for batch in batches])
@@ -73,8 +63,6 @@ def joined(parts: list[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(parts)
     if is_dataclass(first):
-        values = {
-            field.name: [getattr(part, field.name) for part in parts] for field in fields(first)
-        }
-        return type(first)(**{name: joined(own) for name, own in values.items()})
+        columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(first)}
+        return type(first)(**{name: joined(values) for name, values in columns.items()})
     return first

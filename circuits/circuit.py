@@ -32,6 +32,11 @@ class Circuit:
     """Kept edges with their scores; `about` says which model, task, method, ... gave them.
 
     In a notebook it shows its picture.
+
+    >>> graph = Graph(n_layers=1, n_heads=1)
+    >>> circuit = Circuit(graph, kept=graph.exists, scores=graph.exists.float())
+    >>> circuit, circuit.edges[0]
+    (Circuit(8 of 8 edges), ('input->a0.h0<q>', 1.0))
     """
 
     graph: Graph
@@ -52,11 +57,7 @@ class Circuit:
         return f"Circuit({', '.join(parts)})"
 
     def draw(self, path: str | Path) -> Path:
-        """Draws the circuit into an .svg, .png or .pdf file and returns its path.
-
-        Raises:
-            ValueError: another kind of file, or more edges than a picture holds.
-        """
+        """Draws into an .svg, .png or .pdf file; ValueError as `circuits.draw_circuit`."""
         from circuits.plot.circuit import draw_circuit
 
         path = Path(path)
@@ -109,11 +110,7 @@ class Circuit:
         return view
 
     def save(self, folder: str | Path) -> None:
-        """Writes `circuit.json` and `scores.safetensors` into a folder, which is made if need be.
-
-        Raises:
-            ValueError: the score of a kept edge is not finite, which JSON cannot hold.
-        """
+        """Writes a folder, made if need be; ValueError where a kept edge's score is not finite."""
         from safetensors.torch import save_file
 
         for name, score in self.edges:

@@ -75,6 +75,16 @@ def extract(
         seed: of the random circuits.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
 
+    >>> from circuits.discovery import EAPIG
+    >>> from circuits.model.load import load_model
+    >>> from circuits.tasks import recall
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> prompts = model.prompts(recall.generate(recall.Recall(), 32, seed=0))
+    >>> parts = prompts.split({"discovery": 16, "evaluation": 16}, seed=0)
+    >>> kept = Selection(edges=30)
+    >>> extract(Engine(model), *parts.values(), EAPIG(), selection=kept, random_draws=0).circuit
+    Circuit(30 of 110 edges, method=eap_ig, metric=kl, ablation=counterfactual)
+
     Raises:
         ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does
             not separate the model from the ablated model.
@@ -142,7 +152,7 @@ def _discover(
 def rediscover(
     circuit: Circuit, engine: Engine, prompts: Prompts, *, memory: str = "2GB"
 ) -> Bool[Tensor, "R W *S"]:
-    """Returns the edges that are found on other prompts in the way that a circuit was found.
+    """Returns the edges found on other prompts in the way that a circuit was found.
 
     Where that was at random, they are drawn anew; other prompts give other edges.
 
@@ -196,9 +206,7 @@ def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
 
 
 def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "R W *S"]:
-    """The kept edges that a selection asks for.
-
-    For a target faithfulness they are the first of a ladder of sizes to reach it.
+    """The kept edges that a selection asks for; for a target, the first of a ladder of sizes.
 
     Raises:
         ValueError: more than one of edges, share and threshold, a threshold that `how` does not

@@ -60,7 +60,7 @@ class FaithfulnessScale:
         return [self.of(values) for values in self.objective.measure_each(masks, label)]
 
     def of(self, values: Float[Tensor, "N"]) -> Faithfulness:
-        """Returns the faithfulness of a circuit under which the oriented metric has these values."""
+        """Returns the faithfulness of a circuit with these values of the oriented metric."""
         circuit = values.double().mean().item()
         sign = 1.0 if self.objective.metric.higher_is_better else -1.0
         return Faithfulness(
@@ -79,11 +79,7 @@ class NotSeparated(ValueError):
 
 
 def faithfulness_scale(objective: Objective) -> FaithfulnessScale:
-    """Returns the faithfulness scale of an objective.
-
-    Raises:
-        NotSeparated: see `between`.
-    """
+    """Returns the faithfulness scale of an objective; NotSeparated as `between`."""
     return between(objective, objective.full(), objective.empty())
 
 
@@ -101,9 +97,8 @@ def between(
     if not abs(gap.mean().item()) > 2 * error:
         raise NotSeparated(
             f"metric {objective.metric.name} does not separate the model from the ablated model: "
-            f"they are {abs(gap.mean().item()):.3g} apart, two standard errors are "
-            f"{2 * error:.3g} over {len(full)} prompts; use more prompts, another metric or "
-            "another ablation"
+            f"they are {abs(gap.mean().item()):.3g} apart, two standard errors are {2 * error:.3g} "
+            f"over {len(full)} prompts; use more prompts, another metric or another ablation"
         )
     return FaithfulnessScale(objective, full.mean().item(), empty.mean().item())
 
@@ -119,8 +114,6 @@ def evaluate(
     """Returns a circuit's figures: by metric, beside random circuits of its size, over sizes.
 
     Args:
-        scale: of the metric that the circuit has to keep.
-        kept: the circuit.
         ranked: the order in which circuits of other sizes take their edges.
         random_draws: how many random circuits of its size it is compared with.
         seed: of the random circuits.

@@ -174,11 +174,7 @@ class Graph:
         return edge_name(self.writers[writer], self.readers[reader], position)
 
     def edge_index(self, name: str) -> tuple[int, ...]:
-        """(reader, writer) or (reader, writer, position) indices of an edge's name.
-
-        Raises:
-            ValueError: the name is no edge of this graph.
-        """
+        """The indices, as in `edges`, of an edge's name; ValueError for no edge of this graph."""
         positions = [None] if self.n_positions is None else range(self.n_positions)
         try:
             edge = parse_edge(name)
@@ -274,9 +270,8 @@ class Graph:
             writer, reader = self.first_writer(layer), self.first_reader(layer)
             after = self.first_reader(layer + 1)
             fed = (kept[reader:after] & writers).any(1)  # [readers of the block, S]
-            q, k, v = fed[: self.n_heads + 2 * self.kv_heads].split(
-                (self.n_heads, self.kv_heads, self.kv_heads)
-            )
+            sides = (self.n_heads, self.kv_heads, self.kv_heads)
+            q, k, v = fed[: sum(sides)].split(sides)
             moved = self._to_here(k | v).repeat_interleave(self.kv_group, 0)
             writers[writer : writer + self.n_heads] = q | moved
             if not self.attention_only:

@@ -10,16 +10,11 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+GetName, ListNames = Callable[[str], Any], Callable[[], list[str]]
 
-def lazy(
-    package: str, where: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns a package's `__getattr__` and `__dir__`.
 
-    Args:
-        package: its name.
-        where: the module that defines each public name (or that is it).
-    """
+def lazy(package: str, where: Mapping[str, str]) -> tuple[GetName, ListNames]:
+    """Returns a package's `__getattr__` and `__dir__`; `where` names each public name's module."""
 
     def get(name: str) -> Any:
         if name not in where:

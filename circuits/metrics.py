@@ -12,8 +12,7 @@ a position:
 
 Scores and faithfulness use `Metric.oriented`, for which higher is always better.
 
-Shapes: prompts B, scored positions P, vocabulary V; `*K` any leading axes of the logits (candidate
-    masks).
+Shapes: prompts B, scored positions P, vocabulary V; `*K` any leading axes (candidate masks).
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ PerPosition = Callable[[Tensor, Prompts, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A per-prompt metric.  Call it with logits [*K, B, P, V]; it returns [*K, B] in float32 or
-    wider.
-    """
+    """A per-prompt metric: logits [*K, B, P, V] give [*K, B] in float32 or wider."""
 
     name: str
     per_position: PerPosition  # (log-ready logits, prompts, the model's logits) -> [*K, B, P]
@@ -83,19 +80,14 @@ class Metric:
     def lacks(self, prompts: Prompts) -> list[str]:
         """What the metric needs and the prompts do not have."""
         needed = {"answers": self.needs_answers, "wrong_answers": self.needs_wrong_answers}
-        return [
-            field
-            for field, is_needed in needed.items()
-            if is_needed and getattr(prompts, field) is None
-        ]
+        return [name for name, need in needed.items() if need and getattr(prompts, name) is None]
 
     def require(self, prompts: Prompts) -> None:
         """Raises ValueError where the prompts lack answers that the metric needs."""
         if missing := self.lacks(prompts):
             raise ValueError(
                 f"metric {self.name} needs {' and '.join(missing)} in the prompts; add them, or "
-                "use metric=kl, "
-                "which needs none"
+                "use metric=kl, which needs none"
             )
 
 
@@ -125,11 +117,8 @@ def _logit_diff(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> T
 def _prob_diff(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> Tensor:
     assert prompts.answers is not None and prompts.wrong_answers is not None
     probabilities = logits.softmax(-1)
-    right, wrong = (
-        _pick(probabilities, tokens, 0.0).sum(-1)
-        for tokens in (prompts.answers, prompts.wrong_answers)
-    )
-    return right - wrong
+    right = _pick(probabilities, prompts.answers, 0.0).sum(-1)
+    return right - _pick(probabilities, prompts.wrong_answers, 0.0).sum(-1)
 
 
 def _cross_entropy(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> Tensor:
@@ -147,35 +136,17 @@ def _accuracy(logits: Tensor, prompts: Prompts, reference: Tensor | None) -> Ten
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("kl", _kl, higher_is_better=False, needs_reference=True, flat_at_model=True),
-        Metric(
-            "logit_diff",
-            _logit_diff,
-            higher_is_better=True,
-            needs_answers=True,
-            needs_wrong_answers=True,
-        ),
-        Metric(
-            "prob_diff",
-            _prob_diff,
-            higher_is_better=True,
-            needs_answers=True,
-            needs_wrong_answers=True,
-        ),
-        Metric("cross_entropy", _cross_entropy, higher_is_better=False, needs_answers=True),
-        Metric(
-            "accuracy", _accuracy, higher_is_better=True, needs_answers=True, differentiable=False
-        ),
+        Metric("kl", _kl, False, needs_reference=True, flat_at_model=True),
+        Metric("logit_diff", _logit_diff, True, needs_answers=True, needs_wrong_answers=True),
+        Metric("prob_diff", _prob_diff, True, needs_answers=True, needs_wrong_answers=True),
+        Metric("cross_entropy", _cross_entropy, False, needs_answers=True),
+        Metric("accuracy", _accuracy, True, needs_answers=True, differentiable=False),
     )
 }
 
 
 def metric_named(name: str) -> Metric:
-    """Returns a metric by name.
-
-    Raises:
-        ValueError: there is no such metric.
-    """
+    """Returns a metric by name; raises ValueError where there is none."""
     if name not in METRICS:
         raise ValueError(f"metric={name!r}, but the metrics are {', '.join(METRICS)}")
     return METRICS[name]

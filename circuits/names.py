@@ -83,13 +83,10 @@ def edge_name(writer: str, reader: str, position: int | None = None) -> str:
 
 
 def parse_node(name: str) -> Node:
-    """Return what a node's name says.
+    """Return what a node's name says; raises ValueError for the name of none.
 
     >>> parse_node("a0.h3")
     Node(kind='head', layer=0, head=3)
-
-    Raises:
-        ValueError: the name is none of a node.
     """
     for kind, pattern in _NODES.items():
         if match := re.fullmatch(pattern, name):
@@ -104,13 +101,10 @@ def split_reader(reader: str) -> tuple[str, str]:
 
 
 def parse_edge(name: str) -> EdgeName:
-    """Return an edge's name taken apart.
+    """Return an edge's name taken apart; raises ValueError for one of another form.
 
     >>> parse_edge("a0.h3->a1.h2<q>@5")
     EdgeName(writer='a0.h3', node='a1.h2', port='q', position=5)
-
-    Raises:
-        ValueError: the name is not of the form writer->reader or writer->reader@position.
     """
     match = _EDGE.fullmatch(name)
     if match is None:

@@ -23,6 +23,8 @@ from circuits.engine.memory import Footprint, footprint, most_prompts, parse_mem
 from circuits.metrics import Metric
 from circuits.prompts import Prompts
 
+Mask = Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"]  # share of each edge that is kept
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,8 +58,7 @@ class Batches:
     prompts: tuple[Prompts, ...]
     kept: tuple[Batch, ...]
     footprint: Footprint
-    # bytes for the work on one batch, with its own clean and ablated values where it is not kept
-    work: int
+    work: int  # bytes for the work on one batch, with its own prepared values where it is not kept
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -68,9 +69,7 @@ class Batches:
             yield _prepared(self.engine, prompts, self.ablation)
 
     def contrasts(self) -> Iterator[Contrast]:
-        """Clean less ablated values; of a batch that is not kept they take the place of the clean
-        ones.
-        """
+        """Clean less ablated values; of a batch that is not kept they replace the clean ones."""
         n_inputs = self.engine.graph.n_inputs
         for batch in self.kept:
             clean = batch.clean
@@ -99,15 +98,11 @@ class Objective:
     batches: Batches
 
     @torch.no_grad()
-    def measure(
-        self, mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"], *, first_layer: int = 0
-    ) -> Float[Tensor, "*K N"]:
+    def measure(self, mask: Mask, *, first_layer: int = 0) -> Float[Tensor, "*K N"]:
         """The oriented metric of each prompt when the model runs under the mask(s).
 
-        Args:
-            mask: share of each edge that is kept.
-            first_layer: the run starts there, from the clean values of all writers before it; the
-                same result, for less, when the mask keeps every edge into earlier layers.
+        A run from `first_layer` on starts from the clean values of all writers before it: the same
+        result, for less, when the mask keeps every edge into earlier layers.
         """
         values, edge_axes = [], self.engine.graph.exists.ndim
         for batch in self.batches:
@@ -126,9 +121,8 @@ class Objective:
 
         A run under several masks does the work that any of them leaves.
         """
-        with tqdm(
-            total=len(masks) * len(self.batches), desc=label, unit="run", disable=None
-        ) as progress:
+        runs = len(masks) * len(self.batches)
+        with tqdm(total=runs, desc=label, unit="run", disable=None) as progress:
             values = []
             for batch in self.batches:
                 values.append([])
@@ -137,23 +131,13 @@ class Objective:
                     progress.update()
         return torch.cat([torch.stack(rows) for rows in values], -1)
 
-    def _on(
-        self,
-        batch: Batch,
-        mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"],
-        first_layer: int = 0,
-    ) -> Float[Tensor, "*K B"]:
+    def _on(self, batch: Batch, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K B"]:
         """`measure` on one batch."""
         logits = self.logits(batch, mask, first_layer)
         return self.metric.oriented(logits, batch.prompts, batch.clean.logits)
 
     @torch.no_grad()
-    def logits(
-        self,
-        batch: Batch,
-        mask: Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"],
-        first_layer: int = 0,
-    ) -> Float[Tensor, "*K_B_P_V"]:
+    def logits(self, batch: Batch, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K_B_P_V"]:
         """The logits of one batch at its scored positions when the model runs under the mask(s)."""
         before = batch.clean.writers[: self.engine.graph.first_writer(first_layer)]
         start = Start(first_layer, before)
@@ -162,9 +146,8 @@ class Objective:
     @torch.no_grad()
     def full(self) -> Float[Tensor, "N"]:
         """The oriented metric of the full model."""
-        return torch.cat(
-            [self.metric.oriented(b.clean.logits, b.prompts, b.clean.logits) for b in self.batches]
-        )
+        runs = ((batch.prompts, batch.clean.logits) for batch in self.batches)
+        return torch.cat([self.metric.oriented(own, prompts, own) for prompts, own in runs])
 
     def empty(self) -> Float[Tensor, "N"]:
         """The oriented metric with every edge removed."""
@@ -174,9 +157,9 @@ class Objective:
 def prepare(
     engine: Engine, prompts: Prompts, metric: Metric, ablation: Ablation, *, memory: str = "2GB"
 ) -> Objective:
-    """Returns a behaviour with as many clean and ablated runs done as half of `memory` can hold.
+    """Returns an objective with as many clean and ablated runs done as half of `memory` can hold.
 
-    The other half is for the work on one batch.  Each pass over the behaviour prepares anew what
+    The other half is for the work on one batch.  Each pass over the objective prepares anew what
     could not be kept, at one or two forwards a batch.  A prompt that takes more than half by itself
     is worked on with all of the memory.
 

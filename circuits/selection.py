@@ -6,7 +6,7 @@ forward first.
 
 Circuits of different sizes are nested: edges are put in order once, and a circuit is its beginning.
 
-Shapes: writers W, readers R, edges E; `*S` positions, where the graph tells edges apart by position.
+Shapes: writers W, readers R, edges E; `*S` positions, where the graph tells them apart.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ HOW = ("greedy", "top_n", "threshold")
 
 @dataclass
 class Selection:
-    """Which scored edges a circuit keeps; methods that decide themselves (ACDC) ignore it."""
+    """Which scored edges a circuit keeps; methods that decide themselves (ACDC) ignore it.
+
+    >>> Selection(edges=20).given()
+    ['edges']
+    """
 
     # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
     how: str = "greedy"
     edges: int | None = None  # greedy, top_n: how many edges
     share: float | None = None  # greedy, top_n: how many edges, as a share of all
-    faithfulness: float | None = (
-        # greedy, top_n: the first of 25 sizes, on a log scale, that reaches this; if no size is
-        # given
-        0.9
-    )
+    # greedy, top_n, where no size is given: the first of 25 sizes, on a log scale, to reach this
+    faithfulness: float | None = 0.9
     threshold: float | None = None  # threshold: the smallest score kept
     absolute: bool = False  # rank by |score|; else by score, strongest supporters first
 
@@ -61,15 +62,11 @@ class Ranking:
     edges: Int[np.ndarray, "E axes"]  # (reader, writer) or (reader, writer, position)
 
     def circuit(self, edges: int | None) -> Bool[Tensor, "R W *S"]:
-        """Returns the circuit of the first so many edges, without dead ends.
-
-        Raises:
-            ValueError: a number of edges that the graph does not have.
-        """
+        """The first so many edges, without dead ends; ValueError for a number out of range."""
         if edges is None or not 0 <= edges <= self.graph.n_edges:
             raise ValueError(
-                f"edges={edges}, but the graph has {self.graph.n_edges} edges; "
-                f"choose 0 to {self.graph.n_edges}"
+                f"edges={edges}, but the graph has {self.graph.n_edges} edges; choose 0 to "
+                f"{self.graph.n_edges}"
             )
         kept = torch.zeros_like(self.graph.exists)
         kept[tuple(torch.from_numpy(self.edges[:edges]).T)] = True
@@ -93,12 +90,7 @@ def select(
     threshold: float | None = None,
     absolute: bool = False,
 ) -> Bool[Tensor, "R W *S"]:
-    """Returns the kept edges, without dead ends.
-
-    Raises:
-        ValueError: unknown `how`, a number of edges that the graph does not have, no threshold
-            where one is needed, scores that are not finite.
-    """
+    """Returns the kept edges, without dead ends; raises ValueError as `ranking` and `above` do."""
     if how == "threshold":
         return above(graph, scores, threshold, absolute=absolute)
     return ranking(graph, scores, how=how, absolute=absolute).circuit(edges)
@@ -122,17 +114,9 @@ def ranking(
 
 
 def above(
-    graph: Graph,
-    scores: Float[Tensor, "R W *S"],
-    threshold: float | None,
-    *,
-    absolute: bool = False,
+    graph: Graph, scores: Float[Tensor, "R W *S"], threshold: float | None, *, absolute: bool
 ) -> Bool[Tensor, "R W *S"]:
-    """Returns the edges with scores of at least a threshold, without dead ends.
-
-    Raises:
-        ValueError: no threshold, or scores that are not finite.
-    """
+    """The edges with scores of at least a threshold, without dead ends; ValueError for none."""
     rank = _rank(scores, "threshold", absolute)
     if threshold is None or math.isnan(threshold):
         raise ValueError("how=threshold needs threshold=VALUE")
@@ -202,8 +186,6 @@ def random_rankings(graph: Graph, count: int, seed: int) -> list[Ranking]:
     return [ranking(graph, scores) for scores in drawn]
 
 
-def random_circuits(
-    graph: Graph, edges: int, count: int, seed: int
-) -> list[Bool[Tensor, "R W *S"]]:
+def random_circuits(graph: Graph, edges: int, count: int, seed: int) -> list[Tensor]:
     """Returns connected circuits of (about) the same size, each grown until it is as large."""
     return [drawn.grown(edges) for drawn in random_rankings(graph, count, seed)]

@@ -44,15 +44,12 @@ def fit(
     from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
     parameters = list(parameters)
-    optimiser = torch.optim.AdamW(
-        parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas
-    )
-    if warm_up is None:
-        schedule = get_constant_schedule(optimiser)
-    else:
+    settings = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas}
+    optimiser = torch.optim.AdamW(parameters, **settings)
+    schedule = get_constant_schedule(optimiser)
+    if warm_up is not None:
         schedule = get_cosine_schedule_with_warmup(optimiser, warm_up, steps)
-    hidden = True if label is None else None
-    progress = tqdm(range(steps), desc=label, unit="step", disable=hidden)
+    progress = tqdm(range(steps), desc=label, unit="step", disable=True if label is None else None)
     for step in progress:
         losses = losses_of_step(step)
         loss = torch.stack(list(losses.values())).sum()

@@ -42,20 +42,12 @@ class AblationConfig:
 def fit_ablation(
     config: AblationConfig, engine: Engine, reference: Prompts, *, memory: str = "2GB"
 ) -> Ablation:
-    """Returns an ablation fitted on reference prompts.
-
-    Raises:
-        ValueError: there is no such ablation.
-    """
+    """Returns an ablation fitted on reference prompts; ValueError where there is none such."""
     return _kind(config.name).fit(engine, reference, seed=config.seed, memory=memory)
 
 
 def restore_ablation(name: str, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:
-    """Returns an ablation from its `state`.
-
-    Raises:
-        ValueError: there is no such ablation, or it keeps none.
-    """
+    """Returns an ablation from its `state`; ValueError where there is none, or it keeps none."""
     return _kind(name).restore(engine, state)
 
 

@@ -25,24 +25,16 @@ class Ablation(ABC):
     per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
 
     @classmethod
-    @abstractmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Ablation:
-        """Returns the ablation fitted on reference prompts."""
+        """Returns the ablation fitted on reference prompts; of some there is nothing to fit."""
+        return cls()
 
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What writers are taken to write on these prompts; B and S are 1 where rows are equal.
-
-        Raises:
-            ValueError: there is no value for one of the prompts.
-        """
+        """What writers write on these prompts, B and S 1 where rows are equal, or ValueError."""
 
     def values(self, engine: Engine, prompts: Prompts) -> Ablated:
-        """What removed edges carry on these prompts, ready for `Engine.masked`.
-
-        Raises:
-            ValueError: there is no value for one of the prompts.
-        """
+        """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError."""
         return engine.ablated(self.writers(engine, prompts))
 
     def shared_bytes(self, size: Footprint) -> int:
@@ -50,18 +42,10 @@ class Ablation(ABC):
         return size.shared(self.per_prompt) + size.mask
 
     def state(self) -> Mapping[str, Tensor]:
-        """The tensors from which it can be restored.
-
-        Raises:
-            ValueError: it depends on the prompts themselves, and keeps none.
-        """
+        """The tensors from which it can be restored; ValueError where it keeps none."""
         raise ValueError(f"ablation={self.name} keeps no tensors; it is fitted anew each time")
 
     @classmethod
     def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:
-        """The ablation from its `state`.
-
-        Raises:
-            ValueError: it keeps none.
-        """
+        """The ablation from its `state`; ValueError where it keeps none."""
         raise ValueError(f"ablation={cls.name} keeps no tensors; it is fitted anew each time")

@@ -34,21 +34,13 @@ class Means:
 
 @torch.no_grad()
 def writer_means(engine: Engine, prompts: Prompts, *, memory: str = "2GB") -> Means:
-    """Returns every writer's mean over the real tokens of prompts, summed in float64.
-
-    Raises:
-        TooLittleMemory: a prompt takes more memory than there is.
-    """
+    """Every writer's mean over the real tokens of prompts, summed in float64."""
     longest = int(prompts.lengths.max())
     shape = (len(engine.graph.writers), longest, engine.architecture.width)
     total = torch.zeros(shape, dtype=torch.float64, device=engine.device)
     count = torch.zeros(longest, dtype=torch.int64, device=engine.device)
     for batch in in_batches(
-        engine,
-        prompts,
-        lambda size: size.clean,
-        memory=memory,
-        shared=lambda _: 2 * total.nbytes,
+        engine, prompts, lambda size: size.clean, memory=memory, shared=lambda _: 2 * total.nbytes
     ):
         writers = engine.writers(batch)
         length, real = batch.clean.shape[1], batch.key_mask[..., None]
@@ -71,15 +63,10 @@ class Mean(Ablation):
 
     @classmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Mean:
-        """Returns the ablation with means over reference prompts."""
         return cls(writer_means(engine, reference, memory=memory))
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
-        """The means, for as many positions as the prompts have.
-
-        Raises:
-            InputError: all reference prompts had one token, and these have more.
-        """
+        """The means, for as many positions as the prompts have, or InputError."""
         length = prompts.clean.shape[1]
         if length > 1 and len(self.means.count) == 1:
             raise InputError(
@@ -91,12 +78,10 @@ class Mean(Ablation):
         return torch.cat([self.means.first[:, None], later], 1)[:, None]
 
     def state(self) -> Mapping[str, Tensor]:
-        """The means."""
         return dict(vars(self.means))
 
     @classmethod
     def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Mean:
-        """The ablation with saved means."""
         tensors = {name: tensor.to(engine.device) for name, tensor in state.items()}
         values = {name: tensors[name].to(engine.dtype) for name in ("first", "rest", "positional")}
         return cls(Means(**values, count=tensors["count"]))
@@ -108,11 +93,7 @@ class PositionalMean(Mean):
     name = "positional_mean"
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
-        """The means at the positions that the prompts have.
-
-        Raises:
-            InputError: no reference prompt was as long.
-        """
+        """The means at the positions of the prompts; InputError beyond the reference prompts'."""
         length, seen = prompts.clean.shape[1], int((self.means.count > 0).sum())
         if length > seen:
             raise InputError(

@@ -23,17 +23,8 @@ class Counterfactual(Ablation):
     name = "counterfactual"
     per_prompt = True
 
-    @classmethod
-    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Counterfactual:
-        """Returns the ablation; there is nothing to fit."""
-        return cls()
-
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What is written on the corrupt prompts.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """What is written on the corrupt prompts; ValueError where there are none."""
         if prompts.corrupt is None:
             raise ValueError(
                 "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to "
@@ -58,15 +49,10 @@ class Resample(Ablation):
 
     @classmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Resample:
-        """Returns the ablation with reference prompts as donors."""
         return cls(reference.to(engine.device), seed)
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What is written on the donors.
-
-        Raises:
-            InputError: no donor is as long as one of the prompts, or none but itself.
-        """
+        """What is written on the donors; InputError where a prompt has none as long."""
         longest, length = int(self._lengths.max()), int(prompts.lengths.max())
         if length > longest:
             raise InputError(

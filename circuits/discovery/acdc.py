@@ -38,8 +38,7 @@ class ACDC:
 
 
 def acdc(config: ACDC, objective: Objective) -> Found:
-    """Returns the circuit of the sequential sweep; an edge's score is the delta at which it was
-    judged.
+    """Returns the circuit of the sweep; an edge's score is the delta at which it was judged.
 
     Raises:
         ValueError: tau is not above 0, or the order is unknown.
@@ -53,8 +52,8 @@ def acdc(config: ACDC, objective: Objective) -> Found:
     if len(objective.batches.kept) < len(objective.batches):
         log.warning(
             "acdc passes over the prompts thousands of times, and memory keeps only %d of %d "
-            "batches prepared, so that "
-            "each pass prepares the others anew; raise memory, or use fewer prompts",
+            "batches prepared, so that each pass prepares the others anew; raise memory, or use "
+            "fewer prompts",
             len(objective.batches.kept),
             len(objective.batches),
         )
@@ -69,13 +68,9 @@ def acdc(config: ACDC, objective: Objective) -> Found:
         edges = list(group)
         progress.update(len(edges))
         _, read = graph.read(kept[None])
-        kept[reader] &= read[0, reader].view(
-            kept.shape[2:]
-        )  # what nothing depends on needs no input
+        kept[reader] &= read[0, reader].view(kept.shape[2:])  # unread nodes need no input
         edges = [edge for edge in edges if kept[edge]]
-        layer = min(
-            reader // graph.readers_per_block, graph.n_layers
-        )  # all before it is still whole
+        layer = min(reader // graph.readers_per_block, graph.n_layers)  # what is before is whole
         if config.order == "shuffle":
             generator.shuffle(edges)
         for edge in edges:

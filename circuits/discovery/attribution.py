@@ -43,39 +43,27 @@ class EAPIG:
 
 
 def eap(config: EAP, objective: Objective) -> Found:
-    """Returns the EAP score of every edge.
-
-    Raises:
-        ValueError: the metric has no gradient, or a vanishing one at the clean run (KL).
-    """
+    """Returns the EAP score of every edge; ValueError for a metric flat at the clean run (KL)."""
     if objective.metric.flat_at_model:
         raise ValueError(
             f"metric={objective.metric.name} has zero gradient at the clean run, so that plain EAP "
-            "scores are all 0; "
-            "use method=eap_ig, or metric=logit_diff"
+            "scores are all 0; use method=eap_ig, or metric=logit_diff"
         )
     return Found(_attribute(objective, (1.0,), "eap"))
 
 
 def eap_ig(config: EAPIG, objective: Objective) -> Found:
-    """Returns the EAP-IG-inputs score of every edge.
-
-    Raises:
-        ValueError: fewer than 1 step, or the metric has no gradient.
-    """
+    """Returns the EAP-IG-inputs score of every edge; ValueError for fewer than 1 step."""
     if config.steps < 1:
         raise ValueError(
             f"steps={config.steps}, but at least 1 is needed (5 is the published default)"
         )
-    return Found(
-        _attribute(objective, tuple(k / config.steps for k in range(config.steps)), "eap-ig")
-    )
+    points = tuple(k / config.steps for k in range(config.steps))
+    return Found(_attribute(objective, points, "eap-ig"))
 
 
 def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> torch.Tensor:
-    """Edge scores from gradients at inputs `ablated + point * (clean - ablated)`, averaged over
-    points.
-    """
+    """Edge scores by gradients at `ablated + point * (clean - ablated)`, averaged over points."""
     engine, metric = objective.engine, objective.metric
     graph = engine.graph
     if not metric.differentiable:
@@ -84,9 +72,8 @@ def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> t
         )
     scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
     n_prompts, batches = 0, objective.batches
-    for batch in tqdm(
-        batches.contrasts(), total=len(batches), desc=label, unit="batch", disable=None
-    ):
+    progress = {"total": len(batches), "desc": label, "unit": "batch", "disable": None}
+    for batch in tqdm(batches.contrasts(), **progress):
         prompts, flat = batch.prompts, batch.values.flatten(1)
         n_prompts += len(prompts)
         difference = batch.values[: graph.n_inputs].sum(0)

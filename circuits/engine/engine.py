@@ -47,6 +47,10 @@ class Engine:
     Construction compares the engine with the bridge, and both with the logits that the HuggingFace
     model gave before it was wrapped, on random tokens.
 
+    >>> from circuits.model.load import load_model
+    >>> Engine(load_model("pkg://mad/models/recall_redirect")).graph.n_edges
+    110
+
     Raises:
         ValueError: the architecture or a configuration field is not supported, or the comparison
             fails.
@@ -68,17 +72,17 @@ class Engine:
             )
         self._check(model)
         if model.head is not None:
-            if model.head.weight.shape[-1] != described.width:
-                raise ValueError(
-                    f"the head reads {model.head.weight.shape[-1]} numbers, but the model's "
-                    f"residual stream has {described.width}"
-                )
-            weight, bias = (
-                part.to(self.device, self.dtype) for part in (model.head.weight, model.head.bias)
+            self._replace_head(model.head)
+
+    def _replace_head(self, head: OutputHead) -> None:
+        if head.weight.shape[-1] != self.architecture.width:
+            raise ValueError(
+                f"the head reads {head.weight.shape[-1]} numbers, but the model's residual stream "
+                f"has {self.architecture.width}"
             )
-            self.architecture = replace(
-                self.architecture, unembed=OutputHead(weight, bias), logit_cap=None
-            )
+        weight, bias = (part.to(self.device, self.dtype) for part in (head.weight, head.bias))
+        own = OutputHead(weight, bias)
+        self.architecture = replace(self.architecture, unembed=own, logit_cap=None)
 
     @property
     def device(self) -> torch.device:
@@ -115,11 +119,7 @@ class Engine:
         return residual_stream(self.architecture, prompts, self.embed(prompts).sum(0))
 
     def embed(self, prompts: Prompts) -> Float[Tensor, "inputs B S D"]:
-        """What the input writers write: one row, or token and position apart.
-
-        Raises:
-            InputError: a prompt is longer than the model's context.
-        """
+        """What the input writers write; InputError where a prompt is longer than the context."""
         tokens, context = prompts.clean.to(self.device), self.architecture.context
         if tokens.shape[1] > context:
             raise InputError(
@@ -196,7 +196,6 @@ class Engine:
         edges it keeps, so that dropping dead ends changes nothing.
 
         Args:
-            prompts: what is run.
             mask: share of each edge that is kept, [R, W] or [K, R, W] (with one more axis, of
                 positions, where the graph tells edges apart by position); entries of edges that
                 cannot exist count as 0.
@@ -239,7 +238,7 @@ class Engine:
         graph = self.graph
         edge_axes = graph.exists.ndim
         if mask.shape[-edge_axes:] != graph.exists.shape:
-            by_position = "" if graph.n_positions is None else f" at {graph.n_positions} positions"
+            by_position = f" at {graph.n_positions} positions" if graph.n_positions else ""
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)}, but the graph has {len(graph.readers)} "
                 f"readers and {len(graph.writers)} writers{by_position}"
@@ -257,11 +256,10 @@ class Engine:
         embedded: Float[Tensor, "B S D"],
         scalar: Callable[[Float[Tensor, "B P V"]], Float[Tensor, ""]],
     ) -> Iterator[tuple[int, Float[Tensor, "r B S D"]]]:
-        """Yields, group by group from the output, the gradient of `scalar(logits)` at each reader.
+        """Yields (first reader, gradients of `scalar(logits)` at a group's inputs), logits first.
 
-        One forward and one backward pass, from the given residual stream at the beginning.  Each
-        item is (first reader of the group, the gradients at its readers' inputs); for `logits` only
-        scored positions differ from zero.
+        One forward and one backward pass, from the given residual stream at the beginning.  For
+        `logits` only scored positions differ from zero.
         """
         return reader_gradients(self.architecture, prompts.to(self.device), embedded, scalar)
 
@@ -274,10 +272,9 @@ class Engine:
         clean = self.clean(Prompts.from_tokens(tokens))
         exact = self.dtype in (torch.float32, torch.float64)
         tolerance = 1e-3 if exact else 0.2  # two to three digits, added up
-        bridge, cache = model.bridge.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("hook_out")
-        )
-        residual = cache[f"blocks.{self.graph.n_layers - 1}.hook_out"]
+        last = f"blocks.{self.graph.n_layers - 1}.hook_out"
+        bridge, cache = model.bridge.run_with_cache(tokens, names_filter=last)
+        residual = cache[last]
         biases = (block.attention.o.bias for block in self.architecture.blocks)
         stream = clean.writers.sum(0) + sum(bias for bias in biases if bias is not None)
         pairs = {

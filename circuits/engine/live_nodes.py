@@ -48,10 +48,7 @@ class LiveNodes:
 
 
 def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int = 0) -> LiveNodes:
-    """Returns the work that masks leave from block `first_layer` on.
-
-    For a mask that is trained that is everything.
-    """
+    """The work that masks leave from block `first_layer` on; all of it for a trained mask."""
     edges = graph.exists if masks.requires_grad else (masks.detach() != 0).any(0)
     kept = (edges if graph.n_positions is None else edges.any(-1)).cpu().numpy()
     wanted = kept[-1].copy()
@@ -68,9 +65,8 @@ def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int 
         all_heads = len(heads) == graph.n_heads
         readers: slice | list[int] = slice(reader, reader + graph.n_heads + 2 * graph.kv_heads)
         if not all_heads:
-            readers = np.concatenate(
-                (reader + heads, first_k + kv_heads, first_v + kv_heads)
-            ).tolist()
+            rows = (reader + heads, first_k + kv_heads, first_v + kv_heads)
+            readers = np.concatenate(rows).tolist()
         if len(heads):
             wanted |= kept[readers].any(0)
         layers[layer] = Layer(

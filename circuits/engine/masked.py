@@ -84,9 +84,7 @@ class MaskedRun:
         if not self.graph.causal:
             mask = prompts.key_mask
             self.key_mask = mask if per_example else mask.repeat(len(masks), 1)
-        self.read: Tensor | None = (
-            None  # [W, K, 1, S | 1, 1]: 1 where the logits depend on a writer
-        )
+        self.read: Tensor | None = None  # [W, K, 1, S|1, 1]: 1 where logits depend on a writer
         if ablated.unread is not None:
             read, _ = self.graph.read(masks.detach() != 0)
             self.read = read.transpose(0, 1)[:, :, None, :, None].to(masks.dtype)
@@ -149,12 +147,8 @@ class MaskedRun:
             late = None
         inputs = norm(inputs) if late is None else inputs
         sides, row = [], 0
-        picks = (
-            (attention.q, step.heads),
-            (attention.k, step.kv_heads),
-            (attention.v, step.kv_heads),
-        )
-        for projection, heads in picks:
+        projections = (attention.q, attention.k, attention.v)
+        for projection, heads in zip(projections, (step.heads, step.kv_heads, step.kv_heads)):
             own = inputs[row : row + len(heads)]
             side = projection.each(own, width, None if step.all_heads else heads, late)
             sides.append(side.view(len(heads), -1, self.differences.shape[2], width))

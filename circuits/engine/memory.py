@@ -66,11 +66,7 @@ def written(size: int) -> str:
     >>> written(1_234_567_890)
     '1.24GB'
     """
-    unit = max(
-        (unit for unit, factor in UNITS.items() if size >= factor),
-        key=UNITS.__getitem__,
-        default="",
-    )
+    unit = next((unit for unit in ("GB", "MB", "KB") if size >= UNITS[unit]), "")
     hundredths = -(-100 * size // UNITS[unit])
     return f"{hundredths / 100:.10g}{unit.replace('K', 'k')}"
 
@@ -145,15 +141,10 @@ class Footprint:
         return self._bytes(self._block + self._levels) + self._logits
 
     def objective(self, ablated_per_prompt: bool) -> int:
-        """All that is done with a prepared prompt: it is made while the one before is still held,
-        run, attributed.
-        """
+        """All that is done with a prepared prompt: made beside the one before, run, attributed."""
         prepared = self.prepared(ablated_per_prompt)
-        return max(
-            2 * prepared + self.preparing(ablated_per_prompt),
-            prepared + self.masked(),
-            self.attribution,
-        )
+        made = 2 * prepared + self.preparing(ablated_per_prompt)
+        return max(made, prepared + self.masked(), self.attribution)
 
     def masked(self, masks: int = 1) -> int:
         """A run under K masks, beside what is prepared."""
@@ -186,24 +177,17 @@ class Footprint:
     def explanation(self) -> int:
         """A run under the prompt's own mask and the gradient of that, beside the ablated values."""
         mixed = self.readers * self.width
-        backward = HOLES * (
-            3 * self.writers * self.width + self.layers * (mixed + self.graph) + 2 * mixed
-        )
+        written = 3 * self.writers * self.width
+        backward = HOLES * (written + self.layers * (mixed + self.graph) + 2 * mixed)
         return self._bytes(backward) + 2 * (self._logits + self._metric) + 2 * self.mask
 
 
 def most_prompts(prompts: Prompts, each: int, budget: int, shared: int = 0) -> int:
-    """Returns how many of some prompts fit in a budget at once, each with so many bytes; at most
-    `MOST_PROMPTS`.
-
-    Raises:
-        TooLittleMemory: not even one fits.
-    """
+    """How many prompts of so many bytes fit at once, up to `MOST_PROMPTS`; or TooLittleMemory."""
     if (fit := (budget - shared) // max(each, 1)) < 1:
         raise TooLittleMemory(
             f"one prompt of {prompts.clean.shape[1]} tokens takes up to {written(each + shared)} "
-            "of working memory, "
-            f"but memory={written(budget)}; raise memory, or use shorter prompts"
+            f"of working memory, but memory={written(budget)}; raise memory, or use shorter prompts"
         )
     return min(fit, MOST_PROMPTS)
 
@@ -220,24 +204,14 @@ def footprint(engine: Engine, prompts: Prompts) -> Footprint:
     repeated = 2 * moved if graph.kv_group > 1 else 0
     capped = any(block.attention.soft_cap is not None for block in blocks)
     scores = 3 * graph.n_heads * n_tokens if capped else 0
-    allowed = (
-        0 if graph.causal else 2 * n_tokens
-    )  # which keys each prompt has, as truth values and as numbers
+    allowed = 0 if graph.causal else 2 * n_tokens  # each prompt's keys, as truths and as numbers
     normed = read if any(block.attention.q_norm is not None for block in blocks) else 0
     mlps = [block.mlp for block in blocks if block.mlp is not None]
     hidden = max((mlp.up.weight.shape[0] for mlp in mlps), default=0)
     gated = any(mlp.gate is not None for mlp in mlps)
     post = any(block.post_norm1 is not None for block in blocks)
-    forward = (
-        (5 if post else 3) * width
-        + read
-        + normed
-        + turned
-        + repeated
-        + scores
-        + moved
-        + hidden * (1 + 2 * gated)
-    )
+    attended = read + normed + turned + repeated + scores + moved
+    forward = (5 if post else 3) * width + attended + hidden * (1 + 2 * gated)
     return Footprint(
         element=engine.dtype.itemsize,
         tokens=n_tokens,

@@ -26,12 +26,7 @@ class Differences:
     """What living writers wrote, less what removed edges carry."""
 
     def __init__(
-        self,
-        masks: Tensor,
-        prefix: Float[Tensor, "c B S D"],
-        *,
-        per_example: bool,
-        grad: bool,
+        self, masks: Tensor, prefix: Float[Tensor, "c B S D"], *, per_example: bool, grad: bool
     ) -> None:
         """Takes masks [K, R, C], or [K, R, C, S] by position, and the writers before the run.
 

@@ -104,7 +104,7 @@ def reader_gradients(
         gradients = iter(torch.autograd.grad(total, [*tensors, normed]))
     groups = [(read, [next(gradients) for _ in behind]) for read, behind in taps]
     at_end = architecture.final_norm.pull_back(residual, next(gradients)[None])
-    yield len(graph.readers) - 1, _scattered(at_end, prompts, embedded.shape[1])
+    yield len(graph.readers) - 1, _scattered(at_end, prompts)
     for layer in reversed(range(graph.n_layers)):
         block, first = architecture.blocks[layer], graph.first_reader(layer)
         if block.norm2 is not None:
@@ -129,10 +129,8 @@ def _through_projections(
     return gradients
 
 
-def _scattered(
-    values: Float[Tensor, "one B P D"], prompts: Prompts, n_positions: int
-) -> Float[Tensor, "one B S D"]:
+def _scattered(values: Float[Tensor, "one B P D"], prompts: Prompts) -> Float[Tensor, "one B S D"]:
     """The adjoint of `Prompts.at_scored`; absent positions carry no gradient."""
-    full = values.new_zeros(*values.shape[:2], n_positions, values.shape[-1])
+    full = values.new_zeros(*values.shape[:2], prompts.clean.shape[1], values.shape[-1])
     index = prompts.positions.clamp(min=0)[None, ..., None].expand_as(values)
     return full.scatter_add_(2, index, values)

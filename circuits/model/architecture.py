@@ -36,29 +36,21 @@ class Norm:
             return x
         weight = getattr(self.module, "weight", None)
         if self.kind == "layer":
-            return F.layer_norm(
-                x, x.shape[-1:], weight, getattr(self.module, "bias", None), self.eps
-            )
+            bias = getattr(self.module, "bias", None)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if self.offset == 0.0 or weight is None:
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        wide = (
-            x if x.dtype == torch.float64 else x.float()
-        )  # as Gemma: a gain near 1 loses its digits in bfloat16
-        return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype) + self.offset, self.eps).to(
-            x.dtype
-        )
+        wide = _at_least_float32(x)  # as Gemma: a gain near 1 loses its digits in bfloat16
+        gain = weight.to(wide.dtype) + self.offset
+        return F.rms_norm(wide, x.shape[-1:], gain, self.eps).to(x.dtype)
 
     def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """1 / rms(x), by which an RMS norm multiplies; it commutes with the projection that reads
-        the norm.
-        """
+        """1 / rms(x), by which an RMS norm multiplies, before or after the projection behind it."""
         wide = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
 
-    def gained(
-        self, weight: Float[Tensor, "*heads d_model E"]
-    ) -> Float[Tensor, "*heads d_model E"]:
+    def gained(self, weight: Float[Tensor, "*h d_model E"]) -> Float[Tensor, "*h d_model E"]:
         """The weight of a projection that reads this RMS norm, with the norm's gain in it."""
         gain = getattr(self.module, "weight", None)
         return weight if gain is None else weight * (gain + self.offset)[:, None]
@@ -69,33 +61,31 @@ class Norm:
     ) -> Float[Tensor, "r *batch d_model"]:
         """Takes r gradients behind the norm to its input x, which they share.
 
-        With y = g x / rms(x) and G = g gradient, the gradient at x is (G - x (x . G) / (D rms^2)) /
-        rms.
+        With y = g x / rms(x) and G = g gradient / rms, it is G - x (x . G) / (D rms^2) there.
         """
         if self.kind == "none":
             return gradients
         if self.kind == "rms":
             scale, gain = self.scale(x), getattr(self.module, "weight", None)
-            gradients = (
-                gradients * scale if gain is None else gradients * ((gain + self.offset) * scale)
-            )
-            share = (
-                torch.linalg.vecdot(gradients, x.expand_as(gradients)).unsqueeze(-1)
-                * scale.square()
-                / x.shape[-1]
-            )
-            return gradients.addcmul_(x.expand_as(gradients), share, value=-1)
+            factor = scale if gain is None else (gain + self.offset) * scale
+            gradients, inputs = gradients * factor, x.expand_as(gradients)
+            along = torch.linalg.vecdot(gradients, inputs).unsqueeze(-1)
+            return gradients.addcmul_(inputs, along * scale.square() / x.shape[-1], value=-1)
         with torch.enable_grad():
             shared = x.detach().expand_as(gradients).requires_grad_()
             return torch.autograd.grad(self(shared), shared, gradients)[0]
 
     def factor(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What an RMS norm of x multiplies x by, and so each addend of x."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _at_least_float32(x)
         factor = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         if (weight := getattr(self.module, "weight", None)) is not None:
             factor = factor * (weight.to(wide.dtype) + self.offset)
         return factor.to(x.dtype).expand_as(x)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
@@ -132,13 +122,10 @@ class Linear:
         heads: list[int] | None = None,
         norm: Norm | None = None,
     ) -> Float[Tensor, "r N E"]:
-        """What some heads make of their own inputs, row by row.
+        """What some heads (None: all of them, in order) make of their own inputs, row by row.
 
-        Args:
-            width: E, numbers of one head.
-            heads: which heads the rows are for; None: all of them, in order.
-            norm: an RMS norm that inputs still have to pass.  It multiplies rows, which is cheaper
-                after the projection.
+        `norm` is an RMS norm that inputs still have to pass: it multiplies rows, which is cheaper
+        after the projection.
         """
         weight = self.by_head(width)
         bias = None if self.bias is None else self.bias.unflatten(0, (-1, width))[:, None]
@@ -186,8 +173,7 @@ class MLP:
 class Block:
     """One layer: attention and, unless the model has none, an MLP.
 
-    A post-norm (RMS, no bias) is applied to what attention, or the MLP, adds to the residual
-    stream.
+    A post-norm (RMS, no bias) is applied to what attention, or the MLP, adds to the stream.
     """
 
     norm1: Norm
@@ -217,8 +203,7 @@ class Rotary:
 class Architecture:
     """Everything the engine needs to know of a model.
 
-    `graph` gives its shape, `blocks` its layers; the input is `token(tokens) +
-    position(positions)`.
+    `graph` gives its shape; the input is `token(tokens) + position(positions)`.
     """
 
     graph: Graph
@@ -245,9 +230,7 @@ class Architecture:
     def sides(
         self, attention: Attention, normed: Float[Tensor, "*batch d_model"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [heads, *batch, E], keys and values [kv, *batch, E] where all readers of a layer
-        get the same input.
-        """
+        """Queries [heads, *batch, E], keys and values [kv, *batch, E] from one input for all."""
         q, k, v = (
             projection(normed).unflatten(-1, (-1, self.head_width)).movedim(-2, 0)
             for projection in (attention.q, attention.k, attention.v)

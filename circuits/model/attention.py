@@ -17,6 +17,8 @@ from torch import Tensor
 
 from circuits.model.architecture import Architecture, Attention
 
+Pair = tuple[Tensor, Tensor]
+
 
 def attend(
     architecture: Architecture,
@@ -30,10 +32,8 @@ def attend(
     """Returns what each head moves, before its output projection.
 
     Args:
-        key_mask: True on real tokens; only bidirectional models need it, since padding is on the
-            right.
-        kv_of_head: for each query head its place among the key-value heads; None: they are in equal
-            groups.
+        key_mask: True on real tokens; needed by bidirectional models, as padding is on the right.
+        kv_of_head: each query head's place among the key-value heads; None: in equal groups.
     """
     q, k = _positioned(architecture, attention, q, k)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
@@ -44,9 +44,8 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
     allowed = _allowed(architecture, attention, q, key_mask)
     if attention.soft_cap is None:
-        allowed = (
-            allowed if allowed.ndim == 2 else allowed[None]
-        )  # with 3 axes the CPU would hold all scores at once
+        if allowed.ndim == 3:
+            allowed = allowed[None]  # with 3 axes the CPU would hold all scores at once
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
     return _scores(attention, q, k).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
 
@@ -61,26 +60,20 @@ def attention_scores(
     *,
     at: Int[Tensor, "N P"],
 ) -> Float[Tensor, "heads N P S"]:
-    """Returns what the softmax of `attend` is taken of, for the queries at some positions; -inf at
-    forbidden keys.
+    """What the softmax of `attend` is taken of, for queries at some positions; -inf if forbidden.
 
     Padding is not told apart where the model does not: on the right of a causal model's tokens.
     """
     q, k = _positioned(architecture, attention, q, k)
     rows = torch.arange(len(at), device=at.device)[:, None]
-    allowed = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)[
-        rows, at
-    ]  # [N, P, S]
+    everywhere = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)
+    allowed = everywhere[rows, at]  # [N, P, S]
     scores = _scores(attention, q[:, rows, at], _per_head(k, len(q), kv_of_head))
     return scores.masked_fill(~allowed, float("-inf"))
 
 
-def _positioned(
-    architecture: Architecture, attention: Attention, q: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys as they are compared: normed, then rotated by position, where the model does
-    so.
-    """
+def _positioned(architecture: Architecture, attention: Attention, q: Tensor, k: Tensor) -> Pair:
+    """Queries and keys as they are compared: normed and rotated where the model does so."""
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
     if architecture.rotary is not None:
@@ -112,12 +105,8 @@ def _allowed(
 
 
 def _scores(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
-    scores = q @ k.mT * attention.scale
-    return (
-        scores
-        if attention.soft_cap is None
-        else attention.soft_cap * torch.tanh(scores / attention.soft_cap)
-    )
+    scores, cap = q @ k.mT * attention.scale, attention.soft_cap
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: str) -> Tensor:

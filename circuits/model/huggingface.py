@@ -23,13 +23,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+# Weights in the dtype of their file, and a report of what did not fit instead of an error.
+_REPORTED = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def read_module(source: str, *, local: bool) -> Any:
-    """The module as it was saved, in its own dtype on the CPU.
-
-    Args:
-        source: a folder, if `local`, or a hub name.
+    """The module of a folder or a hub name as it was saved, in its own dtype on the CPU.
 
     Raises:
         FileNotFoundError: no such model, no config.json, no weights or not all of their shards.
@@ -46,13 +45,7 @@ def read_module(source: str, *, local: bool) -> Any:
         _refuse_incomplete(Path(source))
     try:
         with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype="auto",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **_REPORTED)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
@@ -74,13 +67,11 @@ def read_tokenizer(source: str, *, local: bool) -> Any | None:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' progress bar and report, which are for terminals."""
-    from logging import CRITICAL
-
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

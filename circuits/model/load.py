@@ -77,11 +77,7 @@ class LoadedModel:
         return own if own > 0 else self.vocabulary
 
     def prompts(self, records: Iterable[Mapping[str, Any]]) -> Prompts:
-        """Records as this model's prompts: by its tokenizer, BOS, context and vocabulary.
-
-        Raises:
-            ValueError: a bad record, which is named.
-        """
+        """Records as this model's prompts, by its tokenizer, BOS, context and vocabulary."""
         return prompts_from_records(
             records,
             tokenizer=self.tokenizer,
@@ -94,6 +90,10 @@ class LoadedModel:
 
 def load_model(config: ModelConfig | str | Path) -> LoadedModel:
     """Returns the model that a configuration names, or a path alone: `load_model("gpt2")`.
+
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> model.context, model.vocabulary
+    (12, 87)
 
     Raises:
         FileNotFoundError: the file or folder is missing, or a hub name cannot be reached.
@@ -122,7 +122,6 @@ def _with_head(loaded: LoadedModel, path: Path) -> LoadedModel:
 
 
 def _check_device(name: str) -> None:
-    """Raises ValueError when there is no such device here."""
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -151,9 +150,13 @@ def from_module(
 ) -> LoadedModel:
     """Returns a HuggingFace module in memory as a loaded model, from a copy of it.
 
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=29)
+    >>> from_module(GPT2LMHeadModel(config)).outputs
+    29
+
     Raises:
-        ValueError: the module has no HuggingFace configuration, or is refused
-            (`circuits.model.refusals`).
+        ValueError: it has no HuggingFace configuration, or is refused (`circuits.model.refusals`).
     """
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -168,6 +171,13 @@ def from_module(
 
 def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memory") -> LoadedModel:
     """Returns a TransformerLens native bridge as a loaded model.
+
+    >>> from transformer_lens.config import TransformerBridgeConfig
+    >>> from transformer_lens.model_bridge import TransformerBridge
+    >>> sizes = {"d_model": 8, "d_head": 4, "n_layers": 1, "n_heads": 2, "n_ctx": 16, "d_vocab": 29}
+    >>> config = TransformerBridgeConfig(**sizes, act_fn="gelu")
+    >>> from_bridge(TransformerBridge.boot_native(config)).outputs
+    29
 
     Raises:
         ValueError: the bridge wraps another kind of model, whose source is no longer at hand to

@@ -20,11 +20,7 @@ from torch import Tensor, nn
 
 
 class OutputHead(nn.Module):
-    """A linear head, frozen.
-
-    Raises:
-        ValueError: weight and bias do not fit each other.
-    """
+    """A linear head, frozen; ValueError where weight and bias do not fit each other."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -40,9 +36,8 @@ class OutputHead(nn.Module):
             weight, bias = weight[None], bias[None]
         if weight.shape[1] == 1:  # against a logit of 0
             weight, bias = (torch.cat((torch.zeros_like(part), part), 1) for part in (weight, bias))
-        self.weight, self.bias = (
-            nn.Parameter(part.clone(), requires_grad=False) for part in (weight, bias)
-        )
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(bias.clone(), requires_grad=False)
 
     @property
     def places(self) -> int:
@@ -53,11 +48,7 @@ class OutputHead(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, normed: Float[Tensor, "*batch P D"]) -> Float[Tensor, "*batch P O"]:
-        """Logits at each position.
-
-        Raises:
-            ValueError: more positions than the head has places.
-        """
+        """Logits at each position; ValueError where there are more than the head has places."""
         if self.places == 1:
             return nn.functional.linear(normed, self.weight[0], self.bias[0])
         n = normed.shape[-2]
@@ -84,11 +75,8 @@ def load_output_head(path: str | Path) -> OutputHead:
             f"no head at {path}: give a safetensors file that holds weight and bias"
         )
     try:
-        tensors = load_file(path)
-        return OutputHead(
-            tensors.pop("weight").float(),
-            None if "bias" not in tensors else tensors.pop("bias").float(),
-        )
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        return OutputHead(tensors["weight"], tensors.get("bias"))
     except (SafetensorError, KeyError) as error:
         raise ValueError(
             f"{path} holds no head: {str(error).splitlines()[0]}; it needs weight [outputs, "

@@ -52,9 +52,7 @@ REASONS = {
 # Packages whose classes are what they seem.
 _PLAIN = ("torch.nn.", "transformers.models.", "transformers.pytorch_utils")
 _ADAPTER = re.compile(r"lora_|(^|\.)base_layer(\.|$)")  # names that peft gives
-_QUANTISED = re.compile(
-    r"[48]bit|quant|gptq|awq|hqq|fp[48]|bitlinear|eetq|aqlm|vptq|spqr|higgs", re.IGNORECASE
-)
+_QUANTISED = re.compile("(?i)[48]bit|quant|gptq|awq|hqq|fp[48]|bitlinear|eetq|aqlm|vptq|spqr|higgs")
 _DEQUANTISE = (
     "the engine computes with float weights; dequantise the model (module.dequantize()) and save "
     "it in float"
@@ -62,11 +60,7 @@ _DEQUANTISE = (
 
 
 def refuse_configuration(source: str, fields: Mapping[str, Any]) -> None:
-    """Refuses architectures that are not supported, and quantised weights, by config.json's fields.
-
-    Raises:
-        ValueError: it is one of these.
-    """
+    """Refuses, by config.json's fields, architectures not supported and quantised weights."""
     _refuse_architecture(source, fields.get("architectures") or [])
     if quantised := fields.get("quantization_config"):
         raise ValueError(
@@ -95,11 +89,7 @@ def _refuse_architecture(source: str, names: Iterable[str]) -> None:
 
 
 def refuse_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses a dtype in which this device cannot do what a model does, found by doing it.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Refuses a dtype in which this device cannot do what a model does, found by doing it."""
     try:
         x = torch.ones(2, 4, 8, device=device).to(dtype)  # [heads, pos, width]
         F.layer_norm(F.linear(x, x[0]), (4,))
@@ -114,10 +104,8 @@ def refuse_dtype(dtype: torch.dtype, device: torch.device) -> None:
 def refuse_module(source: str, module: Any) -> None:
     """Refuses a HuggingFace module that the engine would not compute as it stands.
 
-    Raises:
-        ValueError: adapters, quantised or offloaded weights, an unsupported architecture, layers
-            that compute something of their own, tied weights that differ, sizes that are not
-            stated, or `refuse_parameters`.
+    That is for adapters, quantised or offloaded weights, an unsupported architecture, layers that
+    compute something of their own, tied weights that differ, sizes not stated, and parameters.
     """
     name = type(module).__name__
     _refuse_adapters(source, module)
@@ -137,11 +125,7 @@ def refuse_module(source: str, module: Any) -> None:
 
 
 def refuse_parameters(source: str, module: nn.Module) -> None:
-    """Refuses parameters without finite float values, or on several devices or of several dtypes.
-
-    Raises:
-        ValueError: there is one of these; the first is named.
-    """
+    """Refuses parameters without finite float values, on several devices or of several dtypes."""
     parameters = [  # without what a bridge puts into their names
         (name.replace("_original_component.", ""), tensor)
         for name, tensor in module.named_parameters()
@@ -215,9 +199,8 @@ def _refuse_adapters(source: str, module: nn.Module) -> None:
 
 
 def _refuse_quantised(source: str, module: Any) -> None:
-    quantised = getattr(module.config, "quantization_config", None) or getattr(
-        module, "is_quantized", False
-    )
+    stated = getattr(module.config, "quantization_config", None)
+    quantised = stated or getattr(module, "is_quantized", False)
     method = getattr(module, "quantization_method", None) or (quantised and "unknown method")
     if method:
         raise ValueError(

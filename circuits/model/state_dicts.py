@@ -16,12 +16,7 @@ from torch import Tensor
 
 from circuits.model.refusals import first_line
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 def read_bridge(path: Path, device: str) -> tuple[Any, dict[str, Tensor]]:

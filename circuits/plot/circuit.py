@@ -4,13 +4,9 @@
     draw_circuit(edges, Path("out"))  # -> out/circuit.svg, out/circuit.png, out/circuit.pdf
 
 Rows are layers, node colour is kind, edge colour is sign, edge width and opacity are strength
-(`circuits.plot.layout`; where outliers share the widest line, the legend says ">="). Every edge
-runs upwards, so there are no arrow heads; where a head reads, a small `q`, `k` or `v` stands at the
-reading end.
-
-The layout is made once; matplotlib then draws SVG, PNG and PDF from its coordinates. It brings its
-own fonts, so a machine without any gives the same picture. Same input, same bytes, whatever the
-order of the edges.
+(where outliers share the widest line, the legend says ">="). Every edge runs upwards, so there are
+no arrow heads; a small `q`, `k` or `v` stands where a head reads. Same input, same bytes, whatever
+the order of the edges and the fonts of the machine.
 """
 
 from __future__ import annotations
@@ -87,6 +83,12 @@ def draw_circuit(
     `node:NAME`, `label:NAME`, `port:NAME<q>`, `link:KV->HEAD`. An empty circuit gives input, logits
     and a note.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> edges = [("input->a0.h3<v>", 0.8), ("a0.h3->logits", 0.5)]
+    >>> with TemporaryDirectory() as folder:
+    ...     [path.name for path in draw_circuit(edges, Path(folder), formats=["svg"])]
+    ['circuit.svg']
+
     Raises:
         ValueError: more than `maximum_edges` edges, a name that is no edge, an edge given twice, a
             score that is not finite, a key-value head with `kv_group` 1, or a format that is none
@@ -100,11 +102,7 @@ def draw_circuit(
 
 
 def circuit_svg(edges: Sequence[tuple[str, float]], *, caption: str = "", kv_group: int = 1) -> str:
-    """Return the picture as an `<svg>` element for a page.
-
-    Raises:
-        ValueError: as `draw_circuit`.
-    """
+    """Return the picture as an `<svg>` element for a page; ValueError as `draw_circuit`."""
     drawn, layout = _laid_out(edges, MAXIMUM_EDGES, kv_group)
     with plot_style():
         return svg_text(circuit_figure(drawn, layout, caption=caption))

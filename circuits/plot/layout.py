@@ -34,10 +34,8 @@ Pair = tuple[str, str]  # two nodes that are joined
 
 NODE_HEIGHT = 29.0
 NODE_WIDTH = {"input": 62.0, "head": 46.0, "mlp": 46.0, "logits": 62.0}
-# Where a head reads, from the middle of its lower side.
-PORT_OFFSET = {"q": -14.0, "k": 0.0, "v": 14.0}
-# Between edges that meet at a side of a node, and between parallel edges on their way.
-FAN_STEP, BUNDLE_STEP = 4.0, 2.5
+PORT_OFFSET = {"q": -14.0, "k": 0.0, "v": 14.0}  # of a head, from the middle of its lower side
+FAN_STEP, BUNDLE_STEP = 4.0, 2.5  # between edges that meet at a node, between parallel edges
 LOGITS_ROW = 10**9
 
 
@@ -59,8 +57,7 @@ def parse_edges(edges: Iterable[tuple[str, float]]) -> tuple[DrawnEdge, ...]:
     """Return the edges with their names taken apart, sorted by name.
 
     Raises:
-        ValueError: a name that is not `writer->reader`, an edge that does not run to a later layer,
-            an edge given twice, or a score that is not finite.
+        ValueError: no name of an edge to a later layer, one twice, or a score not finite.
     """
     drawn: dict[str, DrawnEdge] = {}
     for name, score in edges:
@@ -151,11 +148,8 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
     """Return dot's layout of a circuit, with input and logits even where no edge touches them.
 
     Edges from one writer to the q, k and v of one head are routed once, run side by side and fan
-    out to their ports. Strong edges weigh more, so they come out short and straight. `kv_group` is
-    the number of query heads per key-value head.
-
-    Raises:
-        ValueError: a key-value reader although `kv_group` is 1.
+    out to their ports. Strong edges weigh more, so they come out short and straight. `kv_group`,
+    the number of query heads per key-value head, may be 1 only where there are none of those.
     """
     nodes, weights = _nodes(edges), _weights(edges)
     links = _links(nodes, kv_group)
@@ -187,9 +181,8 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     """Return the graph that dot lays out."""
     import pygraphviz
 
-    graph: Any = pygraphviz.AGraph(
-        strict=False, directed=True, rankdir="BT", nodesep=0.03, ranksep=0.55
-    )
+    spacing = {"rankdir": "BT", "nodesep": 0.03, "ranksep": 0.55}
+    graph: Any = pygraphviz.AGraph(strict=False, directed=True, **spacing)
     # Fixed sizes and empty labels: dot never measures text, so fonts cannot change the layout.
     graph.node_attr.update(shape="box", fixedsize="true", label="", height=NODE_HEIGHT / 72)
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
@@ -288,10 +281,7 @@ def _fan_out(edges: Sequence[DrawnEdge], routes: Mapping[Pair, Curve]) -> dict[s
 
 
 def _fan(ends: Mapping[Pair, tuple[str, float]]) -> dict[Pair, float]:
-    """Return each route's offset at a node, so that no two cross.
-
-    `ends` gives that node, and the x that the route comes from.
-    """
+    """Return each route's offset at a node (`ends`: it, and the x it comes from); none cross."""
     offsets = {}
     for node in {node for node, _ in ends.values()}:
         routes = sorted((x, pair) for pair, (owner, x) in ends.items() if owner == node)

@@ -21,8 +21,7 @@ def circuit_html(circuit: Circuit) -> str:
 
 def _table(edges: list[tuple[str, float]], caption: str) -> str:
     strongest = sorted(edges, key=lambda edge: -abs(edge[1]))[:ROWS]
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{score:.3g}</td></tr>" for name, score in strongest
-    )
+    cells = [f"<td>{escape(name)}</td><td>{score:.3g}</td>" for name, score in strongest]
+    rows = "".join(f"<tr>{cell}</tr>" for cell in cells)
     heading = f"<tr><th>strongest {len(strongest)} of {len(edges)} edges</th><th>score</th></tr>"
     return f"<table><caption>{escape(caption)}</caption>{heading}{rows}</table>"

@@ -8,6 +8,7 @@ kept edges are left blank.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,11 +19,7 @@ from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, saved_figure
 
 
 def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: str = "") -> Path:
-    """Return the file drawn, its format by its suffix.
-
-    Raises:
-        ValueError: the circuit does not tell edges apart by position.
-    """
+    """Return the file drawn, its format by its suffix; ValueError where edges have no position."""
     n_positions = circuit.graph.n_positions
     if n_positions is None:
         raise ValueError(
@@ -32,7 +29,7 @@ def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: st
 
     nodes, values = _into_nodes(circuit)
     if not nodes:  # logits alone, reading nothing
-        nodes, values = [LOGITS], torch.full((1, n_positions), float("nan"))
+        nodes, values = [LOGITS], torch.full((1, n_positions), math.nan)
     largest = max(float(values.nan_to_num().abs().max()), 1e-12)
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#F4F4F4", POSITIVE])
     norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
@@ -48,18 +45,13 @@ def draw_positions(circuit: Circuit, path: Path, *, title: str = "", caption: st
 
 
 def _into_nodes(circuit: Circuit) -> tuple[list[str], torch.Tensor]:
-    """Nodes that read something, in forward order, and the sums of scores into them.
-
-    NaN where nothing is kept.
-    """
+    """Nodes that read something, in forward order, and sums of scores into them, NaN for none."""
     kept = circuit.kept.any(1)  # [R, S]
     sums = (circuit.scores * circuit.kept).sum(1)  # [R, S]
     rows: dict[str, list[int]] = {}
     for reader, name in enumerate(circuit.graph.readers):
         rows.setdefault(split_reader(name)[0], []).append(reader)
     reading = {node: readers for node, readers in rows.items() if kept[readers].any()}
-    values = [
-        sums[readers].sum(0).masked_fill(~kept[readers].any(0), float("nan"))
-        for readers in reading.values()
-    ]
+    blank = {node: ~kept[readers].any(0) for node, readers in reading.items()}
+    values = [sums[reading[node]].sum(0).masked_fill(blank[node], math.nan) for node in reading]
     return list(reading), torch.stack(values) if values else sums[:0]

@@ -55,23 +55,16 @@ def plot_style() -> AbstractContextManager[None]:
     import matplotlib
 
     # The back end is the caller's business, and no part of a style.
-    defaults: dict[Any, Any] = {
-        key: value
-        for key, value in matplotlib.rcParamsDefault.items()
-        if not key.startswith("backend")
-    }
-    return matplotlib.rc_context(defaults | _STYLE)
+    defaults = matplotlib.rcParamsDefault.items()
+    style: dict[Any, Any] = {key: value for key, value in defaults if not key.startswith("backend")}
+    return matplotlib.rc_context(style | _STYLE)
 
 
 @contextmanager
 def saved_figure(
     path: Path, size: tuple[float, float], title: str, caption: str, layout: Any = "constrained"
 ) -> Iterator[Figure]:
-    """Give a figure of a size in inches to draw on; title, caption and the file come at the end.
-
-    Raises:
-        ValueError: as `save_figure`.
-    """
+    """Give a figure of a size in inches; title, caption and the file (`save_figure`) come last."""
     from matplotlib.figure import Figure
 
     with plot_style():
@@ -82,11 +75,7 @@ def saved_figure(
 
 
 def save_figure(figure: Figure, paths: Sequence[Path]) -> None:
-    """Write the figure to every path, the format by its suffix: same figure, same bytes.
-
-    Raises:
-        ValueError: a suffix other than .svg, .png, .pdf.
-    """
+    """Write the figure to .svg, .png or .pdf files: same figure, same bytes; else ValueError."""
     for path in paths:
         if path.suffix not in _UNDATED:
             raise ValueError(

@@ -6,6 +6,7 @@ Shapes: n prompts, pos tokens in the longest of them, scored positions, answers 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,24 +34,18 @@ def prompts_from_records(
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
 
+    >>> prompts_from_records([{"clean": [5, 7, 5], "answers": [7]}]).answers.tolist()
+    [[[7]]]
+
     Raises:
-        ValueError: a bad record, named by its id or, without one, by its number (its line in a
-            JSONL file).
+        ValueError: a bad record, named by its id or else by its number (its line in a file).
     """
+    bounds = {"max_length": max_length, "vocabulary": vocabulary, "outputs": outputs}
+    encode = partial(encode_record, tokenizer=tokenizer, prepend_bos=prepend_bos, **bounds)
     encoded = []
     for number, record in enumerate(records, start=1):
         try:
-            encoded.append(
-                encode_record(
-                    record,
-                    default_id=f"record {number}",
-                    tokenizer=tokenizer,
-                    prepend_bos=prepend_bos,
-                    max_length=max_length,
-                    vocabulary=vocabulary,
-                    outputs=outputs,
-                )
-            )
+            encoded.append(encode(record, default_id=f"record {number}"))
         except ValueError as error:
             raise ValueError(f"{_record_name(record, number)}: {error}") from None
     return collate(encoded)
@@ -60,8 +55,7 @@ def collate(encoded: Sequence[EncodedPrompt]) -> Prompts:
     """The encoded prompts as one set, on the CPU.
 
     Raises:
-        ValueError: no prompts at all, or some but not all have a corrupt prompt, answers, wrong
-            answers or a label.
+        ValueError: there are none, or a field that only some of them have.
     """
     if not encoded:
         raise ValueError("there are no prompts; give at least one")
@@ -88,8 +82,7 @@ def _all_or_none(encoded: Sequence[EncodedPrompt], field: str) -> list[Any] | No
     if lacking:
         raise ValueError(
             f"{lacking[0]!r} has no {field}, which {len(encoded) - len(lacking)} of {len(encoded)} "
-            "prompts have; "
-            f"give {field} to all prompts or to none"
+            f"prompts have; give {field} to all prompts or to none"
         )
     return [getattr(prompt, field) for prompt in encoded]
 
@@ -100,9 +93,8 @@ def _record_name(record: Any, number: int) -> str:
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "n longest"]:
-    return pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
-    )
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def _pad_answers(answers: Sequence[Sequence[Sequence[int]]]) -> Int[Tensor, "n scored answer"]:

@@ -32,6 +32,13 @@ ANSWER_KEYS = {"clean_answer": "answers", "patch_answer": "wrong_answers"}
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records in the file, in order.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "prompts.jsonl"
+    ...     write_jsonl([{"clean": [5, 7, 5], "answers": [7]}], path)
+    ...     read_records(path)
+    [{'clean': [5, 7, 5], 'answers': [7]}]
+
     Raises:
         ValueError: no such file, nothing in it, not UTF-8, or a line or row in none of these
             formats, by number.
@@ -57,12 +64,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_line(line: str) -> dict[str, Any]:
-    """The record on one line of a JSONL file, ours or feature-circuits'.
-
-    Raises:
-        ValueError: the line is blank, no JSON or no object; the message leaves the line's number to
-            the caller.
-    """
+    """The record on a line of JSONL, ours or feature-circuits'; ValueError for no JSON object."""
     if not line.strip():
         raise ValueError("blank line; remove it")
     try:
@@ -103,11 +105,7 @@ def _record(value: Any) -> dict[str, Any]:
         raise ValueError('no object; write {"clean": ...}')
     if "clean_prefix" not in value:
         return value
-    others = {
-        key: content
-        for key, content in value.items()
-        if key not in PREFIX_KEYS and key not in ANSWER_KEYS
-    }
+    others = {key: value[key] for key in value if key not in PREFIX_KEYS | ANSWER_KEYS}
     texts = {ours: value[theirs] for theirs, ours in PREFIX_KEYS.items() if theirs in value}
     answers = {ours: [value[theirs]] for theirs, ours in ANSWER_KEYS.items() if theirs in value}
     return texts | answers | others

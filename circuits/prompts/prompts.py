@@ -29,6 +29,10 @@ class Prompts:
     """A set of prompts.
 
     Either all of them have a corrupt prompt, answers, wrong answers, a label, or none has.
+
+    >>> prompts = Prompts.from_tokens(torch.tensor([[5, 7, 5]]))
+    >>> len(prompts), prompts.positions.tolist()
+    (1, [[0, 1, 2]])
     """
 
     clean: Int[Tensor, "n pos"]  # right-padded with 0
@@ -90,11 +94,7 @@ class Prompts:
         return (values * scored).sum(-1) / scored.sum(-1)
 
     def check_length(self, n_positions: int | None) -> None:
-        """Refuses prompts of another length than edges are told apart by position for.
-
-        Raises:
-            InputError: there are such prompts; None allows any length.
-        """
+        """Raises InputError for prompts of other than `n_positions` tokens; None allows any."""
         if n_positions is None:
             return
         if others := sorted(set(self.lengths.tolist()) - {n_positions}):
@@ -104,11 +104,7 @@ class Prompts:
             )
 
     def corrupted(self) -> Prompts:
-        """The corrupt prompts, without answers.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The corrupt prompts, without answers; ValueError where there are none."""
         if self.corrupt is None:
             raise ValueError("the prompts have no corrupt prompt; add `corrupt` to each")
         return replace(self, clean=self.corrupt, corrupt=None, answers=None, wrong_answers=None)
@@ -127,12 +123,7 @@ class Prompts:
         return replace(self, corrupt=None, answers=None, wrong_answers=None, labels=None)
 
     def select(self, indices: Tensor | Sequence[int] | slice) -> Prompts:
-        """The prompts at `indices` (numbers, in this order, or a boolean mask), with no more
-        padding than they need.
-
-        Raises:
-            ValueError: an index outside 0 .. n - 1, or a mask of another length.
-        """
+        """The prompts at `indices`, numbers or a boolean mask, padded no more than they need."""
         rows = self._rows(indices)
         positions = _trim(self.positions[rows], NONE)  # n scored
         scored = positions.shape[1]
@@ -154,11 +145,7 @@ class Prompts:
         )
 
     def batches(self, size: int) -> Iterator[Prompts]:
-        """The prompts in order, `size` at a time; the last batch may be smaller.
-
-        Raises:
-            ValueError: `size` is under 1.
-        """
+        """The prompts in order, `size` (at least 1) at a time; the last batch may be smaller."""
         if size < 1:
             raise ValueError(f"size={size}, but a batch needs at least 1 prompt; raise it")
         return (self.select(slice(start, start + size)) for start in range(0, len(self), size))
@@ -174,20 +161,17 @@ class Prompts:
 
     def hash(self) -> str:
         """A hex SHA-256 of the set; order, padding, ids and device do not matter."""
-        corrupt = (
-            [None] * len(self)
-            if self.corrupt is None
-            else _rows_without_padding(self.corrupt, self.lengths)
-        )
-        labels = [None] * len(self) if self.labels is None else self.labels.tolist()
+        nothing: list = [None] * len(self)
+        labels = nothing if self.labels is None else self.labels.tolist()
+        corrupt = nothing
+        if self.corrupt is not None:
+            corrupt = _rows_without_padding(self.corrupt, self.lengths)
         scored = self._scored()
         contents = {json.dumps(parts) for parts in zip(self.sequences(), corrupt, scored, labels)}
         return hashlib.sha256("\n".join(sorted(contents)).encode()).hexdigest()
 
     def deduplicated(self) -> Prompts:
-        """The first prompt of each clean token sequence, in order, even where later ones have other
-        answers.
-        """
+        """The first prompt of each clean token sequence, in order; later answers are left out."""
         first: dict[tuple[int, ...], int] = {}
         for row, sequence in enumerate(self.sequences()):
             first.setdefault(sequence, row)
@@ -213,8 +197,7 @@ class Prompts:
             wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise ValueError(
                 f"{wanted} make {total} prompts, but only {len(distinct)} of {len(self)} are "
-                "different; "
-                "lower the sizes or give more prompts"
+                "different; lower the sizes or give more prompts"
             )
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
         parts = torch.split(order[:total], list(sizes.values()))
@@ -234,15 +217,12 @@ class Prompts:
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(
                 f"indices from {int(rows.min())} to {int(rows.max())}, but there are {len(self)} "
-                "prompts; "
-                f"stay within 0 to {len(self) - 1}"
+                f"prompts; stay within 0 to {len(self) - 1}"
             )
         return rows
 
     def _scored(self) -> list[list]:
-        """For each prompt its scored positions, in ascending order, with sorted answers and wrong
-        answers.
-        """
+        """Each prompt's scored positions, ascending, with sorted answers and wrong answers."""
         positions = self.positions.tolist()
         nothing = [[None] * len(row) for row in positions]
         answers = nothing if self.answers is None else _real(self.answers)
@@ -258,9 +238,7 @@ def _trim(padded: Tensor, value: int) -> Tensor:
     if not padded.numel():
         return padded[..., :0]
     used = (padded != value).flatten(end_dim=-2).any(dim=0)
-    return padded[
-        ..., : int(used.sum())
-    ]  # rows are padded on the right, so used columns come first
+    return padded[..., : int(used.sum())]  # used columns come first
 
 
 def _rows_without_padding(tokens: Tensor, lengths: Tensor) -> list[tuple[int, ...]]:
@@ -268,7 +246,7 @@ def _rows_without_padding(tokens: Tensor, lengths: Tensor) -> list[tuple[int, ..
 
 
 def _real(answers: Tensor) -> list[list[list[int]]]:
-    return [
-        [sorted(token for token in here if token != NONE) for here in row]
-        for row in answers.tolist()
-    ]
+    def real(tokens: list[int]) -> list[int]:
+        return sorted(token for token in tokens if token != NONE)
+
+    return [list(map(real, row)) for row in answers.tolist()]

@@ -9,6 +9,5 @@ from __future__ import annotations
 from circuits.tasks import file, induction, pronoun, recall
 from circuits.tasks.task import Task
 
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (file, induction, pronoun, recall)
-}
+_TASKS = (file.TASK, induction.TASK, pronoun.TASK, recall.TASK)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -43,19 +43,13 @@ class Recall:
     """Prompts of associative recall."""
 
     name: str = "recall"
-    # key-value pairs in a prompt, at least 4
-    pairs: int = 4
-    # keys of the first part, and of the second
-    trusted_keys: int = 32
-    unseen_keys: int = 16
-    # values, from which each prompt takes `pairs` different ones
-    values: int = 32
-    # meaningless tokens, one of which stands in each filler slot
-    fillers: int = 4
-    # filler slots before the query marker
-    filler_slots: int = 1
-    # which keys the prompts use: "trusted", "unseen" or "all"
-    keys: str = "trusted"
+    pairs: int = 4  # key-value pairs in a prompt, at least 4
+    trusted_keys: int = 32  # keys of the first part
+    unseen_keys: int = 16  # keys of the second part
+    values: int = 32  # values, from which each prompt takes `pairs` different ones
+    fillers: int = 4  # meaningless tokens, one of which stands in each filler slot
+    filler_slots: int = 1  # filler slots before the query marker
+    keys: str = "trusted"  # which keys the prompts use: "trusted", "unseen" or "all"
 
 
 @dataclass(frozen=True)
@@ -112,17 +106,10 @@ def prompt_length(config: Recall) -> int:
 
 
 def choices(config: Recall) -> Choices:
-    """What `config` draws from: the keys that it names, and all values, slots and fillers.
-
-    Raises:
-        ValueError: an unknown choice of keys.
-    """
+    """What `config` draws from: the keys that it names, and all values, slots and fillers."""
     ids = vocabulary(config)
-    keys = {
-        "trusted": ids.trusted,
-        "unseen": ids.unseen,
-        "all": range(ids.trusted.start, ids.unseen.stop),
-    }
+    everything = range(ids.trusted.start, ids.unseen.stop)
+    keys = {"trusted": ids.trusted, "unseen": ids.unseen, "all": everything}
     if config.keys not in keys:
         raise ValueError(f"keys={config.keys!r} is none of {', '.join(keys)}; choose one of them")
     return Choices(keys[config.keys], ids.values, range(config.pairs), ids.fillers)
@@ -134,8 +121,7 @@ def draw(
     """`count` random prompts; keys differ within a prompt, and so do values.
 
     Raises:
-        ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys
-            or values for the pairs.
+        ValueError: too few pairs, filler slots, keys or values, or an unknown choice of keys.
     """
     if config.pairs < FEWEST_PAIRS:
         raise ValueError(
@@ -183,11 +169,7 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
 def draw_distinct(
     config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
 ) -> Contexts:
-    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot.
-
-    Raises:
-        ValueError: `config` does not have that many prompts, or `draw` refuses it.
-    """
+    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot."""
 
     def drawn(rows: int) -> Contexts:
         batch = draw(config, rows, generator)
@@ -199,11 +181,7 @@ def draw_distinct(
 
 
 def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
-    """The first `count` different prompts of those that `drawn(number)` returns.
-
-    Raises:
-        ValueError: there are not that many different prompts.
-    """
+    """The first `count` different prompts of those that `drawn(number)` returns."""
     found, barren = drawn(0), 0
     while len(found.slot) < count:
         if barren == BARREN_DRAWS:
@@ -225,21 +203,16 @@ def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
 
 def join(batches: Sequence[Contexts]) -> Contexts:
     """All prompts of the batches, in order; at least one batch."""
-    return Contexts(
-        *(
-            np.concatenate([getattr(batch, part.name) for batch in batches])
-            for part in fields(Contexts)
-        )
-    )
+    columns = [[getattr(batch, part.name) for batch in batches] for part in fields(Contexts)]
+    return Contexts(*map(np.concatenate, columns))
 
 
 def records(
     clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
     """One record a prompt; the wrong answers are the other values of the prompt."""
-    return token_records(
-        "recall", tokens(clean), tokens(corrupt), answers, clean.values, group, seed
-    )
+    both = tokens(clean), tokens(corrupt)
+    return token_records("recall", *both, answers, clean.values, group, seed)
 
 
 def with_counterfactuals(
@@ -250,11 +223,7 @@ def with_counterfactuals(
 
 
 def generate(config: Recall, count: int, seed: int) -> list[dict]:
-    """`count` different prompts with their counterfactuals, over the keys that `config` names.
-
-    Raises:
-        ValueError: see `draw` and `draw_distinct`.
-    """
+    """`count` different prompts with their counterfactuals, over the keys that `config` names."""
     generator = np.random.default_rng(seed)
     clean = draw_distinct(config, count, generator)
     return with_counterfactuals(clean, config.keys, seed, generator)

@@ -11,6 +11,7 @@ import torch
 
 from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation
 from circuits.ablation.means import writer_means
+from circuits.ablation.runs import mixed
 from circuits.engine import Engine
 from circuits.engine.memory import footprint
 from circuits.prompts import Prompts, prompts_from_records
@@ -269,3 +270,26 @@ def test_no_prompt_is_its_own_donor():
         fit_ablation(AblationConfig("resample"), engine, reference.select([0])).writers(
             engine, reference.select([0])
         )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((0,), 9693246245718318424),
+        ((0, 5, 7, 5), 15635164938544746423),
+        ((3, 1, 4, 1, 5), 5946272274285246446),
+        ((2**31 - 1, 0, 86), 15733558336658596733),
+    ],
+)
+def test_what_seeds_the_draw_is_the_same_under_every_python(numbers, expected, monkeypatch):
+    """The numbers are fixed here, and `hash` is not asked."""
+    monkeypatch.setattr("circuits.ablation.runs.hash", None, raising=False)
+    assert mixed(numbers) == expected
+
+
+def test_the_donors_are_the_same_under_every_python():
+    resample = fitted(ENGINES["gpt2"], "resample", seed=3)
+    runs = donor_runs(ENGINES["gpt2"])
+    assert len(runs) == len(REFERENCE)
+    values = resample.writers(ENGINES["gpt2"], PROMPTS)
+    assert [donor_of(ENGINES["gpt2"], values, row) for row in range(len(PROMPTS))] == DONORS

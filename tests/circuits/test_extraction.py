@@ -15,6 +15,7 @@ from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
 from circuits.engine import Engine
 from circuits.extraction import Extraction, choose, extract
 from circuits.faithfulness import (
+    RANDOM_PER_SIZE,
     FaithfulnessScale,
     by_metric,
     evaluate,
@@ -25,7 +26,7 @@ from circuits.metrics import METRICS
 from circuits.model.load import ModelConfig, load_model
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
-from circuits.selection import Selection, ranking, select, sizes
+from circuits.selection import Selection, _greedily, ranking, select, sizes
 from circuits.tasks import induction
 from tests import tiny
 from tests.budget import memory_for
@@ -358,6 +359,41 @@ def test_metrics_that_need_answers_are_left_out_without_them():
     )
     metrics = evaluate(scale(bare), GRAPH.exists, ranking(GRAPH, scored().scores), random_draws=1)
     assert set(metrics["by_metric"]) == {"kl"}
+
+
+# ---- nothing is computed twice -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+def test_an_order_is_computed_once_and_sliced_for_all_sizes(draws, monkeypatch):
+    """One order of the circuit's own, and one for each random circuit and each random curve."""
+    found, held_out, orders = scored(), scale(EVALUATION), []
+
+    def counted(graph, rank):
+        orders.append(rank)
+        return _greedily(graph, rank)
+
+    monkeypatch.setattr("circuits.selection._greedily", counted)
+    ranked = ranking(GRAPH, found.scores)
+    metrics = evaluate(held_out, ranked.circuit(20), ranked, random_draws=draws)
+    assert len(metrics["curve"]) > 10
+    assert len(orders) == 1 + draws + min(RANDOM_PER_SIZE, draws)
+
+
+def test_the_circuit_is_run_once_for_all_metrics(monkeypatch):
+    held_out, kept = scale(EVALUATION, metric="logit_diff"), GRAPH.exists.clone()
+    kept[GRAPH.edge_index("input->m1")] = False  # a circuit that is on no ladder
+    runs, masked = [], Engine.masked
+
+    def counted(engine, prompts, mask, *arguments, **options):
+        runs.append(mask)
+        return masked(engine, prompts, mask, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "masked", counted)
+    metrics = evaluate(held_out, kept, ranking(GRAPH, scored().scores), random_draws=0)
+    assert {"kl", "logit_diff"} <= set(metrics["by_metric"])
+    own = [mask for mask in runs if torch.equal(mask, kept)]
+    assert len(own) == len(held_out.objective.batches) == 1
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits.graph import Graph
-from circuits.selection import HOW, random_circuits, select, sizes
+from circuits.selection import HOW, random_circuits, ranking, select, sizes
 
 GRAPHS = {
     "plain": Graph(2, 2),
@@ -51,21 +51,29 @@ def slow_top(graph: Graph, scores: torch.Tensor, count: int, absolute: bool) -> 
     return as_mask(graph, taken)
 
 
+def depends(graph: Graph, edge: tuple[int, ...], node: str, position: int) -> bool:
+    """Whether what a node does at a position depends on what an edge brings."""
+    if node not in graph.reader_nodes(edge[0]):
+        return False
+    if graph.n_positions is None or edge[2] == position:
+        return True
+    moves = graph.readers[edge[0]].endswith(("<k>", "<v>"))
+    return moves and (edge[2] < position or not graph.causal)
+
+
 def slow_greedy(graph: Graph, scores: torch.Tensor, count: int, absolute: bool) -> torch.Tensor:
-    """Takes `count` times the best edge into a node that is in the circuit; its writer's node
-    joins.
-    """
-    nodes, taken = {"logits"}, []
+    """Takes `count` times the best edge into what is in the circuit; its writer's node joins."""
+    included = {("logits", position) for position in range(graph.n_positions or 1)}
+    taken: list[tuple[int, ...]] = []
     for _ in range(count):
-        open_ = [
-            e for e in graph.edges() if e not in taken and nodes & set(graph.reader_nodes(e[0]))
-        ]
+        left = [edge for edge in graph.edges() if edge not in taken]
+        open_ = [edge for edge in left if any(depends(graph, edge, *node) for node in included)]
         if not open_:
             break
         best = max(rank_of(scores[edge].item(), absolute) for edge in open_)
         first = min(e for e in open_ if rank_of(scores[e].item(), absolute) == best)
         taken.append(first)
-        nodes.add(graph.writers[first[1]])
+        included.add((graph.writers[first[1]], first[2] if len(first) == 3 else 0))
     return as_mask(graph, taken)
 
 
@@ -92,6 +100,26 @@ def test_a_number_of_edges_is_selected_by_definition(name, how, levels, absolute
         assert torch.equal(ours, slow(graph, scores, count, absolute)), (
             f"seed {seed}, {count} edges"
         )
+
+
+SMALL = {
+    "plain": Graph(1, 2),
+    "by position": Graph(1, 1, n_positions=3),
+    "by position, bidirectional, grouped queries": Graph(1, 2, 1, n_positions=2, causal=False),
+    "by position, parallel, split input": Graph(1, 2, parallel=True, split_input=True, n_positions=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@settings(max_examples=8)
+@given(seed=SCORES, absolute=st.booleans(), levels=st.sampled_from([None, 2]))
+def test_one_order_sliced_is_the_search_begun_anew_for_every_size(name, seed, absolute, levels):
+    graph = SMALL[name]
+    scores = random_scores(graph, seed, levels)
+    ranked = ranking(graph, scores, absolute=absolute)
+    for count in range(graph.n_edges + 1):
+        slow = slow_greedy(graph, scores, count, absolute)
+        assert torch.equal(ranked.circuit(count), slow), f"{count} edges"
 
 
 @pytest.mark.parametrize("how", ["top_n", "greedy"])

@@ -35,11 +35,7 @@ FAMILIES: dict[str, Callable[[Any, Any], Architecture]] = {
 
 
 def describe(bridge: Any, hf_config: Any | None) -> Architecture:
-    """Returns the architecture of a bridge.
-
-    Args:
-        bridge: a `TransformerBridge`.
-        hf_config: the HuggingFace configuration it was made from; None for native models.
+    """Returns the architecture of a bridge; `hf_config` is None for native models.
 
     Raises:
         ValueError: the architecture is not supported, or a configuration field is set that is not.
@@ -48,6 +44,6 @@ def describe(bridge: Any, hf_config: Any | None) -> Architecture:
     if name not in FAMILIES:
         raise ValueError(
             f"architecture {name!r} is not supported; supported are {', '.join(FAMILIES)}. A "
-            "family is one description in circuits/families"
+            "family is one description in circuits/model/families"
         )
     return FAMILIES[name](bridge, hf_config)

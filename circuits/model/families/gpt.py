@@ -23,6 +23,11 @@ _COMMON = (
     "scale_attn_weights resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj "
     "summary_activation summary_proj_to_labels summary_first_dropout "
 )
+_NEOX = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "max_position_embeddings layer_norm_eps use_parallel_residual rope_parameters attention_bias "
+    "rotary_pct rotary_emb_base attention_dropout hidden_dropout classifier_dropout"
+)
 
 
 def gpt2(bridge: Any, config: Any) -> Architecture:
@@ -34,14 +39,7 @@ def gpt2(bridge: Any, config: Any) -> Architecture:
 
 def gpt_neox(bridge: Any, config: Any) -> Architecture:
     """GPT-NeoX, Pythia (Black et al. 2022, Biderman et al. 2023): parallel or not; part rotary."""
-    refuse_unknown(
-        "GPT-NeoX",
-        config,
-        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-        "max_position_embeddings layer_norm_eps use_parallel_residual rope_parameters "
-        "attention_bias rotary_pct rotary_emb_base attention_dropout hidden_dropout "
-        "classifier_dropout",
-    )
+    refuse_unknown("GPT-NeoX", config, _NEOX)
     blocks = tuple(_block(block, part(block.attn).scaling) for block in bridge.blocks)
     positions = rotary("GPT-NeoX", bridge, config)
     return _decoder(bridge, config, blocks, positions, parallel=config.use_parallel_residual)

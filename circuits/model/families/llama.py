@@ -7,14 +7,7 @@ from typing import Any
 
 from circuits.graph import Graph
 from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm
-from circuits.model.families.parts import (
-    activation,
-    part,
-    projection,
-    qkvo,
-    refuse_unknown,
-    rotary,
-)
+from circuits.model.families.parts import activation, part, projection, qkvo, refuse_unknown, rotary
 
 _COMMON = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -67,20 +60,15 @@ def gemma2(bridge: Any, config: Any) -> Architecture:
 
 
 def _by_layer(family: str, config: Any) -> Callable[[int], int | None]:
-    """The window of each layer, by its type.
-
-    Raises:
-        ValueError: a layer is neither of full nor of sliding attention.
-    """
+    """The window of each layer, by its type."""
     for kind in config.layer_types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(
                 f"{family}: layer type {kind!r} is not supported, only 'full_attention' and "
                 "'sliding_attention'"
             )
-    return lambda layer: (
-        config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
-    )
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return lambda layer: windows[config.layer_types[layer]]
 
 
 def _decoder(

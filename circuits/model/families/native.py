@@ -14,13 +14,7 @@ from circuits.model.families.parts import part, projection, qkvo
 
 NormKind = Literal["layer", "rms", "none"]
 
-_NORMS: Mapping[str | None, NormKind] = {
-    None: "none",
-    "LN": "layer",
-    "LNPRE": "layer",
-    "RMS": "rms",
-    "RMSPRE": "rms",
-}
+_NORMS: Mapping[str, NormKind] = {"LN": "layer", "LNPRE": "layer", "RMS": "rms", "RMSPRE": "rms"}
 # Fields that change what a native model computes, and that are honoured here.
 _HONOURED = frozenset(
     "d_model d_head n_layers n_ctx n_heads d_mlp d_vocab d_vocab_out positional_embedding_type "
@@ -68,7 +62,9 @@ def native(bridge: Any, hf_config: None) -> Architecture:
 
 
 def _norm_kind(config: Any) -> NormKind:
-    named = config.normalization_type and config.normalization_type.upper()
+    if config.normalization_type is None:
+        return "none"
+    named = config.normalization_type.upper()
     if named not in _NORMS:
         raise ValueError(
             f"TransformerLens native: normalization_type={named!r} is not supported, only LN, RMS, "

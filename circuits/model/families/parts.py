@@ -33,11 +33,7 @@ REMEDIES = {
 
 
 def refuse_unknown(family: str, config: Any, honoured: str) -> None:
-    """Refuses fields that are set (not None, not False) and neither honoured nor inert.
-
-    Raises:
-        ValueError: there is such a field.
-    """
+    """Raises ValueError for a field that is set (not None or False), not honoured, not inert."""
     known = INERT.union(honoured.split())
     for field, value in config.to_dict().items():
         if field in known or value is None or value is False:
@@ -82,11 +78,7 @@ def layer_norm(bridge_part: Any) -> Norm:
 
 
 def rotary(family: str, bridge: Any, config: Any) -> Rotary:
-    """Rotary positions in halves, by the model's own tables.
-
-    Raises:
-        ValueError: the tables depend on the length of the text.
-    """
+    """Rotary positions in halves, by the model's own tables; ValueError if by length of text."""
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from circuits.engine import Engine
 from circuits.engine import engine as engine_module
 from circuits.engine.masked import Start
+from circuits.engine.plain import Record, residual_stream
 from circuits.model.families import describe
 from tests import tiny
 from tests.features import MUTATIONS, no_bias
@@ -375,6 +376,21 @@ def test_right_padding_changes_nothing(named_engine):
         )
         only = factored.masked(tiny.from_tokens(alone), mask, ablated)
         torch.testing.assert_close(masked[row, :length], only[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_what_writers_write_reaches_a_buffer_of_any_strides_or_is_refused(name):
+    """Heads are written through `out=` into a view of the buffer, never into a copy of it."""
+    engine = Engine(MODELS[name])
+    prompts = tiny.from_tokens(tokens_for(engine))
+    expected, embedded = engine.writers(prompts), engine.embed(prompts)
+    n_inputs = len(embedded)
+    strided = expected.new_zeros(*expected.shape, 2)[..., 0]
+    residual_stream(engine.architecture, prompts, embedded.sum(0), Record(strided))
+    torch.testing.assert_close(strided[n_inputs:], expected[n_inputs:])
+    turned = torch.zeros_like(expected).transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        residual_stream(engine.architecture, prompts, embedded.sum(0), Record(turned))
 
 
 def test_split_input_splits_token_and_position():
