@@ -36,12 +36,9 @@ class Induction:
     """Prompts that repeat random tokens."""
 
     name: str = "induction"
-    # "one_repeat": one token occurs twice; "block": a block of tokens is repeated
-    form: str = "one_repeat"
-    # token ids are drawn from 0 .. vocabulary - 1
-    vocabulary: int = 26
-    # tokens in a prompt; a block has (length + 1) // 2 of them
-    length: int = 8
+    form: str = "one_repeat"  # one token occurs twice; or "block": a block of tokens is repeated
+    vocabulary: int = 26  # token ids are drawn from 0 .. vocabulary - 1
+    length: int = 8  # tokens in a prompt; a block has (length + 1) // 2 of them
 
 
 def generate(config: Induction, count: int, seed: int) -> list[dict]:
@@ -67,20 +64,15 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
     draw = _one_repeat if config.form == "one_repeat" else _block
     records: dict[tuple[int, ...], dict] = {}
     while len(records) < count:
-        # One draw holds the tokens of the clean prompt first, then those that only the corrupt
-        # prompt has.
         tokens = generator.sample(range(config.vocabulary), needed)
-        clean, corrupt, answer = draw(
-            tokens[:distinct], tokens[distinct:], config.length, generator
-        )
+        own, fresh = tokens[:distinct], tokens[distinct:]  # fresh: only the corrupt prompt has them
+        clean, corrupt, answer = draw(own, fresh, config.length, generator)
         if tuple(clean) not in records:
             records[tuple(clean)] = {
                 "clean": clean,
                 "corrupt": corrupt,
                 "answers": [answer],
-                "wrong_answers": [
-                    token for token in tokens[:distinct] if token not in (answer, clean[-1])
-                ],
+                "wrong_answers": [token for token in own if token not in (answer, clean[-1])],
                 "label": 0,
                 "id": f"induction-{config.form}-{seed}-{len(records)}",
             }

@@ -25,8 +25,7 @@ from circuits.tasks.task import Task
 
 GROUPS = ("trusted", "shifted")
 
-# Male and female subjects of equal token length.  Whether each is a name decides which frames it
-# may enter.
+# Male and female subjects of equal token length; only names may enter the frames that name.
 SUBJECTS = {
     "trusted": (
         ("The boy", "The girl"),
@@ -123,10 +122,8 @@ class Pronoun:
     """Prompts of gendered pronouns."""
 
     name: str = "pronoun"
-    # which subjects: "trusted", "shifted" or "all"
-    names: str = "trusted"
-    # which sentences stand around them: "trusted", "shifted" or "all"
-    frames: str = "trusted"
+    names: str = "trusted"  # which subjects: "trusted", "shifted" or "all"
+    frames: str = "trusted"  # which sentences stand around them: "trusted", "shifted" or "all"
 
 
 def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
@@ -137,11 +134,7 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     """
     names = chosen("names", config.names, GROUPS)
     frames = chosen("frames", config.frames, GROUPS)
-    prompts = [
-        record
-        for record in all_prompts()
-        if record["names"] in names and record["frames"] in frames
-    ]
+    prompts = [r for r in all_prompts() if r["names"] in names and r["frames"] in frames]
     if not 1 <= count <= len(prompts):
         raise ValueError(
             f"count={count}, but names={config.names} with frames={config.frames} give 1 to "

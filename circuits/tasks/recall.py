@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks.task import Task, token_records
 
@@ -43,19 +44,14 @@ class Recall:
     """Prompts of associative recall."""
 
     name: str = "recall"
-    # key-value pairs in a prompt, at least 4
-    pairs: int = 4
+    pairs: int = 4  # key-value pairs in a prompt, at least 4
     # keys of the first part, and of the second
     trusted_keys: int = 32
     unseen_keys: int = 16
-    # values, from which each prompt takes `pairs` different ones
-    values: int = 32
-    # meaningless tokens, one of which stands in each filler slot
-    fillers: int = 4
-    # filler slots before the query marker
-    filler_slots: int = 1
-    # which keys the prompts use: "trusted", "unseen" or "all"
-    keys: str = "trusted"
+    values: int = 32  # values, from which each prompt takes `pairs` different ones
+    fillers: int = 4  # meaningless tokens, one of which stands in each filler slot
+    filler_slots: int = 1  # filler slots before the query marker
+    keys: str = "trusted"  # which keys the prompts use: "trusted", "unseen" or "all"
 
 
 @dataclass(frozen=True)
@@ -118,18 +114,15 @@ def choices(config: Recall) -> Choices:
         ValueError: an unknown choice of keys.
     """
     ids = vocabulary(config)
-    keys = {
-        "trusted": ids.trusted,
-        "unseen": ids.unseen,
-        "all": range(ids.trusted.start, ids.unseen.stop),
-    }
+    everything = range(ids.trusted.start, ids.unseen.stop)
+    keys = {"trusted": ids.trusted, "unseen": ids.unseen, "all": everything}
     if config.keys not in keys:
         raise ValueError(f"keys={config.keys!r} is none of {', '.join(keys)}; choose one of them")
     return Choices(keys[config.keys], ids.values, range(config.pairs), ids.fillers)
 
 
 def draw(
-    config: Recall, count: int, generator: np.random.Generator, parts: Choices | None = None
+    config: Recall, count: int, generator: Generator, parts: Choices | None = None
 ) -> Contexts:
     """`count` random prompts; keys differ within a prompt, and so do values.
 
@@ -166,7 +159,7 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
     return np.column_stack([bos, body, contexts.filler, query, asked])  # B S
 
 
-def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
+def counterfactual(contexts: Contexts, generator: Generator) -> Contexts:
     """The same tokens, rearranged so that no part of the retrieval is as it was (see the top)."""
     count, pairs = contexts.keys.shape
     shifts = np.array([d for d in range(1, pairs) if 2 * d % pairs != 0 and 3 * d % pairs != 0])
@@ -181,7 +174,7 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
 
 
 def draw_distinct(
-    config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
+    config: Recall, count: int, generator: Generator, filler: int | None = None
 ) -> Contexts:
     """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot.
 
@@ -225,25 +218,20 @@ def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
 
 def join(batches: Sequence[Contexts]) -> Contexts:
     """All prompts of the batches, in order; at least one batch."""
-    return Contexts(
-        *(
-            np.concatenate([getattr(batch, part.name) for batch in batches])
-            for part in fields(Contexts)
-        )
-    )
+    names = [part.name for part in fields(Contexts)]
+    return Contexts(*(np.concatenate([getattr(b, name) for b in batches]) for name in names))
 
 
 def records(
     clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
     """One record a prompt; the wrong answers are the other values of the prompt."""
-    return token_records(
-        "recall", tokens(clean), tokens(corrupt), answers, clean.values, group, seed
-    )
+    prompts = tokens(clean), tokens(corrupt)
+    return token_records("recall", *prompts, answers, clean.values, group, seed)
 
 
 def with_counterfactuals(
-    contexts: Contexts, group: str, seed: int, generator: np.random.Generator
+    contexts: Contexts, group: str, seed: int, generator: Generator
 ) -> list[dict]:
     """`records` of prompts, rearranged prompts as their corrupt ones, and what recall answers."""
     return records(contexts, counterfactual(contexts, generator), contexts.answers, group, seed)
@@ -261,7 +249,7 @@ def generate(config: Recall, count: int, seed: int) -> list[dict]:
 
 
 def _without_replacement(
-    choices: range, name: str, pairs: int, count: int, generator: np.random.Generator
+    choices: range, name: str, pairs: int, count: int, generator: Generator
 ) -> Int[np.ndarray, "B P"]:
     if len(choices) < pairs:
         raise ValueError(
