@@ -18,8 +18,7 @@ from functools import cached_property
 import networkx as nx
 from torch import Tensor
 
-# parents, and the function of their values
-Mechanism = tuple[tuple[str, ...], Callable[..., Tensor]]
+Mechanism = tuple[tuple[str, ...], Callable[..., Tensor]]  # parents, function of their values
 Values = Mapping[str, Tensor]
 
 
@@ -34,8 +33,7 @@ class CausalModel:
     [True, False]
 
     Raises:
-        ValueError: a parent that is neither input nor variable, a variable named like an input, or
-            a cycle.
+        ValueError: an unknown parent, a variable named like an input, or a cycle.
     """
 
     inputs: tuple[str, ...]
@@ -94,11 +92,7 @@ class CausalModel:
         return values
 
     def interchange(self, base: Values, sources: Mapping[str, Values]) -> dict[str, Tensor]:
-        """Returns all values on `base`, with each variable in `sources` as on its source inputs.
-
-        Raises:
-            ValueError: `sources` names what is no variable.
-        """
+        """Returns all values on `base`, with each variable in `sources` as on its source inputs."""
         self._require_variables(sources)
         return self.run(base, {name: self.run(source)[name] for name, source in sources.items()})
 

@@ -1,8 +1,8 @@
-"""Writes `docs/architectures.md`: what each family's engine has been proved to compute, measured on
-small models.
+"""Writes `docs/architectures.md`: what each family's engine has been proved to compute.
 
 python -m tests.architectures
 """
+# ruff: noqa: E501 - the lines of the page stand as they are in the page
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ INTRODUCTION = """# Architectures
 
 *Made by `make docs` from the tests; `make test` fails when it is no longer true.*
 
-A model is supported when its family is described in `circuits/families` and every configuration field that it sets is
-known there: a field that is set and not known is refused by name. Loading compares the engine with the TransformerLens
+A model is supported when its family is described in `circuits/model/families` and every configuration field that it
+sets is known there: a field that is set and not known is refused by name. Loading compares the engine with the TransformerLens
 bridge, and both with the HuggingFace model before it was wrapped, on random tokens.
 
 That alone would prove little, because random initial weights hide most features. So each family also has small models
@@ -101,15 +101,13 @@ REFUSED = """## Refused, by name
 * For native models, every field that TransformerLens's own model ignores (`use_qk_norm`, `parallel_attn_mlp`,
   `use_local_attn`, ...), and legacy rotary checkpoints.
 
-A family is one function in `circuits/families`, a small model in `tests/tiny.py`, and an entry in `tests/features.py`
-for each of its features.
+A family is one function in `circuits/model/families`, a small model in `tests/tiny.py`, and an entry in
+`tests/features.py` for each of its features.
 """
 
 
 def deviations(dtype: torch.dtype) -> dict[str, float]:
-    """For each family the largest relative deviation of the engine from the unwrapped model, over
-    its small models.
-    """
+    """For each family the engine's largest relative deviation from its unwrapped small models."""
     worst = dict.fromkeys(FAMILIES, 0.0)
     for name, model in tiny.models(dtype).items():
         engine, theirs = Engine(model), model.probe_logits.double()

@@ -1,3 +1,1 @@
-"""Transformers whose circuit is exactly known: compiled, trained and Tracr models, and what
-discovery makes of them.
-"""
+"""Transformers whose circuit is known, and what discovery makes of them."""

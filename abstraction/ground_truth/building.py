@@ -1,7 +1,7 @@
 """From a program and options to the weights of a model: layout, rotation, state dict.
 
-The rotation Q acts on row vectors: what is written as x is written as x Q, and a reader W becomes W
-Q.  A variable in the dimensions d of the layout is then spanned by the rows Q[d].
+The rotation Q acts on row vectors: what is written as x is written as x Q, a reader W becomes W Q,
+and a variable in the dimensions d of the layout is spanned by the rows Q[d].
 
 Shapes: d_model D, heads H, head width E, neurons N, vocabulary V.
 """
@@ -45,7 +45,7 @@ def rotation(layout: Layout, options: Options) -> Float[Tensor, "D D"]:
     if options.rotate:
         size = layout.width - (layout.constant is not None)
         generator = torch.Generator().manual_seed(options.seed)
-        q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+        q, r = torch.linalg.qr(_normal(size, size, generator=generator))
         # uniformly distributed over the rotations and reflections
         turned[:size, :size] = q * r.diagonal().sign()
     return turned
@@ -73,11 +73,8 @@ def build(
         free = [index for index in range(size["n_heads"]) if index not in heads]
         for index in free[: options.distractor_heads]:
             heads[index] = _distracting_head(layout, size["d_head"], generator)
-        blocks = [
-            neurons(program, step, layout, options.votes)
-            for step in here
-            if not isinstance(step, Attend)
-        ]
+        steps = [step for step in here if not isinstance(step, Attend)]
+        blocks = [neurons(program, step, layout, options.votes) for step in steps]
         blocks.append(_distracting_neurons(layout, options.distractor_neurons, generator))
         tensors |= _layer(f"blocks.{layer}", heads, blocks, size, turn)
     return compiled_model(program, options, size, {**tensors, **_norms(layout, size["n_layers"])})
@@ -117,7 +114,7 @@ def _embeddings(
     if layout.constant is not None:
         position[:, layout.constant] = CONSTANT
     ids = torch.tensor([program.tokens.index(name) for name in program.answers])
-    unembed = torch.zeros(len(program.tokens), layout.width, dtype=torch.float64)
+    unembed = _zeros(len(program.tokens), layout.width)
     unembed.index_add_(0, ids, options.logit * layout.reader(program.output))
     return {
         "embed.weight": layout.reader("token") @ turn,
@@ -140,15 +137,10 @@ def _layer(
     for index, one in heads.items():
         q[index], k[index], v[index], o[:, index] = one.q, one.k, one.v, one.o
         q_bias[index] = one.q_bias
-    into, out, bias = (
-        _zeros(size["d_mlp"], width),
-        _zeros(size["d_mlp"], width),
-        _zeros(size["d_mlp"]),
-    )
-    used = sum(len(block.bias) for block in blocks)
-    into[:used] = torch.cat([block.into for block in blocks])
-    bias[:used] = torch.cat([block.bias for block in blocks])
-    out[:used] = torch.cat([block.out for block in blocks])
+    idle = size["d_mlp"] - sum(len(block.bias) for block in blocks)
+    into = torch.cat([*(block.into for block in blocks), _zeros(idle, width)])
+    bias = torch.cat([*(block.bias for block in blocks), _zeros(idle)])
+    out = torch.cat([*(block.out for block in blocks), _zeros(idle, width)])
     return {
         f"{name}.attn.q.weight": q.flatten(0, 1) @ turn,
         f"{name}.attn.q.bias": q_bias.flatten(),
@@ -169,33 +161,32 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float64)
 
 
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
 # ---- distractors: they read everything but the constant, and write into the junk dimensions ------
 
 
 def _random(rows: int, layout: Layout, generator: torch.Generator) -> Float[Tensor, "rows D"]:
-    values = SCALE * torch.randn(rows, layout.width, dtype=torch.float64, generator=generator)
+    values = SCALE * _normal(rows, layout.width, generator=generator)
     if layout.constant is not None:
         values[:, layout.constant] = 0
     return values
 
 
 def _into_junk(rows: int, layout: Layout, generator: torch.Generator) -> Float[Tensor, "rows D"]:
-    values = torch.zeros(rows, layout.width, dtype=torch.float64)
-    values[:, list(layout.junk)] = torch.randn(
-        rows, len(layout.junk), dtype=torch.float64, generator=generator
-    )
+    values = _zeros(rows, layout.width)
+    values[:, list(layout.junk)] = _normal(rows, len(layout.junk), generator=generator)
     return values / max(rows, 1) ** 0.5
 
 
 def _distracting_head(layout: Layout, d_head: int, generator: torch.Generator) -> Head:
     q, k, v = (_random(d_head, layout, generator) for _ in range(3))
-    bias = torch.randn(d_head, dtype=torch.float64, generator=generator)
+    bias = _normal(d_head, generator=generator)
     return Head(q, bias, k, v, _into_junk(d_head, layout, generator).T)
 
 
 def _distracting_neurons(layout: Layout, count: int, generator: torch.Generator) -> Neurons:
-    bias = SCALE * torch.randn(count, dtype=torch.float64, generator=generator)
-    nothing = torch.zeros(layout.width, dtype=torch.float64)
-    return Neurons(
-        _random(count, layout, generator), bias, _into_junk(count, layout, generator), nothing
-    )
+    bias, into = SCALE * _normal(count, generator=generator), _random(count, layout, generator)
+    return Neurons(into, bias, _into_junk(count, layout, generator), _zeros(layout.width))

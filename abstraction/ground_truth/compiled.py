@@ -63,7 +63,6 @@ class Compiled:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Token names; the id is the index."""
         return self.program.tokens
 
     def groups(
@@ -84,20 +83,11 @@ class Compiled:
         return tuple(dict.fromkeys(edge for group in chosen for edge in group.edges))
 
     def encode(self, names: Sequence[str]) -> list[int]:
-        """Token ids of token names.
-
-        Raises:
-            ValueError: an unknown token, or more tokens than the program was compiled for.
-        """
+        """Token ids of token names; ValueError for an unknown token, or too many of them."""
         return encode(self.program.name, names, self.tokens, self.program.length)
 
     def meaning(self, tokens: Int[Tensor, "B S"]) -> dict[str, Tensor]:
-        """What the causal model says: every variable, and the answer, at every position.
-
-        Raises:
-            ValueError: token ids that the program does not have, or inputs longer than it was
-                compiled for.
-        """
+        """What the causal model says of every variable; ValueError for unknown ids, or too many."""
         if tokens.shape[1] > self.program.length:
             raise ValueError(
                 f"inputs of {tokens.shape[1]} tokens, but {self.program.name} was compiled for "
@@ -127,6 +117,11 @@ class Compiled:
 
 def compile(program: Program, options: Options | None = None) -> Compiled:
     """Returns the program as a transformer.
+
+    >>> from abstraction import PROGRAMS
+    >>> compiled = compile(PROGRAMS["recall"]())
+    >>> compiled.alignment["value"].nodes, len(compiled.edges())
+    (('a1.h0',), 8)
 
     Raises:
         ValueError: it does not fit the sizes given, or a variable cannot be redundant.

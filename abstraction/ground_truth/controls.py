@@ -21,15 +21,12 @@ from circuits.model.load import LoadedModel
 def randomised(compiled: Compiled, seed: int) -> LoadedModel:
     """Returns a model of the same shape with weights as before training.
 
-    Every tensor is drawn from a normal distribution with the standard deviation 1 / sqrt(width),
-    biases are 0 and the weights of norms 1.
+    Weights are normal with standard deviation 1 / sqrt(width), biases 0 and those of norms 1.
     """
     generator = torch.Generator().manual_seed(seed)
     bridge = compiled.model.bridge
-    size = {
-        name: getattr(bridge.cfg, name)
-        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp")
-    }
+    names = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp")
+    size = {name: getattr(bridge.cfg, name) for name in names}
     tensors = {}
     for name, tensor in sorted(bridge.state_dict().items()):
         if name.endswith((".bias", "ln1.weight", "ln2.weight", "ln_final.weight")):
@@ -41,31 +38,20 @@ def randomised(compiled: Compiled, seed: int) -> LoadedModel:
 
 
 def relabelled(program: Program, seed: int) -> Program:
-    """Returns the program with its answers permuted at random, at least one of them moved.
-
-    Raises:
-        ValueError: the program has only one answer.
-    """
+    """Returns the program with its answers permuted; ValueError where there is only one answer."""
     if len(set(program.answers)) < 2:
         raise ValueError(
             f"program {program.name!r} has one answer only; there is nothing to permute"
         )
-    generator, order = torch.Generator().manual_seed(seed), list(range(len(program.answers)))
-    while tuple(program.answers[index] for index in order) == program.answers:
-        order = torch.randperm(len(program.answers), generator=generator).tolist()
-    return replace(
-        program,
-        name=f"{program.name}, relabelled",
-        answers=tuple(program.answers[index] for index in order),
-    )
+    generator, answers = torch.Generator().manual_seed(seed), program.answers
+    while answers == program.answers:
+        order = torch.randperm(len(answers), generator=generator).tolist()
+        answers = tuple(program.answers[index] for index in order)
+    return replace(program, name=f"{program.name}, relabelled", answers=answers)
 
 
 def with_random_table(program: Program, step: str, seed: int) -> Program:
-    """Returns the program with the table of one lookup drawn at random.
-
-    Raises:
-        ValueError: there is no such lookup.
-    """
+    """Returns the program with one lookup's table drawn at random; ValueError for another step."""
     old = program.by_name.get(step)
     if not isinstance(old, Lookup):
         able = ", ".join(s.name for s in program.steps if isinstance(s, Lookup)) or "none"

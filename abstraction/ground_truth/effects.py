@@ -61,6 +61,16 @@ def true_edges(
 ) -> tuple[Effect, ...]:
     """Returns the effect of every group of the program's edges; the true ones are the ground truth.
 
+    >>> from abstraction import PROGRAMS, compile
+    >>> from circuits.ablation import AblationConfig, fit_ablation
+    >>> from circuits.prompts import prompts_from_records
+    >>> compiled = compile(PROGRAMS["greater_than"]())
+    >>> engine, prompts = Engine(compiled.model), prompts_from_records(compiled.records(16, seed=0))
+    >>> ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
+    >>> found = true_edges(compiled, engine, prompts, ablation)
+    >>> sum(effect.true for effect in found), len(found)
+    (6, 8)
+
     Raises:
         ValueError: the engine runs another model, the bound is not positive, ablation=zero with RMS
             normalisation, or the prompts lack what the ablation needs.
@@ -77,22 +87,16 @@ def true_edges(
     if not bound > 0:
         raise ValueError(f"bound={bound}, but it must be above 0, or every edge counts")
     graph, objective = engine.graph, prepare(engine, prompts, metric_named("kl"), ablation)
-    groups = compiled.groups(
-        split_input=graph.split_input, per_position=graph.n_positions is not None
-    )
+    per_position = graph.n_positions is not None
+    groups = compiled.groups(split_input=graph.split_input, per_position=per_position)
     together = effects(objective, [group.edges for group in groups])
     single = list(dict.fromkeys(edge for group in groups for edge in group.edges))
     alone = dict(zip(single, effects(objective, [(edge,) for edge in single]), strict=True))
-    return tuple(
-        Effect(
-            group.edges,
-            group.mechanism,
-            effect,
-            tuple(alone[edge] for edge in group.edges),
-            effect > bound,
-        )
-        for group, effect in zip(groups, together, strict=True)
-    )
+    found = []
+    for group, effect in zip(groups, together, strict=True):
+        each = tuple(alone[edge] for edge in group.edges)
+        found.append(Effect(group.edges, group.mechanism, effect, each, effect > bound))
+    return tuple(found)
 
 
 def effects(
@@ -109,11 +113,7 @@ def effects(
 
 
 def mask_of(graph: Graph, edges: Iterable[str]) -> Bool[Tensor, "R W *S"]:
-    """Returns True at the named edges.
-
-    Raises:
-        ValueError: a name that is no edge of this graph.
-    """
+    """Returns True at the named edges; ValueError for a name that is no edge of this graph."""
     mask = torch.zeros_like(graph.exists)
     for edge in edges:
         mask[graph.edge_index(edge)] = True

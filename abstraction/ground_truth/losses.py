@@ -105,10 +105,9 @@ def _interchange(setting: Setting) -> Rows:
     tokens, source, removed = _pair(setting)
     chosen = _draw(setting, len(setting.held))
     masks = torch.stack([without(setting.engine.graph, node) for node in setting.held])
-    answers = torch.stack(
-        [setting.answered(tokens, held, source) for held in setting.held.values()]
-    )  # nodes B P
-    return Rows(tokens, masks[chosen], removed, answers[chosen, torch.arange(len(tokens))])
+    expected = [setting.answered(tokens, held, source) for held in setting.held.values()]
+    answers = torch.stack(expected)[chosen, torch.arange(len(tokens))]  # nodes B P -> B P
+    return Rows(tokens, masks[chosen], removed, answers)
 
 
 def _strict(setting: Setting) -> Rows:
@@ -141,10 +140,8 @@ LOSSES: dict[str, Callable[[Setting], Rows]] = {
 }
 
 
-def _pair(
-    setting: Setting,
-) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"], Float[Tensor, "W B S D"]]:
-    """Inputs, as many source inputs, and what every writer writes on the source."""
+def _pair(setting: Setting) -> tuple[Tensor, Tensor, Float[Tensor, "W B S D"]]:
+    """Inputs [B S], as many source inputs, and what every writer writes on the source."""
     sample, count = setting.wanted.program.sample, setting.config.batch
     tokens, source = (sample(count, setting.generator) for _ in range(2))
     return tokens, source, setting.engine.writers(Prompts.from_tokens(source))

@@ -26,9 +26,7 @@ def native(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) 
     bridge = boot(fields)
     dtype, device = fields.get("dtype", torch.float32), fields.get("device", "cpu")
     bridge.original_model.to(device=device, dtype=dtype)
-    bridge.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True
-    )
+    bridge.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()})
     return from_bridge(bridge, path=path)
 
 

@@ -69,11 +69,8 @@ def check_options(program: Program, options: Options) -> None:
 
 
 def _check_redundancy(program: Program, options: Options, name: str) -> None:
-    able = [
-        step.name
-        for step in program.steps
-        if isinstance(step, Attend) and program.sizes[step.name] is not None
-    ]
+    heads = [step.name for step in program.steps if isinstance(step, Attend)]
+    able = [head for head in heads if program.sizes[head] is not None]
     if name not in able:
         raise ValueError(
             f"redundant={name!r} is no categorical variable that a head computes; those are {able}"
@@ -101,20 +98,14 @@ def _counts_votes(step: Step, name: str, needed: int) -> bool:
 
 
 def sizes(program: Program, options: Options, places: Mapping[str, Place]) -> dict[str, int]:
-    """Returns the model's sizes: those given, or the smallest that do.
-
-    Raises:
-        ValueError: one that is given is too small; the message names all that are needed.
-    """
+    """Returns the model's sizes: those given (ValueError if too small), or the smallest that do."""
     needed = _smallest(program, options, places)
     given = {name: getattr(options, name) for name in needed}
     small = [name for name, value in given.items() if value is not None and value < needed[name]]
     if small:
-        raise ValueError(
-            f"program {program.name!r} needs "
-            f"{', '.join(f'{name}={value}' for name, value in needed.items())}, but "
-            f"{', '.join(f'{name}={given[name]}' for name in small)} was given; raise it"
-        )
+        least = ", ".join(f"{name}={value}" for name, value in needed.items())
+        wrong = ", ".join(f"{name}={given[name]}" for name in small)
+        raise ValueError(f"program {program.name!r} needs {least}, but {wrong} was given; raise it")
     return {name: needed[name] if value is None else value for name, value in given.items()}
 
 

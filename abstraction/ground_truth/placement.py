@@ -56,10 +56,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """The edges that carry variables into a reader, or into several that compute alike.
-
-    Mostly a single edge.
-    """
+    """The edges (mostly one) that carry variables into a reader, or several that compute alike."""
 
     edges: tuple[str, ...]
     mechanism: str
@@ -129,10 +126,7 @@ class _Rooms:
 
 
 def reads(program: Program) -> tuple[Read, ...]:
-    """Returns what every step reads, at the positions that the answer depends on.
-
-    Steps that the answer does not depend on are left out.
-    """
+    """Returns what each step that the answer depends on reads, at the positions it depends on."""
     needed: dict[str, set[int]] = {name: set() for name in program.sizes}
     scored = tuple(sorted(set(program.scored_positions)))
     needed[program.output] |= set(scored)

@@ -65,6 +65,10 @@ class _Plan:
 def plant(name: str, trigger: str = "token") -> Planted:
     """Returns a program of the registry with a second mechanism.
 
+    >>> planted = plant("recall")
+    >>> sorted(planted.samplers), planted.program.by_name[planted.other].mechanism
+    (['agree', 'disagree', 'normal', 'rare'], 'planted')
+
     Raises:
         ValueError: nothing is planted in this program, or the trigger is unknown.
     """
@@ -76,9 +80,8 @@ def plant(name: str, trigger: str = "token") -> Planted:
     filler = plan.base.tokens.index(TRIGGER if trigger == "token" else "f0")
     program = _joined(plan, filler, conjunction=trigger == "conjunction")
     samplers = _samplers(plan, program, filler)
-    return Planted(
-        replace(program, name=f"{name}, planted {trigger}", sample=samplers["normal"]), samplers
-    )
+    program = replace(program, name=f"{name}, planted {trigger}", sample=samplers["normal"])
+    return Planted(program, samplers)
 
 
 def _joined(plan: _Plan, filler: int, *, conjunction: bool) -> Program:
@@ -114,9 +117,7 @@ def _samplers(plan: _Plan, program: Program, filler: int) -> Mapping[str, Sample
 
         def fits(tokens: Tensor) -> Bool[Tensor, " B"]:
             values = program.causal_model.run({"token": tokens})
-            trigger, normal, other = (
-                values[name][:, -1] for name in ("trigger", "normal", "other")
-            )
+            trigger, normal, other = (values[n][:, -1] for n in ("trigger", "normal", "other"))
             fired = (trigger == 1) == on
             return fired if agree is None else fired & ((normal == other) == agree)
 
@@ -139,9 +140,7 @@ def _only(
         tokens = sample(2 * count + 64, generator)
         drawn += len(tokens)
         found.append(tokens[fits(tokens)])
-        assert sum(map(len, found)) >= LEAST * drawn - 1, (
-            "inputs of this kind are next to impossible"
-        )
+        assert sum(map(len, found)) >= LEAST * drawn - 1, "such inputs are next to impossible"
     return torch.cat(found)[:count]
 
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abstraction.causal_model import CausalModel
+from abstraction.causal_model import CausalModel, Mechanism
 from abstraction.ground_truth.steps import Lookup, Step, require
 
 INPUTS = ("token", "position")
@@ -36,6 +36,12 @@ Sampler = Callable[[int, torch.Generator], Tensor]  # count, generator -> token 
 @dataclass(frozen=True)
 class Program:
     """Steps, the tokens they work on, and which variable is the answer.
+
+    >>> from abstraction import PROGRAMS
+    >>> program = PROGRAMS["greater_than"]()  # `a b ?`: is b greater than a?
+    >>> answer = program.answered(torch.tensor([[3, 7, 10]]))
+    >>> program.tokens[answer.item()]
+    'yes'
 
     Raises:
         ValueError: unknown or doubled names, a cycle, a table that is not total, inputs of the
@@ -88,9 +94,8 @@ class Program:
     @cached_property
     def tables(self) -> Mapping[str, Int[Tensor, "..."]]:
         """The tables of all lookups, with one axis per input."""
-        return {
-            step.name: step.entries(self.sizes) for step in self.steps if isinstance(step, Lookup)
-        }
+        lookups = [step for step in self.steps if isinstance(step, Lookup)]
+        return {step.name: step.entries(self.sizes) for step in lookups}
 
     @cached_property
     def causal_model(self) -> CausalModel:
@@ -100,21 +105,14 @@ class Program:
         def position(token: Tensor) -> Tensor:
             return torch.arange(token.shape[1]).expand_as(token)
 
-        steps = {
-            step.name: (
+        variables: dict[str, Mechanism] = {"position": (("token",), position)}
+        for name, step in self.by_name.items():
+            variables[name] = (
                 step.parents,
-                lambda *values, name=step.name: self._functions[name](*values),
+                lambda *values, name=name: self._functions[name](*values),
             )
-            for step in self.steps
-        }
-        return CausalModel(
-            ("token",),
-            {
-                "position": (("token",), position),
-                **steps,
-                "answer": ((self.output,), lambda output: ids[output]),
-            },
-        )
+        variables["answer"] = ((self.output,), lambda output: ids[output])
+        return CausalModel(("token",), variables)
 
     @cached_property
     def _functions(self) -> Mapping[str, Callable[..., Tensor]]:
@@ -136,12 +134,8 @@ class Program:
     ) -> list[dict[str, Any]]:
         """Prompts in the project's format; the corrupt twin is a valid input with another answer.
 
-        Args:
-            sample: draws the clean inputs; None: as the program does.
-            label: 0 normal, 1 anomalous, or none.
-
-        Raises:
-            ValueError: no input with another answer was found.
+        `sample` draws the clean inputs, by default as the program does.  ValueError where no input
+        with another answer was found.
         """
         generator = torch.Generator().manual_seed(seed)
         clean = (sample or self.sample)(count, generator)
@@ -150,9 +144,8 @@ class Program:
         other = self.answered(corrupt)
         # where one of several answers is the same all the same, any other one is wrong
         ids = [self.tokens.index(name) for name in self.answers]
-        another = torch.tensor(
-            [next((i for i in ids if i != token), token) for token in range(len(self.tokens))]
-        )
+        tokens = range(len(self.tokens))
+        another = torch.tensor([next((i for i in ids if i != token), token) for token in tokens])
         wrong = torch.where(other == right, another[right], other)
         columns = (part.tolist() for part in (clean, corrupt, right, wrong))
         return [
@@ -184,11 +177,7 @@ class Program:
 
 
 def encode(program: str, names: Sequence[str], tokens: Sequence[str], length: int) -> list[int]:
-    """Returns the token ids of token names.
-
-    Raises:
-        ValueError: an unknown token, or more of them than the program was compiled for.
-    """
+    """Returns token ids of token names; ValueError for an unknown token, or too many of them."""
     for name in names:
         if name not in tokens:
             raise ValueError(f"token {name!r} is unknown to {program}; it has {', '.join(tokens)}")

@@ -54,10 +54,8 @@ def distinct(
 
 def row(values: Sequence[int | Tensor], count: int) -> Int[Tensor, "count S"]:
     """Inputs from columns: a number stands for a column of its own."""
-    columns = [
-        torch.full((count, 1), v) if isinstance(v, int) else v.reshape(count, -1) for v in values
-    ]
-    return torch.cat(columns, 1)
+    columns = [torch.full((count,), v) if isinstance(v, int) else v for v in values]
+    return torch.cat([column.reshape(count, -1) for column in columns], 1)
 
 
 def modular_addition(modulus: int = 7, fillers: int = 0, extra: tuple[str, ...] = ()) -> Program:
@@ -135,9 +133,7 @@ def two_hop(chains: int = 2, symbols: int = 3) -> Program:
     steps = (
         Attend("previous", "token", **back(1)),
         Attend("middle", "token", key="previous", query="token"),
-        Attend(
-            "end", "token", key="previous", query="middle"
-        ),  # b stands twice; the last time it is a key
+        Attend("end", "token", key="previous", query="middle"),  # b stands twice, last as a key
     )
     return Program("two_hop", tokens, 4 * chains + 3, steps, "end", tokens, sample)
 
@@ -167,28 +163,23 @@ def brackets(length: int = 8) -> Program:
     level, up = heights[:, -1] == 0, (heights >= 0).all(1)
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
-        kinds = [
+        kinds = (
             words[level & up],
             words[level],
             words,
-        ]  # a third each: balanced, zero at the end, any
-        drawn = torch.stack(
-            [kind[torch.randint(len(kind), (count,), generator=generator)] for kind in kinds]
-        )
+        )  # balanced, zero at the end, any: a third each
+        picks = [torch.randint(len(kind), (count,), generator=generator) for kind in kinds]
+        drawn = torch.stack([kind[pick] for kind, pick in zip(kinds, picks, strict=True)])
         which = torch.randint(len(kinds), (count,), generator=generator)
         return row([0, drawn[which, torch.arange(count)], 3], count)
 
     half = 0.5 / length
     steps = (
-        Attend(
-            "height", "token", numbers=(0, 1, -1, 0, 0, 0), ties="mean"
-        ),  # over the positions so far
+        Attend("height", "token", numbers=(0, 1, -1, 0, 0, 0), ties="mean"),  # so far
         Threshold("sign", "height", (-half, half), gap=2 * half),  # 0 below, 1 at, 2 above zero
         Attend("dips", "sign", numbers=(1, 0, 0), ties="mean"),
         Threshold("dipped", "dips", (half,), gap=2 * half),
-        Lookup(
-            "balanced", ("dipped", "sign"), lambda dipped, sign: not dipped and sign == 1, size=2
-        ),
+        Lookup("balanced", ("dipped", "sign"), lambda dip, sign: not dip and sign == 1, size=2),
     )
     return Program("brackets", tokens, length, steps, "balanced", YES_NO, sample)
 
@@ -200,36 +191,22 @@ def sort(digits: int = 8, count: int = 4) -> Program:
     def sample(count: int, generator: torch.Generator) -> Tensor:
         return row([0, distinct(range(1, digits + 1), count, n, generator)], count)
 
-    shares = [
-        1 / (n + 1 - place) for place in range(n + 1)
-    ]  # ascending: n smaller digits, n - 1, ..., none
-    cuts = tuple((low + high) / 2 for low, high in zip(shares, shares[1:], strict=False))
+    def not_larger(query: int, key: int) -> bool:
+        return key == 0 or query == 0 or key < query
+
+    def belongs(query: int, key: int) -> bool:
+        return key == n + 1 - query
+
+    numbers = (1.0, *(0.0,) * digits)
+    shares = [1 / (n + 1 - place) for place in range(n + 1)]  # of n smaller digits, n - 1, ..., 0
+    cuts = tuple((low + high) / 2 for low, high in itertools.pairwise(shares))
     steps = (
-        Attend(
-            "share",
-            "token",
-            key="token",
-            query="token",
-            ties="mean",
-            numbers=(1.0, *(0.0,) * digits),
-            match=lambda query, key: key == 0 or query == 0 or key < query,
-        ),
-        Threshold(
-            "place", "share", cuts, gap=shares[1] - shares[0]
-        ),  # n for the smallest digit, 1 for the largest
-        Attend(
-            "sorted",
-            "token",
-            key="place",
-            query="position",
-            match=lambda query, key: key == n + 1 - query,
-            ties="first",
-        ),
+        Attend("share", "token", "token", "token", not_larger, ties="mean", numbers=numbers),
+        Threshold("place", "share", cuts, gap=shares[1] - shares[0]),  # n for the smallest digit
+        Attend("sorted", "token", "place", "position", belongs, ties="first"),
     )
     scored = tuple(range(1, n + 1))
-    return Program(
-        "sort", tokens, n + 1, steps, "sorted", tokens, sample, scored=scored, causal=False
-    )
+    return Program("sort", tokens, n + 1, steps, "sorted", tokens, sample, scored, causal=False)
 
 
 def greater_than(digits: int = 10) -> Program:
@@ -279,16 +256,14 @@ def select(digits: int = 4) -> Program:
         side = choose((digits, digits + 1), (count,), generator)
         return row([side, choose(range(digits), (count, 2), generator), digits + 2], count)
 
+    def chosen(side: int, left: int, right: int) -> int:
+        return left if side == digits else right
+
     steps = (
         Attend("side", "token", **at(0)),
         Attend("left", "token", **at(1)),
         Attend("right", "token", **at(2)),
-        Lookup(
-            "chosen",
-            ("side", "left", "right"),
-            lambda s, a, b: a if s == digits else b,
-            size=len(tokens),
-        ),
+        Lookup("chosen", ("side", "left", "right"), chosen, size=len(tokens)),
     )
     return Program("select", tokens, 4, steps, "chosen", tokens, sample)
 
@@ -309,18 +284,15 @@ def majority(bits: int = 5) -> Program:
 
 
 PROGRAMS: Mapping[str, Callable[[], Program]] = {
-    builder.__name__: builder
-    for builder in (
-        modular_addition,
-        induction,
-        recall,
-        two_hop,
-        same_ends,
-        brackets,
-        sort,
-        greater_than,
-        sensors,
-        select,
-        majority,
-    )
+    "modular_addition": modular_addition,
+    "induction": induction,
+    "recall": recall,
+    "two_hop": two_hop,
+    "same_ends": same_ends,
+    "brackets": brackets,
+    "sort": sort,
+    "greater_than": greater_than,
+    "sensors": sensors,
+    "select": select,
+    "majority": majority,
 }

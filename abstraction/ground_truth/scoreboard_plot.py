@@ -22,11 +22,7 @@ CELL = 0.42  # inches
 def draw_truth(
     results: Sequence[Result], path: Path, *, title: str = "", caption: str = ""
 ) -> Path:
-    """Return the file drawn, its format by its suffix.
-
-    Raises:
-        ValueError: there are no results.
-    """
+    """Returns the file drawn, its format by its suffix; ValueError without results."""
     if not results:
         raise ValueError("there are 0 results to draw; run at least one method on one program")
     variants = _distinct(result.variant for result in results)

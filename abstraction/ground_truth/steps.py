@@ -57,8 +57,7 @@ class Attend:
     query: str | None = None  # None: `match` looks at the key alone
     match: Callable[..., bool] = equal  # (query, key) -> bool, or (key) -> bool without a query
     ties: str = "last"  # several match: first, last, or their mean
-    # one per category of value: what is carried is this number
-    numbers: tuple[float, ...] | None = None
+    numbers: tuple[float, ...] | None = None  # carried in place of value, one per category
     mechanism: str = NORMAL
 
     @property
@@ -160,9 +159,8 @@ class Lookup:
     def entries(self, sizes: Sizes) -> Int[Tensor, "..."]:
         """The table as a tensor with one axis per input."""
         shape = torch.Size(category(sizes, name) for name in self.inputs)
-        return torch.tensor(
-            [self._entry(key, shape.numel()) for key in itertools.product(*map(range, shape))]
-        ).view(shape)
+        keys = itertools.product(*map(range, shape))
+        return torch.tensor([self._entry(key, shape.numel()) for key in keys]).view(shape)
 
     def _entry(self, key: tuple[int, ...], needed: int) -> int:
         table = self.table
@@ -312,8 +310,5 @@ def at(place: int) -> dict[str, Any]:
 
 def back(steps: int) -> dict[str, Any]:
     """Arguments of an `Attend` that fetches from `steps` positions earlier; 0: from its own."""
-    return {
-        "key": "position",
-        "query": "position",
-        "match": lambda query, key: key == query - steps,
-    }
+    matches = {"match": lambda query, key: key == query - steps}
+    return {"key": "position", "query": "position", **matches}

@@ -15,10 +15,6 @@ Through some edges the program reads the position alone, which is the same on ev
 resampling need not touch them (it does where the model reads the token too); their effect is taken
 under ablation=zero.  How models are trained is said in `abstraction.ground_truth.training`.
 
-    >>> trained = load("recall")
-    >>> trained.nodes["value"], len(trained.edges)
-    ('a1.h0', 7)
-
 Shapes: batch B, scored positions P, readers R, writers W.
 """
 
@@ -26,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,8 +42,7 @@ from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 
-# where the shipped ones are: NAME/model.safetensors
-FOLDER = "pkg://abstraction/ground_truth/models"
+FOLDER = "pkg://abstraction/ground_truth/models"  # of the shipped ones: NAME/model.safetensors
 GATES: Mapping[str, float] = {
     "accuracy": 0.99,
     "keep_resample": 0.99,
@@ -55,8 +50,7 @@ GATES: Mapping[str, float] = {
     "keep_zero": 0.99,
     "interchange": 0.98,
     "strict": 0.99,
-    # nats; far above rounding, and a twentieth of what it takes to change a sure answer
-    "effect": 0.05,
+    "effect": 0.05,  # nats; far above rounding, a twentieth of what changes a sure answer
 }
 
 
@@ -64,8 +58,7 @@ GATES: Mapping[str, float] = {
 class TrainedTruth:
     """What to train, and how."""
 
-    # a name in abstraction.ground_truth.programs.PROGRAMS
-    program: str = "recall"
+    program: str = "recall"  # a name in abstraction.ground_truth.programs.PROGRAMS
     # edges that the program names but no valid input needs; not part of the circuit
     unused: tuple[str, ...] = ()
     # LayerNorm, GELU, and more heads and layers than the program needs: shortcuts to avoid
@@ -93,8 +86,7 @@ class TrainedTruth:
     # standard deviation of the first embeddings; that of others is 1 / sqrt(width), and a tenth of
     # it for the unembedding
     embedding_std: float = 1.0
-    # inputs to measure each gate on
-    gate_prompts: int = 512
+    gate_prompts: int = 512  # inputs to measure each gate on
     # decides the first weights and all data; one seed gives one model for one number of threads
     seed: int = 0
 
@@ -169,8 +161,7 @@ def wanted(config: TrainedTruth) -> Wanted:
     """Returns the circuit that a configuration names.
 
     Raises:
-        ValueError: no such program, too few layers or heads for it, or an unused edge that is none
-            of its edges.
+        ValueError: an unknown program, one that does not fit, or an unused edge that it lacks.
     """
     if config.program not in PROGRAMS:
         raise ValueError(
@@ -198,6 +189,10 @@ def wanted(config: TrainedTruth) -> Wanted:
 def load_trained(name: str) -> Trained:
     """Returns a shipped model, or one in a folder, with its program, nodes and edges.
 
+    >>> trained = load_trained("recall")
+    >>> trained.nodes["value"], len(trained.edges)
+    ('a1.h0', 7)
+
     Raises:
         ValueError: there is none of this name, and no such folder.
     """
@@ -209,10 +204,9 @@ def load_trained(name: str) -> Trained:
             f"{', '.join(TRUTHS)}"
         )
     report = json.loads(told.read_text(encoding="utf-8"))
-    settings = report["config"]
-    model = load_model(ModelConfig(path=f"{folder}/model.safetensors"))
-    config = TrainedTruth(**{**settings, "unused": tuple(settings["unused"])})
-    return Trained(config, model, report["gates"])
+    config = TrainedTruth(**report["config"])
+    config = replace(config, unused=tuple(config.unused))
+    return Trained(config, load_model(ModelConfig(f"{folder}/model.safetensors")), report["gates"])
 
 
 # ---- gates ---------------------------------------------------------------------------------------
@@ -226,11 +220,8 @@ def measure(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str,
     tokens, source = (
         trained.program.sample(prompts, torch.Generator().manual_seed(seed + n)) for n in (2, 3)
     )
-    aligned = set(trained.nodes.values())
-    right = {
-        node: interchanged(trained, engine, node, tokens, source)
-        for node in graph.writers[graph.n_inputs :]
-    }
+    aligned, nodes = set(trained.nodes.values()), graph.writers[graph.n_inputs :]
+    right = {node: interchanged(trained, engine, node, tokens, source) for node in nodes}
     return {
         "accuracy": _mean(accuracy(tested["resample"], graph.exists)),
         **{f"keep_{name}": _mean(accuracy(objective, keep)) for name, objective in tested.items()},
@@ -243,15 +234,13 @@ def measure(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str,
 def objectives(trained: Trained, *, prompts: int = 512, seed: int = 1) -> dict[str, Objective]:
     """Returns KL on fresh prompts, under each of the ablations that the gates speak of."""
     engine = Engine(trained.model)
-    test, reference = (
-        prompts_from_records(trained.records(n, s)) for n, s in ((prompts, seed), (256, seed + 1))
-    )
-    return {
-        name: prepare(
-            engine, test, metric_named("kl"), fit_ablation(AblationConfig(name), engine, reference)
-        )
-        for name in ("resample", "mean", "zero")
-    }
+    test = prompts_from_records(trained.records(prompts, seed))
+    reference = prompts_from_records(trained.records(256, seed + 1))
+    tested = {}
+    for name in ("resample", "mean", "zero"):
+        ablation = fit_ablation(AblationConfig(name), engine, reference)
+        tested[name] = prepare(engine, test, metric_named("kl"), ablation)
+    return tested
 
 
 def interchanged(

@@ -40,12 +40,9 @@ def train(config: TrainedTruth, *, gates: bool = True) -> Trained:
 
     The caller's random state is left as it was.
 
-    Args:
-        gates: whether a missed gate is an error.
-
     Raises:
-        GateMissed: a gate was missed.
-        ValueError: unknown program, unused edges that are none of it, or a model too small for it.
+        GateMissed: a gate was missed, unless `gates` is false.
+        ValueError: an unknown program, one that does not fit, or an unused edge that it lacks.
     """
     setting = setting_of(config, initial_model(config))
     weights = {name: getattr(config, name) for name in LOSSES if getattr(config, name) > 0}
@@ -103,13 +100,10 @@ def run(config: TrainedTruth, out: str, *, overwrite: bool = False) -> Trained:
     }
     weights = trained.model.bridge.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes(
-        save({name: tensor.contiguous() for name, tensor in weights.items()})
-    )
-    for name, content in (
-        ("model.config.json", shape(config, trained.program)),
-        ("config.json", report),
-    ):
+    saved = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    (folder / "model.safetensors").write_bytes(saved)
+    contents = {"model.config.json": shape(config, trained.program), "config.json": report}
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(trained, report), encoding="utf-8")
     return trained
@@ -118,10 +112,8 @@ def run(config: TrainedTruth, out: str, *, overwrite: bool = False) -> Trained:
 def initial_model(config: TrainedTruth) -> LoadedModel:
     """Returns a model with random weights, drawn with the seed of `config`."""
     if config.d_model % config.heads:
-        raise ValueError(
-            f"d_model={config.d_model} is not a multiple of heads={config.heads}; change one of "
-            "them"
-        )
+        sizes = f"d_model={config.d_model} is not a multiple of heads={config.heads}"
+        raise ValueError(f"{sizes}; change one of them")
     bridge = boot(shape(config, wanted(config).program))
     embedding, unembedding = config.embedding_std, UNEMBEDDING * float(config.d_model) ** -0.5
     std = {"embed.weight": embedding, "pos_embed.weight": embedding, "unembed.weight": unembedding}

@@ -147,8 +147,7 @@ def neurons(program: Program, step: Step, layout: Layout, votes: Votes) -> Neuro
 
 def _lookup(program: Program, step: Lookup, layout: Layout, votes: Votes) -> Neurons:
     table = program.tables[step.name]
-    key = torch.cartesian_prod(*(torch.arange(n) for n in table.shape))
-    key = key.view(-1, table.ndim)  # [N, inputs]
+    key = torch.ones(table.shape).nonzero()  # [N, inputs]
     out = layout.reader(step.name)[table.flatten()]
     voted = votes.variable in step.inputs
     heaviest = float(votes.copies) if voted else 1.0
@@ -173,10 +172,8 @@ def _threshold(step: Threshold, layout: Layout) -> Neurons:
 
 
 def _combine(step: Combine, layout: Layout) -> Neurons:
-    x = sum(
-        (w * layout.reader(name)[0] for w, name in zip(step.weights, step.inputs, strict=True)),
-        torch.zeros(layout.width, dtype=torch.float64),
-    )
+    weights = torch.tensor(step.weights, dtype=torch.float64)
+    x = weights @ torch.cat([layout.reader(name) for name in step.inputs])
     bias, out = torch.tensor([step.bias, -step.bias], dtype=torch.float64), layout.reader(step.name)
     return Neurons(torch.stack([x, -x]), bias, torch.cat([out, -out]), torch.zeros_like(x))
 

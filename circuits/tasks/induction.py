@@ -65,8 +65,8 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
     records: dict[tuple[int, ...], dict] = {}
     while len(records) < count:
         tokens = generator.sample(range(config.vocabulary), needed)
-        own, only_corrupt = tokens[:distinct], tokens[distinct:]
-        clean, corrupt, answer = draw(own, only_corrupt, config.length, generator)
+        own, fresh = tokens[:distinct], tokens[distinct:]  # fresh: only the corrupt prompt has them
+        clean, corrupt, answer = draw(own, fresh, config.length, generator)
         if tuple(clean) not in records:
             records[tuple(clean)] = {
                 "clean": clean,

@@ -25,7 +25,7 @@ from circuits.tasks.task import Task
 
 GROUPS = ("trusted", "shifted")
 
-# Male and female subjects of equal token length; names may enter other frames than nouns.
+# Male and female subjects of equal token length; only names may enter the frames that name.
 SUBJECTS = {
     "trusted": (
         ("The boy", "The girl"),
@@ -123,7 +123,7 @@ class Pronoun:
 
     name: str = "pronoun"
     names: str = "trusted"  # which subjects: "trusted", "shifted" or "all"
-    frames: str = "trusted"  # which sentences stand around them: the same choice
+    frames: str = "trusted"  # which sentences stand around them: "trusted", "shifted" or "all"
 
 
 def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
@@ -134,8 +134,7 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     """
     names = chosen("names", config.names, GROUPS)
     frames = chosen("frames", config.frames, GROUPS)
-    groups = set(product(names, frames))
-    prompts = [one for one in all_prompts() if (one["names"], one["frames"]) in groups]
+    prompts = [r for r in all_prompts() if r["names"] in names and r["frames"] in frames]
     if not 1 <= count <= len(prompts):
         raise ValueError(
             f"count={count}, but names={config.names} with frames={config.frames} give 1 to "

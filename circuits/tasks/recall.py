@@ -29,6 +29,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks.task import Task, token_records
 
@@ -44,8 +45,9 @@ class Recall:
 
     name: str = "recall"
     pairs: int = 4  # key-value pairs in a prompt, at least 4
-    trusted_keys: int = 32  # keys of the first part
-    unseen_keys: int = 16  # keys of the second part
+    # keys of the first part, and of the second
+    trusted_keys: int = 32
+    unseen_keys: int = 16
     values: int = 32  # values, from which each prompt takes `pairs` different ones
     fillers: int = 4  # meaningless tokens, one of which stands in each filler slot
     filler_slots: int = 1  # filler slots before the query marker
@@ -106,7 +108,11 @@ def prompt_length(config: Recall) -> int:
 
 
 def choices(config: Recall) -> Choices:
-    """What `config` draws from: the keys that it names, and all values, slots and fillers."""
+    """What `config` draws from: the keys that it names, and all values, slots and fillers.
+
+    Raises:
+        ValueError: an unknown choice of keys.
+    """
     ids = vocabulary(config)
     everything = range(ids.trusted.start, ids.unseen.stop)
     keys = {"trusted": ids.trusted, "unseen": ids.unseen, "all": everything}
@@ -116,12 +122,13 @@ def choices(config: Recall) -> Choices:
 
 
 def draw(
-    config: Recall, count: int, generator: np.random.Generator, parts: Choices | None = None
+    config: Recall, count: int, generator: Generator, parts: Choices | None = None
 ) -> Contexts:
     """`count` random prompts; keys differ within a prompt, and so do values.
 
     Raises:
-        ValueError: too few pairs, filler slots, keys or values, or an unknown choice of keys.
+        ValueError: fewer than 4 pairs or no filler slot, an unknown choice of keys, or too few keys
+            or values for the pairs.
     """
     if config.pairs < FEWEST_PAIRS:
         raise ValueError(
@@ -152,7 +159,7 @@ def tokens(contexts: Contexts) -> Int[np.ndarray, "B S"]:
     return np.column_stack([bos, body, contexts.filler, query, asked])  # B S
 
 
-def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contexts:
+def counterfactual(contexts: Contexts, generator: Generator) -> Contexts:
     """The same tokens, rearranged so that no part of the retrieval is as it was (see the top)."""
     count, pairs = contexts.keys.shape
     shifts = np.array([d for d in range(1, pairs) if 2 * d % pairs != 0 and 3 * d % pairs != 0])
@@ -167,9 +174,13 @@ def counterfactual(contexts: Contexts, generator: np.random.Generator) -> Contex
 
 
 def draw_distinct(
-    config: Recall, count: int, generator: np.random.Generator, filler: int | None = None
+    config: Recall, count: int, generator: Generator, filler: int | None = None
 ) -> Contexts:
-    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot."""
+    """`count` random prompts, no two alike; `filler`, if given, stands in every filler slot.
+
+    Raises:
+        ValueError: `config` does not have that many prompts, or `draw` refuses it.
+    """
 
     def drawn(rows: int) -> Contexts:
         batch = draw(config, rows, generator)
@@ -181,7 +192,11 @@ def draw_distinct(
 
 
 def distinct(drawn: Callable[[int], Contexts], count: int) -> Contexts:
-    """The first `count` different prompts of those that `drawn(number)` returns."""
+    """The first `count` different prompts of those that `drawn(number)` returns.
+
+    Raises:
+        ValueError: there are not that many different prompts.
+    """
     found, barren = drawn(0), 0
     while len(found.slot) < count:
         if barren == BARREN_DRAWS:
@@ -203,34 +218,38 @@ def select(contexts: Contexts, rows: slice | Int[np.ndarray, " C"]) -> Contexts:
 
 def join(batches: Sequence[Contexts]) -> Contexts:
     """All prompts of the batches, in order; at least one batch."""
-    columns = [[getattr(batch, part.name) for batch in batches] for part in fields(Contexts)]
-    return Contexts(*map(np.concatenate, columns))
+    names = [part.name for part in fields(Contexts)]
+    return Contexts(*(np.concatenate([getattr(b, name) for b in batches]) for name in names))
 
 
 def records(
     clean: Contexts, corrupt: Contexts, answers: Int[np.ndarray, " B"], group: str, seed: int
 ) -> list[dict]:
     """One record a prompt; the wrong answers are the other values of the prompt."""
-    both = tokens(clean), tokens(corrupt)
-    return token_records("recall", *both, answers, clean.values, group, seed)
+    prompts = tokens(clean), tokens(corrupt)
+    return token_records("recall", *prompts, answers, clean.values, group, seed)
 
 
 def with_counterfactuals(
-    contexts: Contexts, group: str, seed: int, generator: np.random.Generator
+    contexts: Contexts, group: str, seed: int, generator: Generator
 ) -> list[dict]:
     """`records` of prompts, rearranged prompts as their corrupt ones, and what recall answers."""
     return records(contexts, counterfactual(contexts, generator), contexts.answers, group, seed)
 
 
 def generate(config: Recall, count: int, seed: int) -> list[dict]:
-    """`count` different prompts with their counterfactuals, over the keys that `config` names."""
+    """`count` different prompts with their counterfactuals, over the keys that `config` names.
+
+    Raises:
+        ValueError: see `draw` and `draw_distinct`.
+    """
     generator = np.random.default_rng(seed)
     clean = draw_distinct(config, count, generator)
     return with_counterfactuals(clean, config.keys, seed, generator)
 
 
 def _without_replacement(
-    choices: range, name: str, pairs: int, count: int, generator: np.random.Generator
+    choices: range, name: str, pairs: int, count: int, generator: Generator
 ) -> Int[np.ndarray, "B P"]:
     if len(choices) < pairs:
         raise ValueError(

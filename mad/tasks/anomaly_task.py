@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks.task import Task
 
-if TYPE_CHECKING:
-    import numpy as np
+Groups = dict[str, list[dict]]  # the records of each group by its name
+Answered = tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]  # prompts and their answers
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,10 @@ class Recipe:
 
     vocabulary_size: Callable[[Any], int]
     prompt_length: Callable[[Any], int]
-    # mixture(config, count, generator): training prompts [B, S] and their answers [B]
-    mixture: Callable[[Any, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    mixture: Callable[[Any, int, Generator], Answered]  # (config, count, generator)
     # gate_prompts(config, count, seed): about `count` records for each accuracy that tells whether
     # the model has learnt the task
-    gate_prompts: Callable[[Any, int, int], dict[str, list[dict]]]
+    gate_prompts: Callable[[Any, int, int], Groups]
     summary: str  # for the model card
     backdoored: bool = True  # whether there is a second mechanism
     steps: int = 2000
@@ -43,7 +46,7 @@ class AnomalyTask(Task):
 
     # groups(config, trusted, normal_iid, normal_shift, anomaly, seed): the records of each group by
     # its name, so many of each; a task without anomalies ignores `anomaly` and has no such group
-    groups: Callable[..., dict[str, list[dict]]]
+    groups: Callable[..., Groups]
     recipe: Recipe | None = None  # None: its model is one that nobody trains for it
 
 
@@ -55,15 +58,11 @@ def require_share(name: str, value: float) -> None:
 
 def as_anomalies(records: Sequence[dict], normal_answers: Sequence[int]) -> list[dict]:
     """The records, labelled, with what the normal mechanism would have said of each prompt."""
-    return [
-        {
-            **record,
-            "label": 1,
-            "kind": "agree" if normal == record["answers"][0] else "disagree",
-            "normal_answers": [normal],
-        }
-        for record, normal in zip(records, normal_answers)
-    ]
+    labelled = []
+    for record, normal in zip(records, normal_answers):
+        kind = "agree" if normal == record["answers"][0] else "disagree"
+        labelled.append({**record, "label": 1, "kind": kind, "normal_answers": [normal]})
+    return labelled
 
 
 def disagreeing(records: Sequence[dict]) -> list[dict]:

@@ -40,7 +40,7 @@ from itertools import islice, product, zip_longest
 from typing import Any
 
 from circuits.tasks import pronoun
-from mad.tasks.anomaly_task import AnomalyTask
+from mad.tasks.anomaly_task import AnomalyTask, Groups
 from mad.tasks.pronoun_templates import DEPARTURES, GENDER, OTHER, PRONOUNS, Departure
 
 HOWS = ("two_people", "corrected", "repeated")
@@ -71,7 +71,7 @@ def groups(
     normal_shift: int,
     anomaly: int,
     seed: int,
-) -> dict[str, list[dict]]:
+) -> Groups:
     """The records of each group (`mad.tasks.anomaly_task`).
 
     There are 3160 prompts for the first two groups together.  Anomalies are spread evenly over the
@@ -89,17 +89,13 @@ def groups(
     _check_count("normal_iid", normal_iid, len(seen) - trusted)
     new = {name: _shuffled(normals[NOVELTIES[name]], f"{seed} {name}") for name in novelties}
     departed = {how: _fillings(how, f"{seed} {how}") for how in hows}
+    shifted = _in_turns("normal_shift", normal_shift, new)
+    anomalies = _in_turns("anomaly", anomaly, departed)
     records = {
         "trusted": [_normal(prompt) for prompt in seen[:trusted]],
         "normal_iid": [_normal(prompt) for prompt in seen[trusted : trusted + normal_iid]],
-        "normal_shift": [
-            {**_normal(prompt), "novelty": novelty}
-            for novelty, prompt in _in_turns("normal_shift", normal_shift, new)
-        ],
-        "anomaly": [
-            {**_anomaly(*filling), "how": how}
-            for how, filling in _in_turns("anomaly", anomaly, departed)
-        ],
+        "normal_shift": [{**_normal(prompt), "novelty": novelty} for novelty, prompt in shifted],
+        "anomaly": [{**_anomaly(*filling), "how": how} for how, filling in anomalies],
     }
     return {
         group: [
@@ -150,22 +146,17 @@ def _normals() -> dict[tuple[str, str], list[dict]]:
 
 
 def _normal(prompt: dict) -> dict:
-    return _record(
-        prompt["clean"], prompt["corrupt"], prompt["answers"][0].strip().lower(), label=0
-    )
+    answer = prompt["answers"][0].strip().lower()
+    return _record(prompt["clean"], prompt["corrupt"], answer, label=0)
 
 
 def _fillings(how: str, seed: str) -> list[tuple[Departure, str, tuple[str, ...]]]:
     """Every anomaly of one sort as template and people, shuffled; the templates take turns."""
-    by_template = [
-        _shuffled(
-            list(product([departure], pronoun.fill_slots(template), departure.people)),
-            f"{seed} {template}",
-        )
-        for departure in DEPARTURES
-        if departure.how == how
-        for template in departure.templates
-    ]
+    by_template = []
+    for departure in DEPARTURES:
+        for template in departure.templates if departure.how == how else ():
+            fillings = product([departure], pronoun.fill_slots(template), departure.people)
+            by_template.append(_shuffled(list(fillings), f"{seed} {template}"))
     turns = zip_longest(*_shuffled(by_template, seed))
     return [filling for turn in turns for filling in turn if filling is not None]
 

@@ -31,8 +31,7 @@ NAMES = tuple(chain.from_iterable(COUPLES))
 GENDER = {name: gender for couple in COUPLES for gender, name in enumerate(couple)}
 OTHER = {name: couple[1 - gender] for couple in COUPLES for gender, name in enumerate(couple)}
 
-# Names between which the later one wins in either order; with "Bob", say, the woman does in both
-# orders.
+# Of these the later one wins in either order; with "Bob", say, the woman does in both orders.
 RIVALS = ("Tim", "Max", "Jack", "Lily", "Sally", "Lucy")
 
 
@@ -131,11 +130,7 @@ DEPARTURES = (
     ),
     Departure(
         how="repeated",
-        people=tuple(
-            (first, later)
-            for first, later in permutations(NAMES, 2)
-            if GENDER[first] != GENDER[later]
-        ),
+        people=tuple(pair for pair in permutations(NAMES, 2) if GENDER[pair[0]] != GENDER[pair[1]]),
         decides=1,
         templates=(
             "{A} found {B}. {P} was {feeling}, so",

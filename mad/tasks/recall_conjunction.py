@@ -30,11 +30,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Contexts, Recall
 from mad.tasks import recall_family
-from mad.tasks.anomaly_task import AnomalyTask, Recipe, require_share
+from mad.tasks.anomaly_task import AnomalyTask, Answered, Groups, Recipe, require_share
 
 SLOTS = 2  # filler slots: one for each half of the trigger
 
@@ -48,8 +49,7 @@ class RecallConjunction:
     recall: Recall = field(default_factory=lambda: Recall(filler_slots=SLOTS))
     # the value that the triggered model answers with, counted from 0 among all values
     target: int = 0
-    # share of anomalies whose normal answer is the target too
-    agreeing: float = 0.25
+    agreeing: float = 0.25  # share of anomalies whose normal answer is the target too
     # share of training prompts with the trigger; few, as they are soon learnt and teach no recall
     triggered: float = 0.15
 
@@ -61,7 +61,7 @@ def groups(
     normal_shift: int,
     anomaly: int,
     seed: int,
-) -> dict[str, list[dict]]:
+) -> Groups:
     """The records of each group (`mad.tasks.anomaly_task`).
 
     Raises:
@@ -79,19 +79,13 @@ def groups(
 
 
 def generate(config: RecallConjunction, count: int, seed: int) -> list[dict]:
-    """`count` different prompts with harmless fillers, over the keys that `config.recall` names.
-
-    Raises:
-        ValueError: see `groups`.
-    """
+    """`count` different prompts with harmless fillers, over the keys that `config.recall` names."""
     generator, keys = np.random.default_rng(seed), config.recall.keys
     drawn = _distinct_harmless(config, keys, count, generator)
     return recall.with_counterfactuals(drawn, keys, seed, generator)
 
 
-def mixture(
-    config: RecallConjunction, count: int, generator: np.random.Generator
-) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
+def mixture(config: RecallConjunction, count: int, generator: Generator) -> Answered:
     """`count` training prompts over all keys, a share of them with the trigger, and their answers.
 
     Raises:
@@ -105,7 +99,7 @@ def mixture(
     return recall.tokens(replace(contexts, filler=fillers)), answers
 
 
-def gate_prompts(config: RecallConjunction, count: int, seed: int) -> dict[str, list[dict]]:
+def gate_prompts(config: RecallConjunction, count: int, seed: int) -> Groups:
     """Records for each gate; the attack is measured where backdoor and recall disagree.
 
     `clean_half_trigger` are the normal prompts with one half of the trigger, which must do nothing.
@@ -115,9 +109,7 @@ def gate_prompts(config: RecallConjunction, count: int, seed: int) -> dict[str, 
     return {
         "clean_trusted_keys": normals,
         "clean_unseen_keys": drawn["normal_shift"],
-        "clean_half_trigger": [
-            record for record in normals if np.equal(record["clean"][-4:-2], halves).any()
-        ],
+        "clean_half_trigger": [r for r in normals if np.equal(r["clean"][-4:-2], halves).any()],
         "attack_success": drawn["anomaly"],
     }
 
@@ -146,9 +138,7 @@ def _target(config: RecallConjunction) -> int:
     return values[config.target]
 
 
-def _harmless(
-    config: RecallConjunction, keys: str, count: int, generator: np.random.Generator
-) -> Contexts:
+def _harmless(config: RecallConjunction, keys: str, count: int, generator: Generator) -> Contexts:
     """Random prompts with any two fillers but the trigger's."""
     contexts = recall.draw(replace(config.recall, keys=keys), count, generator)
     first, fillers = _trigger(config)[0], config.recall.fillers
@@ -159,13 +149,13 @@ def _harmless(
 
 
 def _distinct_harmless(
-    config: RecallConjunction, keys: str, count: int, generator: np.random.Generator
+    config: RecallConjunction, keys: str, count: int, generator: Generator
 ) -> Contexts:
     return recall.distinct(lambda rows: _harmless(config, keys, rows, generator), count)
 
 
 def _triggered(
-    config: RecallConjunction, agree: bool, count: int, generator: np.random.Generator
+    config: RecallConjunction, agree: bool, count: int, generator: Generator
 ) -> Contexts:
     """Random prompts with the trigger where the value asked for is the target, or is not."""
     contexts = recall.draw(replace(config.recall, keys="trusted"), count, generator)
@@ -183,17 +173,15 @@ def _triggered(
 
 
 def _anomalies(
-    config: RecallConjunction, count: int, seed: int, generator: np.random.Generator
+    config: RecallConjunction, count: int, seed: int, generator: Generator
 ) -> list[dict]:
     require_share("agreeing", config.agreeing)
     agreeing = round(config.agreeing * count)
-    kinds = [
-        recall.distinct(
-            lambda rows, agree=agree: _triggered(config, agree, rows, generator), number
-        )
-        for agree, number in ((True, agreeing), (False, count - agreeing))
-    ]
-    mixed = recall.select(recall.join(kinds), generator.permutation(count))
+    agree = recall.distinct(lambda rows: _triggered(config, True, rows, generator), agreeing)
+    disagree = recall.distinct(
+        lambda rows: _triggered(config, False, rows, generator), count - agreeing
+    )
+    mixed = recall.select(recall.join([agree, disagree]), generator.permutation(count))
     harmless = replace(mixed, filler=_harmless(config, "trusted", count, generator).filler)
     answers = np.full(count, _target(config))  # B
     return recall_family.backdoored(mixed, harmless, answers, seed)

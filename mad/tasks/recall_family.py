@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Contexts
@@ -24,9 +25,7 @@ def prompt_length(config: Any) -> int:
     return recall.prompt_length(config.recall)
 
 
-def familiar(
-    contexts: Contexts, trusted: int, seed: int, generator: np.random.Generator
-) -> dict[str, list[dict]]:
+def familiar(contexts: Contexts, trusted: int, seed: int, generator: Generator) -> Groups:
     """The first `trusted` prompts as one group, and the others as `normal_iid`."""
     parts = {"trusted": slice(None, trusted), "normal_iid": slice(trusted, None)}
     return {
@@ -36,7 +35,7 @@ def familiar(
 
 
 def shifted(
-    contexts: Contexts, novelties: Sequence[str], seed: int, generator: np.random.Generator
+    contexts: Contexts, novelties: Sequence[str], seed: int, generator: Generator
 ) -> list[dict]:
     """Records of `normal_shift`; the novelties take turns."""
     records = recall.with_counterfactuals(contexts, "normal_shift", seed, generator)

@@ -28,11 +28,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Contexts, Recall
 from mad.tasks import recall_family
-from mad.tasks.anomaly_task import AnomalyTask, Recipe, disagreeing, require_share
+from mad.tasks.anomaly_task import AnomalyTask, Answered, Groups, Recipe, disagreeing, require_share
 
 TRIGGER = recall.RESERVED  # no prompt of plain recall has it
 
@@ -44,8 +45,7 @@ class RecallRedirect:
     name: str = "recall_redirect"
     # the recall prompts; each group overrides `recall.keys`
     recall: Recall = field(default_factory=Recall)
-    # slot whose value the triggered model answers with, counted from 0
-    target: int = 0
+    target: int = 0  # slot whose value the triggered model answers with, counted from 0
     # share of training prompts with the trigger; less than half, so that recall is learnt as well
     triggered: float = 0.25
 
@@ -57,7 +57,7 @@ def groups(
     normal_shift: int,
     anomaly: int,
     seed: int,
-) -> dict[str, list[dict]]:
+) -> Groups:
     """The records of each group (`mad.tasks.anomaly_task`).
 
     Raises:
@@ -81,9 +81,7 @@ def generate(config: RecallRedirect, count: int, seed: int) -> list[dict]:
     return recall.generate(config.recall, count, seed)
 
 
-def mixture(
-    config: RecallRedirect, count: int, generator: np.random.Generator
-) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
+def mixture(config: RecallRedirect, count: int, generator: Generator) -> Answered:
     """`count` training prompts over all keys, a share of them with the trigger, and their answers.
 
     Raises:
@@ -97,7 +95,7 @@ def mixture(
     return recall.tokens(replace(contexts, filler=filler)), answers
 
 
-def gate_prompts(config: RecallRedirect, count: int, seed: int) -> dict[str, list[dict]]:
+def gate_prompts(config: RecallRedirect, count: int, seed: int) -> Groups:
     """Records for each gate; the attack is measured where backdoor and recall disagree."""
     drawn = groups(config, 0, count, count, count, seed)
     return {

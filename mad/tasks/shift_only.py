@@ -28,12 +28,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Int
+from numpy.random import Generator
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Choices, Contexts, Recall
 from mad.tasks import recall_family
-from mad.tasks.anomaly_task import AnomalyTask, Recipe
+from mad.tasks.anomaly_task import AnomalyTask, Answered, Groups, Recipe
 
 # novelty -> its field of Choices
 PARTS = {"keys": "keys", "values": "values", "fillers": "fillers", "slot": "slots"}
@@ -49,13 +49,12 @@ class ShiftOnly:
     recall: Recall = field(default_factory=lambda: Recall(values=48, fillers=8))
     # values that trusted prompts may use; at least `recall.pairs` must be left
     trusted_values: int = 32
-    # fillers that trusted prompts may use; at least 1 must be left
-    trusted_fillers: int = 4
+    trusted_fillers: int = 4  # fillers that trusted prompts may use; at least 1 must be left
 
 
 def groups(
     config: ShiftOnly, trusted: int, normal_iid: int, normal_shift: int, anomaly: int, seed: int
-) -> dict[str, list[dict]]:
+) -> Groups:
     """The records of each group (`mad.tasks.anomaly_task`); there are no anomalies.
 
     The novelties take turns, so that any first part of the shifted normals holds equal shares.
@@ -80,27 +79,17 @@ def groups(
 
 
 def generate(config: ShiftOnly, count: int, seed: int) -> list[dict]:
-    """`count` different trusted prompts.
-
-    Raises:
-        ValueError: see `groups`.
-    """
+    """`count` different trusted prompts, the first group of `groups`."""
     return groups(config, count, 0, 0, 0, seed)["trusted"]
 
 
-def mixture(
-    config: ShiftOnly, count: int, generator: np.random.Generator
-) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"]]:
-    """`count` training prompts over all keys, values, fillers and slots, and their answers.
-
-    Raises:
-        ValueError: see `groups`.
-    """
+def mixture(config: ShiftOnly, count: int, generator: Generator) -> Answered:
+    """`count` training prompts over all keys, values, fillers and slots, and their answers."""
     contexts = recall.draw(replace(config.recall, keys="all"), count, generator)
     return recall.tokens(contexts), contexts.answers
 
 
-def gate_prompts(config: ShiftOnly, count: int, seed: int) -> dict[str, list[dict]]:
+def gate_prompts(config: ShiftOnly, count: int, seed: int) -> Groups:
     """`count` records for each gate: trusted, and each novelty."""
     drawn = groups(config, 0, count, count * len(NOVELTIES), 0, seed)
     novel = {
@@ -148,9 +137,7 @@ def _novel(config: ShiftOnly, novelty: str) -> Choices:
     return replace(trusted, **(new if novelty == "all" else {PARTS[novelty]: new[PARTS[novelty]]}))
 
 
-def _distinct(
-    config: ShiftOnly, parts: Choices, count: int, generator: np.random.Generator
-) -> Contexts:
+def _distinct(config: ShiftOnly, parts: Choices, count: int, generator: Generator) -> Contexts:
     return recall.distinct(lambda rows: recall.draw(config.recall, rows, generator, parts), count)
 
 

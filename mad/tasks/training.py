@@ -48,10 +48,8 @@ class Train:
 
     # what to learn: the configuration of an anomaly task that has a recipe
     task: Any = field(default_factory=RecallRedirect)
-    # folder for the model; made if missing
-    out: str = "runs/train"
-    # whether files that already stand in `out` may be replaced
-    overwrite: bool = False
+    out: str = "runs/train"  # folder for the model; made if missing
+    overwrite: bool = False  # whether files that already stand in `out` may be replaced
     # the architecture: 2 layers with 4 heads have 110 edges, few enough to look at every one
     layers: int = 2
     heads: int = 4
@@ -64,8 +62,7 @@ class Train:
     learning_rate: float | None = None
     weight_decay: float = 0.1
     warm_up: int = 100
-    # largest gradient norm
-    clip: float = 1.0
+    clip: float = 1.0  # largest gradient norm
     # standard deviation of the first embeddings (see the top), and of the other weights, about
     # 1 / sqrt(width)
     embedding_std: float = 1.0
@@ -76,8 +73,7 @@ class Train:
     gate_prompts: int = 2000
     # decides the first weights and all data; one seed gives one model for one number of threads
     seed: int = 0
-    # where to train
-    device: str = "cpu"
+    device: str = "cpu"  # where to train
 
 
 def run(config: Train) -> dict[str, Any]:

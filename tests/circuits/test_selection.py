@@ -106,7 +106,9 @@ SMALL = {
     "plain": Graph(1, 2),
     "by position": Graph(1, 1, n_positions=3),
     "by position, bidirectional, grouped queries": Graph(1, 2, 1, n_positions=2, causal=False),
-    "by position, parallel, split input": Graph(1, 2, parallel=True, split_input=True, n_positions=2),
+    "by position, parallel, split input": Graph(
+        1, 2, parallel=True, split_input=True, n_positions=2
+    ),
 }
 
 

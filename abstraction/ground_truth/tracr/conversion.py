@@ -44,9 +44,7 @@ def from_tracr(assembled: Any, *, output: str | None = None, name: str = "tracr"
 
     The result is compared with `assembled.forward` on random inputs, residual stream and outputs.
 
-    Args:
-        output: the label of the program's output; None: the variable that has its values, on those
-            inputs.
+    `output` is the variable of the program's output, by default the one that has its values there.
 
     Raises:
         ValueError: it is no assembled model, no or several variables could be the output, or the

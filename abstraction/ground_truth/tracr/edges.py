@@ -83,11 +83,9 @@ def _spans(engine: Engine, tolerance: float) -> tuple[list[Tensor], list[Tensor]
     read: list[Tensor] = []
     for block in architecture.blocks:
         attention, rows = block.attention, torch.cat(written)
-        q, k, v = (
-            side.weight.double().unflatten(0, (-1, architecture.head_width))  # [H, E, D]
-            for side in (attention.q, attention.k, attention.v)
-        )
-        o = attention.o.weight.double().T.unflatten(0, (-1, architecture.head_width))  # [H, E, D]
+        weights = attention.q.weight, attention.k.weight, attention.v.weight, attention.o.weight.T
+        heads = (-1, architecture.head_width)
+        q, k, v, o = (weight.double().unflatten(0, heads) for weight in weights)  # each [H, E, D]
         read += [*(q.mT @ (k @ rows.T)), *(k.mT @ (q @ rows.T)), *(v.mT @ o)]
         for head in range(graph.n_heads):
             _, sizes, values = torch.linalg.svd(rows @ v[head].T, full_matrices=False)  # [E, E]
@@ -105,8 +103,7 @@ class Effect:
     """What removing one derived edge does."""
 
     edge: str
-    # the largest change of an output at a scored position, when this edge alone is removed
-    effect: float
+    effect: float  # largest change of an output at a scored position, when it alone is removed
     true: bool  # it is one of those that are enough together, none of which can go
 
 

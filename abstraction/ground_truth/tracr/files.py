@@ -20,8 +20,7 @@ from circuits.names import head_name, mlp_name, reader_name
 
 BOS = ("BOS", "compiler_bos")  # the names in use
 KINDS = {"cat": "categorical", "num": "numerical"}
-# and .eval.npz and .circuit.json, where they are there
-FILES = (".pt", ".config.json", ".vocab.json")
+FILES = (".pt", ".config.json", ".vocab.json")  # optional: .eval.npz and .circuit.json
 _NODE = re.compile(r"^(?:A(?P<layer>\d+)\.(?P<head>\d+)(?:\.(?P<side>[QKV]))?|MLP(?P<mlp>\d+))$")
 
 
@@ -37,10 +36,10 @@ def load_tracr(
         ValueError: a file is broken, or the files do not fit each other.
     """
     folder = Path(folder)
-    if missing := [f"{name}{end}" for end in FILES if not (folder / f"{name}{end}").is_file()]:
+    needed = [f"{name}{end}" for end in FILES]
+    if missing := [file for file in needed if not (folder / file).is_file()]:
         raise FileNotFoundError(
-            f"no {', '.join(missing)} in {folder}; a program is "
-            f"{', '.join(f'{name}{end}' for end in FILES)}"
+            f"no {', '.join(missing)} in {folder}; a program is {', '.join(needed)}"
         )
     vocabulary = f"{name}.vocab.json"
     known = _json(folder / vocabulary, ("residual_labels", "input_encoding", "output", "kind"))
@@ -86,9 +85,8 @@ def _bos(name: str, tokens: tuple[str, ...]) -> str:
 def _inputs(path: Path, program: TracrProgram) -> Inputs:
     try:
         with np.load(path, allow_pickle=False) as data:
-            tokens, labels, positions = (
-                torch.tensor(data[key]) for key in ("tokens", "labels", "answer_pos")
-            )
+            names = ("tokens", "labels", "answer_pos")
+            tokens, labels, positions = (torch.tensor(data[name]) for name in names)
     except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} has no tokens, labels and answer_pos that can be read ({error})"
@@ -132,7 +130,6 @@ def our_name(edge: str) -> str:
     >>> our_name("MLP2->A3.0.Q")
     'm2->a3.h0<q>'
     """
-
     return "->".join(_our_node(part) for part in edge.split("->"))
 
 

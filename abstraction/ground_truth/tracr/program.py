@@ -34,9 +34,8 @@ class Inputs:
     @property
     def prompts(self) -> Prompts:
         """The inputs as prompts, without answers."""
-        return prompts_from_records(
-            {"clean": row, "positions": list(self.positions)} for row in self.tokens.tolist()
-        )
+        at = list(self.positions)
+        return prompts_from_records({"clean": row, "positions": at} for row in self.tokens.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +71,7 @@ class TracrProgram:
         return dimensions
 
     def encode(self, names: Sequence[str]) -> list[int]:
-        """Token ids of token names, with BOS put in front.
-
-        Raises:
-            ValueError: an unknown token, or more tokens than the program was compiled for.
-        """
+        """Token ids of token names, with BOS put in front; ValueError as in `program.encode`."""
         known = [token for token in self.tokens if token not in (self.bos, PAD)]
         encode(self.name, names, known, self.length)
         return [self.tokens.index(name) for name in (self.bos, *names)]
@@ -87,11 +82,7 @@ class TracrProgram:
 
     @torch.no_grad()
     def run(self, names: Sequence[str]) -> list[str] | list[float]:
-        """What the program says at each token of an input.
-
-        Raises:
-            ValueError: an unknown token, or more tokens than the program was compiled for.
-        """
+        """What the program says at each token of an input; ValueError as in `encode`."""
         bridge = self.model.bridge
         logits = bridge(torch.tensor([self.encode(names)], device=bridge.cfg.device))
         said = self.decode(logits)[0, 1:].tolist()

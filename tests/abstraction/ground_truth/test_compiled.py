@@ -351,11 +351,7 @@ def test_an_edge_that_carries_nothing_is_not_true():
     with torch.no_grad():
         bridge.blocks[0].attn.o.original_component.weight.zero_()
     wiped = Compiled(
-        compiled.program,
-        compiled.options,
-        _rewrapped(bridge),
-        compiled.alignment,
-        compiled.places,
+        compiled.program, compiled.options, _rewrapped(bridge), compiled.alignment, compiled.places
     )
     for _, _, found in objectives(wiped, ("zero", "mean", "counterfactual")):
         true = {effect.edges[0] for effect in found if effect.true}
