@@ -132,47 +132,55 @@ def _rank(scores: Tensor, how: str, absolute: bool) -> Tensor:
 
 
 def _greedily(graph: Graph, rank: Float[np.ndarray, "R W S"]) -> Iterator[tuple[int, int, int]]:
-    """Yields (reader, writer, position), each time the best edge into what is already included.
-
-    Of each reader at each position only its best edge that is left is on the heap.
-    """
-    readers_of: dict[str, list[int]] = {}
-    for reader in range(len(graph.readers)):
-        for node in graph.reader_nodes(reader):
-            readers_of.setdefault(node, []).append(reader)
-    best_first = [
-        np.argsort(-rank[reader, :count], axis=0, kind="stable")
-        for reader, count in enumerate(graph.upstream)
-    ]
-    heap: list[tuple[float, int, int, int, int]] = []  # - score, reader, writer, position, nth
-    opened: set[tuple[str, int]] = set()
-    offered: set[tuple[int, int]] = set()
-
-    def offer(reader: int, place: int, nth: int) -> None:
-        """Puts the nth best edge of a reader at a position on the heap, if there is one."""
-        if nth < graph.upstream[reader]:
-            writer = int(best_first[reader][nth, place])
-            entry = (-float(rank[reader, writer, place]), reader, writer, place, nth)
-            heapq.heappush(heap, entry)
-
-    def open_node(node: str, position: int) -> None:
-        """Offers the edges into what a node's output at a position depends on."""
-        if (node, position) in opened:
-            return
-        opened.add((node, position))
-        for reader in readers_of.get(node, ()):
-            for place in graph.reads_from(reader, position, rank.shape[-1]):
-                if (reader, place) not in offered:
-                    offered.add((reader, place))
-                    offer(reader, place, 0)
-
+    """Yields (reader, writer, position), each time the best edge into what is already included."""
+    frontier = _Frontier(graph, rank)
     for position in range(rank.shape[-1]):
-        open_node("logits", position)
-    while heap:
-        _, reader, writer, position, nth = heapq.heappop(heap)
+        frontier.include("logits", position)
+    while frontier.heap:
+        _, reader, writer, position, nth = heapq.heappop(frontier.heap)
         yield reader, writer, position
-        offer(reader, position, nth + 1)
-        open_node(graph.writers[writer], position)
+        frontier.offer(reader, position, nth + 1)
+        frontier.include(graph.writers[writer], position)
+
+
+class _Frontier:
+    """The edges into what a growing circuit includes.
+
+    Of each reader at each position only the best edge that is left is on the heap.
+    """
+
+    def __init__(self, graph: Graph, rank: Float[np.ndarray, "R W S"]) -> None:
+        self.graph, self.rank = graph, rank
+        self.readers_of: dict[str, list[int]] = {}
+        for reader in range(len(graph.readers)):
+            for node in graph.reader_nodes(reader):
+                self.readers_of.setdefault(node, []).append(reader)
+        self.best_first = [
+            np.argsort(-rank[reader, :count], axis=0, kind="stable")
+            for reader, count in enumerate(graph.upstream)
+        ]
+        # - score, reader, writer, position, and which of the reader's best it is
+        self.heap: list[tuple[float, int, int, int, int]] = []
+        self.included: set[tuple[str, int]] = set()
+        self.offered: set[tuple[int, int]] = set()
+
+    def include(self, node: str, position: int) -> None:
+        """Offers the edges into what a node's output at a position depends on."""
+        if (node, position) in self.included:
+            return
+        self.included.add((node, position))
+        for reader in self.readers_of.get(node, ()):
+            for place in self.graph.reads_from(reader, position, self.rank.shape[-1]):
+                if (reader, place) not in self.offered:
+                    self.offered.add((reader, place))
+                    self.offer(reader, place, 0)
+
+    def offer(self, reader: int, place: int, nth: int) -> None:
+        """Puts the nth best edge of a reader at a position on the heap, if there is one."""
+        if nth < self.graph.upstream[reader]:
+            writer = int(self.best_first[reader][nth, place])
+            entry = (-float(self.rank[reader, writer, place]), reader, writer, place, nth)
+            heapq.heappush(self.heap, entry)
 
 
 def random_rankings(graph: Graph, count: int, seed: int) -> list[Ranking]:

@@ -89,23 +89,7 @@ def make_run(config: RunConfig) -> Run:
     model = load_model(config.model)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
     engine = Engine(model, n_positions=one_length(splits) if config.positions else None)
-    extraction = extract(
-        engine,
-        splits["discovery"],
-        splits["evaluation"],
-        config.method,
-        metric=config.metric,
-        ablation=config.ablation,
-        selection=config.selection,
-        memory=config.memory,
-        random_draws=config.random_draws,
-        seed=config.seed,
-        about={
-            "model": model_reference(config.model, model),
-            "task": asdict(config.task),
-            "seed": config.seed,
-        },
-    )
+    extraction = _extracted(config, engine, splits)
     clear(folder)
     extraction.circuit.save(folder)
     write_json(folder / "metrics.json", extraction.metrics)
@@ -118,22 +102,42 @@ def make_run(config: RunConfig) -> Run:
             Context(engine, extraction.circuit),
             splits["fit"],
             splits["calibration"],
-            used={name: splits[name] for name in ("discovery", "evaluation")},
+            used=extraction.used,
             memory=config.memory,
         )
     except ValueError as error:
         raise ValueError(
             f"the circuit is saved in {folder}, but its detector could not be fitted: {error}"
         ) from error
-    save_detector(
-        calibrated, folder / "detector" / config.detector.name, weight_hash=model.weight_hash
-    )
+    saved = folder / "detector" / config.detector.name
+    save_detector(calibrated, saved, weight_hash=model.weight_hash)
     if problem := calibrated.calibration.problem(config.alpha):
         log.warning("scores are not calibrated: %s", problem)
     scoring = _scoring_faithfulness(engine, extraction, calibrated, splits, config)
     metrics = {**extraction.metrics, "scoring": scoring}
     write_json(folder / "metrics.json", metrics)
     return Run(folder, model, engine, extraction.circuit, metrics, calibrated, splits)
+
+
+def _extracted(config: RunConfig, engine: Engine, splits: Mapping[str, Prompts]) -> Extraction:
+    about = {
+        "model": model_reference(config.model, engine.model),
+        "task": asdict(config.task),
+        "seed": config.seed,
+    }
+    return extract(
+        engine,
+        splits["discovery"],
+        splits["evaluation"],
+        config.method,
+        metric=config.metric,
+        ablation=config.ablation,
+        selection=config.selection,
+        memory=config.memory,
+        random_draws=config.random_draws,
+        seed=config.seed,
+        about=about,
+    )
 
 
 def _scoring_faithfulness(

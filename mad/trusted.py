@@ -77,6 +77,7 @@ def one_length(splits: Mapping[str, Prompts]) -> int:
     if len(lengths) > 1:
         raise ValueError(
             f"positions=true, but the prompts have {lengths[0]} to {lengths[-1]} tokens: edges per "
-            "position need templated prompts of one length; leave out positions, or the prompts of other lengths"
+            "position need templated prompts of one length; leave out positions, or the prompts of "
+            "other lengths"
         )
     return lengths[0]

@@ -1,4 +1,4 @@
-"""What `import circuits, abstraction, mad` gives: listed, typed, documented, imported on first use."""
+"""What the packages give on import: names that are listed, typed, documented and lazy."""
 
 from __future__ import annotations
 

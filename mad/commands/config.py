@@ -65,7 +65,7 @@ def register_group(group: str) -> None:
         register(group, group, schemas)
         return
     for name, entry in schemas.items():
-        register(group, name, entry[0] if isinstance(entry, tuple) else entry.schema)
+        register(group, name, entry.schema)
 
 
 def primary(command: str) -> dict[str, Any]:

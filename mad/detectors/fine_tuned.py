@@ -22,6 +22,7 @@ from circuits.metrics import METRICS
 from circuits.model.huggingface import quietly
 from circuits.model.load import local_path
 from circuits.prompts import NONE, Prompts
+from circuits.training import fit as train
 from mad.detector import Context
 from mad.detectors.settings import check_at_least_one
 
@@ -90,20 +91,22 @@ def fit_fine_tuned(
     tuned, prompts = _copy(engine), trusted.to(engine.device)
     generator = torch.Generator().manual_seed(config.seed)
 
-    def loss() -> Float[Tensor, ""]:
+    def losses(step: int) -> dict[str, Float[Tensor, ""]]:
         rows = torch.randperm(len(prompts), generator=generator)[: config.batch]
         batch = prompts.select(rows)
         wanted = engine.logits(batch).argmax(-1).masked_fill(batch.positions < 0, NONE)  # [B, P]
         logits = logits_of(tuned, batch).flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, wanted.flatten(), ignore_index=NONE)
+        loss = torch.nn.functional.cross_entropy(logits, wanted.flatten(), ignore_index=NONE)
+        return {"cross-entropy": loss}
 
-    optimiser = torch.optim.AdamW(
-        tuned.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    train(
+        tuned.parameters(),
+        losses,
+        config.steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.999),
     )
-    for _ in range(config.steps):
-        optimiser.zero_grad()
-        loss().backward()
-        optimiser.step()
     return FineTunedDetector(config, engine, tuned.requires_grad_(False))
 
 

@@ -1,4 +1,4 @@
-"""The engine against the bridge, HuggingFace, an independent computation through hooks, and itself."""
+"""The engine against the bridge, HuggingFace, a computation through hooks, and itself."""
 
 from __future__ import annotations
 
@@ -440,7 +440,7 @@ def test_reader_gradients_are_the_derivative_of_each_readers_own_input(named_eng
     ("name", "feature", "mutate"), MUTATIONS, ids=[f"{n}: {f}" for n, f, _ in MUTATIONS]
 )
 def test_switching_a_feature_off_is_noticed(name, feature, mutate, monkeypatch):
-    """Either at construction, or by the bound that the comparison with the bridge is held to above."""
+    """At construction, or by the bound that the comparison with the bridge is held to above."""
     monkeypatch.setattr(engine_module, "describe", lambda *arguments: mutate(describe(*arguments)))
     try:
         mutated = Engine(MODELS[name])

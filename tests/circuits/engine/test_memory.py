@@ -148,7 +148,8 @@ def test_as_many_prompts_as_fit_and_never_more_than_64():
         MOST_PROMPTS,
     ]
     length = PROMPTS.clean.shape[1]
-    expected = f"one prompt of {length} tokens takes up to 150 of working memory, but memory=149; raise memory"
+    takes = f"one prompt of {length} tokens takes up to 150 of working memory"
+    expected = f"{takes}, but memory=149; raise memory"
     with pytest.raises(TooLittleMemory, match=expected):
         most_prompts(PROMPTS, 100, 149, 50)
 

@@ -62,8 +62,12 @@ FILES = {
         class Recall:
             length: int = 7
 
-        METHODS = {"sweep": (Sweep, None, None), "gradient": (Gradient, None)}
-        TASKS = {"recall": (Recall, None), "file": (Load, None)}
+        @dataclass
+        class Entry:
+            schema: type
+
+        METHODS = {"sweep": Entry(Sweep), "gradient": Entry(Gradient)}
+        TASKS = {"recall": Entry(Recall), "file": Entry(Load)}
     ''',
     "tinylib/probe.py": '''
         """Probe a model and write what was found.
