@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -204,8 +204,8 @@ def load_trained(name: str) -> Trained:
             f"{', '.join(TRUTHS)}"
         )
     report = json.loads(told.read_text(encoding="utf-8"))
-    config = TrainedTruth(**report["config"])
-    config = replace(config, unused=tuple(config.unused))
+    settings = report["config"]
+    config = TrainedTruth(**{**settings, "unused": tuple(settings["unused"])})
     return Trained(config, load_model(ModelConfig(f"{folder}/model.safetensors")), report["gates"])
 
 

@@ -292,4 +292,10 @@ def test_the_donors_are_the_same_under_every_python():
     runs = donor_runs(ENGINES["gpt2"])
     assert len(runs) == len(REFERENCE)
     values = resample.writers(ENGINES["gpt2"], PROMPTS)
-    assert [donor_of(ENGINES["gpt2"], values, row) for row in range(len(PROMPTS))] == DONORS
+    assert [donor_of(ENGINES["gpt2"], values, row) for row in range(len(PROMPTS))] == [
+        0,
+        4,
+        6,
+        4,
+        1,
+    ]
