@@ -110,6 +110,17 @@ def fit(
 ) -> Calibrated:
     """Fits a detector on trusted prompts and calibrates it on others.
 
+    >>> from circuits import Engine, load_model
+    >>> from circuits.tasks import recall
+    >>> from mad import MaxProbability
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> prompts = model.prompts(recall.generate(recall.Recall(), 60, seed=0))
+    >>> parts = prompts.split({"fit": 30, "calibration": 20, "new": 10}, seed=0)
+    >>> context = Context(Engine(model))
+    >>> fitted = fit(MaxProbability(), context, parts["fit"], parts["calibration"])
+    >>> len(fitted.p_values(parts["new"]))
+    10
+
     Args:
         config: the configuration of a detector, such as `Fast()`; its `name` picks it from
             `DETECTORS`.

@@ -87,6 +87,16 @@ def open_run(
 ) -> Opened:
     """Reads a run folder and loads the model that its circuit names.
 
+    >>> from circuits import EAP, ModelConfig, Selection
+    >>> from circuits.tasks.recall import Recall
+    >>> from mad import MaxProbability, RunConfig, make_run
+    >>> model = ModelConfig("pkg://mad/models/recall_redirect")
+    >>> config = RunConfig(model, Recall(), EAP(), detector=MaxProbability(), out="opened")
+    >>> config.selection, config.random_draws = Selection(edges=30), 0
+    >>> opened = open_run(make_run(config).folder)
+    >>> len(opened.circuit) <= 30, opened.detector("max_probability").detector.config.name
+    (True, 'max_probability')
+
     Args:
         folder: what `madcap extract` wrote.
         model: another place to load the model from.

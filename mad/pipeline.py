@@ -77,6 +77,15 @@ def make_run(config: RunConfig) -> Run:
     The circuit is written as soon as it is found, so that nothing is lost if the detector cannot be
     fitted.
 
+    >>> from circuits import EAP, ModelConfig, Selection
+    >>> from circuits.tasks.recall import Recall
+    >>> from mad import MaxProbability, RunConfig
+    >>> model = ModelConfig("pkg://mad/models/recall_redirect")
+    >>> config = RunConfig(model, Recall(), EAP(), detector=MaxProbability(), out="run")
+    >>> config.selection, config.random_draws = Selection(edges=30), 0
+    >>> sorted(path.name for path in make_run(config).folder.glob("*.json"))
+    ['circuit.json', 'metrics.json', 'splits.json']
+
     Raises:
         FileExistsError: the folder is in use.
         ValueError: see `circuits.extract` and `mad.fit`.

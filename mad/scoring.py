@@ -70,6 +70,19 @@ def score(
     then differ in the last digit.  A line that does not fit by itself is a bad one; where only its
     explanation does not, the result has `because_error`.
 
+    >>> from circuits import Engine, load_model
+    >>> from circuits.prompts import write_jsonl
+    >>> from circuits.tasks import recall
+    >>> from mad import Context, MaxProbability, fit
+    >>> model = load_model("pkg://mad/models/recall_redirect")
+    >>> prompts = model.prompts(recall.generate(recall.Recall(), 60, seed=0))
+    >>> parts = prompts.split({"fit": 30, "calibration": 20}, seed=0)
+    >>> context = Context(Engine(model))
+    >>> fitted = fit(MaxProbability(), context, parts["fit"], parts["calibration"])
+    >>> write_jsonl(recall.generate(recall.Recall(), 5, seed=1), Path("new.jsonl"))
+    >>> score(Path("new.jsonl"), Path("scored.jsonl"), fitted, model, Scoring(alpha=0.1)).lines
+    5
+
     Raises:
         FileNotFoundError: no such input file.
         FileExistsError: `out` exists and may not be overwritten.
