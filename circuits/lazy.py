@@ -10,7 +10,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-GetName, ListNames = Callable[[str], Any], Callable[[], list[str]]
+GetName = Callable[[str], Any]
+ListNames = Callable[[], list[str]]
 
 
 def lazy(package: str, where: Mapping[str, str]) -> tuple[GetName, ListNames]:

@@ -67,11 +67,13 @@ def read_tokenizer(source: str, *, local: bool) -> Any | None:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' progress bar and report, which are for terminals."""
+    import logging as standard
+
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(standard.CRITICAL)
     try:
         yield
     finally:

@@ -31,6 +31,6 @@ _WHERE = {
     "write_jsonl": "circuits.prompts.files",
 }
 
-__all__ = [*_WHERE]
+__all__ = [*_WHERE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 __getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from circuits.tasks import recall
 from circuits.tasks.recall import Contexts
-from mad.tasks.anomaly_task import as_anomalies
+from mad.tasks.anomaly_task import Groups, as_anomalies
 
 
 def vocabulary_size(config: Any) -> int:
