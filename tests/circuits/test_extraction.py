@@ -155,7 +155,9 @@ def test_an_extraction_is_repeatable(method, selection):
     assert reseeded.metrics["random_circuits"] != one.metrics["random_circuits"]
 
 
-@pytest.mark.parametrize("ablation", ["counterfactual", "mean"])
+@pytest.mark.parametrize(
+    "ablation", ["counterfactual", pytest.param("mean", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("method", "selection"), [(EAPIG(steps=2), Selection(edges=20)), (ACDC(tau=0.05), Selection())]
 )

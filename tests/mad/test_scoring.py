@@ -120,7 +120,7 @@ def test_scores_equal_the_detectors_own(run, tmp_path):
     assert scored == calibrated.detector.score(again.model.prompts(good)).tolist()
 
 
-@pytest.mark.parametrize("broken_after", [0, 1, 3])
+@pytest.mark.parametrize("broken_after", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("torn", [b"", b'{"id": "n'])
 def test_an_interrupted_run_resumes_to_the_same_file(
     run, tmp_path, monkeypatch, broken_after, torn
