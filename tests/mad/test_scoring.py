@@ -30,10 +30,6 @@ from tests import tiny
 ALPHA = 0.2
 
 
-def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def records(count: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(29, (count, 2, 6), generator=generator).tolist()
@@ -208,7 +204,7 @@ def test_a_line_that_does_not_fit_is_a_bad_one_and_an_explanation_that_does_not_
             memory=str(memory),
             overwrite=True,
         )
-        return read_results(tmp_path / "out.jsonl")
+        return list(read_results(tmp_path / "out.jsonl"))
 
     *rest, last = results(max(scores[1], explanations[0]))
     assert all("because" in result for result in rest)
