@@ -89,19 +89,7 @@ def extract(
         ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does
             not separate the model from the ablated model.
     """
-    if shared := discovery.overlap(evaluation):
-        raise ValueError(
-            f"{shared} prompts are in both the discovery and the evaluation split; they must be "
-            "disjoint"
-        )
-    if random_draws < 0:
-        raise ValueError(f"random_draws={random_draws}, but it must be at least 0")
-    if selection is not None and METHODS[method.name].decides and (given := selection.given()):
-        raise ValueError(
-            f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} "
-            "decides itself which edges to keep; change its own settings (tau), or use a method "
-            "that scores"
-        )
+    _check(discovery, evaluation, method, selection, random_draws)
     selection, chosen = selection or Selection(), metric_named(metric)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
     fitted = fit_ablation(ablation, engine, discovery, memory=memory)
@@ -118,20 +106,38 @@ def extract(
     )
     metrics |= {**cost, "method": found.details}
     _warn_of_poor_circuits(metrics)
-    circuit = Circuit(
-        graph=engine.graph,
-        kept=kept,
-        scores=found.scores,
-        about={
-            **(about or {}),
-            "method": asdict(method),
-            "metric": metric,
-            "ablation": asdict(ablation),
-            "selection": None if found.kept is not None else asdict(selection),
-            "splits": {"discovery": _split(discovery), "evaluation": _split(evaluation)},
-        },
-    )
-    return Extraction(circuit, metrics, fitted, {"discovery": discovery, "evaluation": evaluation})
+    used = {"discovery": discovery, "evaluation": evaluation}
+    how = {
+        "method": asdict(method),
+        "metric": metric,
+        "ablation": asdict(ablation),
+        "selection": None if found.kept is not None else asdict(selection),
+        "splits": {name: _split(prompts) for name, prompts in used.items()},
+    }
+    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how})
+    return Extraction(circuit, metrics, fitted, used)
+
+
+def _check(
+    discovery: Prompts,
+    evaluation: Prompts,
+    method: Any,
+    selection: Selection | None,
+    random_draws: int,
+) -> None:
+    if shared := discovery.overlap(evaluation):
+        raise ValueError(
+            f"{shared} prompts are in both the discovery and the evaluation split; they must be "
+            "disjoint"
+        )
+    if random_draws < 0:
+        raise ValueError(f"random_draws={random_draws}, but it must be at least 0")
+    if selection is not None and METHODS[method.name].decides and (given := selection.given()):
+        raise ValueError(
+            f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} "
+            "decides itself which edges to keep; change its own settings (tau), or use a method "
+            "that scores"
+        )
 
 
 def _discover(
@@ -213,6 +219,20 @@ def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool
             use, or a target that no circuit reaches.
     """
     graph = scale.objective.engine.graph
+    _check_selection(selection)
+    if selection.how == "threshold":
+        return above(graph, found.scores, selection.threshold, absolute=selection.absolute)
+    ranked = ranked_by(graph, found, selection)
+    if selection.edges is not None:
+        return ranked.circuit(selection.edges)
+    if selection.share is not None:
+        return ranked.circuit(max(1, round(selection.share * graph.n_edges)))
+    if selection.faithfulness is None:
+        raise ValueError("selection needs one of edges, share, threshold or faithfulness")
+    return _smallest(scale, ranked, selection.faithfulness)
+
+
+def _check_selection(selection: Selection) -> None:
     if len(given := selection.given()) > 1:
         raise ValueError(f"selection has {' and '.join(given)}; give one of them")
     if selection.threshold is not None and selection.how in ("greedy", "top_n"):
@@ -220,22 +240,10 @@ def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool
             f"selection.threshold={selection.threshold} is used by how=threshold only, not by "
             f"how={selection.how}; set how=threshold, or give edges, share or faithfulness"
         )
-    if selection.how == "threshold":
-        return above(graph, found.scores, selection.threshold, absolute=selection.absolute)
-    ranked = ranked_by(graph, found, selection)
-    if selection.edges is not None:
-        if selection.edges < 1:
-            raise ValueError(f"selection.edges={selection.edges}, but it must be at least 1")
-        return ranked.circuit(selection.edges)
-    if selection.share is not None:
-        if not 0 < selection.share <= 1:
-            raise ValueError(
-                f"selection.share={selection.share}, but it must be above 0 and at most 1"
-            )
-        return ranked.circuit(max(1, round(selection.share * graph.n_edges)))
-    if selection.faithfulness is None:
-        raise ValueError("selection needs one of edges, share, threshold or faithfulness")
-    return _smallest(scale, ranked, selection.faithfulness)
+    if selection.edges is not None and selection.edges < 1:
+        raise ValueError(f"selection.edges={selection.edges}, but it must be at least 1")
+    if selection.share is not None and not 0 < selection.share <= 1:
+        raise ValueError(f"selection.share={selection.share}, but it must be above 0 and at most 1")
 
 
 def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[Tensor, "R W *S"]:
