@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxtyping import Bool
@@ -24,7 +24,7 @@ from circuits.discovery import METHODS, Found
 from circuits.engine import Engine
 from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
 from circuits.graph import Graph
-from circuits.metrics import metric_named
+from circuits.metrics import METRICS, Metric, metric_named
 from circuits.objective import Objective, prepare
 from circuits.prompts.prompts import Prompts
 from circuits.selection import Ranking, Selection, above, random_circuits, ranking, sizes
@@ -56,6 +56,7 @@ def extract(
     selection: Selection | None = None,
     memory: str = "2GB",
     random_draws: int = 20,
+    accept_worse: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
 ) -> Extraction:
@@ -72,6 +73,7 @@ def extract(
         selection: which scored edges are kept, for methods that only score.
         memory: working memory beside the model's own weights, such as 500MB.
         random_draws: how many random circuits of the same size to compare with.
+        accept_worse: even a circuit that is worse than the empty one by another metric.
         seed: of the random circuits.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
 
@@ -86,11 +88,12 @@ def extract(
     Circuit(30 of 110 edges, method=eap_ig, metric=kl, ablation=counterfactual)
 
     Raises:
-        ValueError: the sets overlap, a metric or ablation lacks what it needs, or the metric does
-            not separate the model from the ablated model.
+        ValueError: the sets overlap, a metric or ablation lacks what it needs, the metric does not
+            separate the model from the ablated model, or the circuit is worse than the empty one.
     """
     _check(discovery, evaluation, method, selection, random_draws)
-    selection, chosen = selection or Selection(), metric_named(metric)
+    chosen = metric_named(metric)
+    selection = _with_signs(selection or Selection(), chosen, method)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
     fitted = fit_ablation(ablation, engine, discovery, memory=memory)
     objective = prepare(engine, discovery, chosen, fitted, memory=memory)
@@ -105,6 +108,8 @@ def extract(
         seed=seed,
     )
     metrics |= {**cost, "method": found.details}
+    if not accept_worse:
+        _refuse_worse_than_none(metrics)
     _warn_of_poor_circuits(metrics)
     used = {"discovery": discovery, "evaluation": evaluation}
     how = {
@@ -179,8 +184,9 @@ def rediscover(
     if config.name == "resample":  # the longest prompt may have no donor as long as it is
         second_longest = prompts.deduplicated().lengths.sort().values[-2:][0]
         prompts = prompts.select(prompts.lengths <= second_longest)
-    selection = Selection(**(about.get("selection") or {}))
-    objective = prepare(engine, prompts, metric_named(about["metric"]), ablation, memory=memory)
+    metric = metric_named(about["metric"])
+    selection = _with_signs(Selection(**(about.get("selection") or {})), metric, method)
+    objective = prepare(engine, prompts, metric, ablation, memory=memory)
     return _discover(objective, method, selection)[1]
 
 
@@ -190,6 +196,18 @@ def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
     drawn = random_circuits(graph, len(circuit), count, seed)
     about = {"method": {"name": RANDOM, "seed": seed}}
     return [Circuit(graph, kept, kept.float(), about) for kept in drawn]
+
+
+def _refuse_worse_than_none(metrics: Mapping[str, Any]) -> None:
+    for name in metrics["worse_than_none"]:
+        own, chosen = metrics["by_metric"].get(name), metrics["faithfulness_detail"]["metric"]
+        figures = f" ({own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g})"
+        raise ValueError(
+            f"by {name} the circuit of {metrics['edges_kept']} edges{figures if own else ''} is "
+            f"worse than the empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
+            f"discover by metric={name if METRICS[name].differentiable else 'kl'}, with other "
+            "settings (method.share, selection), or take it as it is: accept_worse=true"
+        )
 
 
 def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
@@ -212,16 +230,16 @@ def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
 
 
 def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "R W *S"]:
-    """The kept edges that a selection asks for; for a target, the first of a ladder of sizes.
+    """The kept edges that a selection asks for; for a target, the smallest circuit found.
 
     Raises:
         ValueError: more than one of edges, share and threshold, a threshold that `how` does not
-            use, or a target that no circuit reaches.
+            use, or a target that no circuit or only the whole model reaches.
     """
     graph = scale.objective.engine.graph
     _check_selection(selection)
     if selection.how == "threshold":
-        return above(graph, found.scores, selection.threshold, absolute=selection.absolute)
+        return above(graph, found.scores, selection.threshold, absolute=bool(selection.absolute))
     ranked = ranked_by(graph, found, selection)
     if selection.edges is not None:
         return ranked.circuit(selection.edges)
@@ -247,24 +265,54 @@ def _check_selection(selection: Selection) -> None:
 
 
 def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[Tensor, "R W *S"]:
-    """The first of a ladder of circuits that reaches a faithfulness."""
-    best = (float("-inf"), 0)
-    for edges in tqdm(sizes(ranked.graph), desc="select", unit="size", disable=None):
-        kept = ranked.circuit(edges)
-        reached = scale.faithfulness(kept).value
+    """The smallest circuit found to reach a faithfulness: up a ladder of sizes, then by halving.
+
+    Edges that score 0 are in none of them.
+    """
+    total, best = ranked.graph.n_edges, (float("-inf"), 0)
+    ladder = [size for size in sizes(ranked.graph) if size < ranked.supported]
+    below = 0
+    for edges in tqdm([*ladder, ranked.supported], desc="select", unit="size", disable=None):
+        reached = scale.faithfulness(ranked.circuit(edges)).value
         if reached >= target:
-            return kept
-        best = max(best, (reached, edges))
-    raise ValueError(
-        f"no circuit reaches selection.faithfulness={target} on the discovery prompts: the best is "
-        f"{best[0]:.3f} with {best[1]} edges; lower it"
-    )
+            break
+        below, best = edges, max(best, (reached, edges))
+    else:
+        raise ValueError(
+            f"no circuit reaches selection.faithfulness={target} on the discovery prompts: the "
+            f"best is {best[0]:.3f} with {best[1]} edges; lower it"
+        )
+    while edges - below > 1:
+        middle = (below + edges) // 2
+        if scale.faithfulness(ranked.circuit(middle)).value >= target:
+            edges = middle
+        else:
+            below = middle
+    kept = ranked.circuit(edges)
+    if int(kept.sum()) == total:
+        raise ValueError(
+            f"only all {total} edges reach selection.faithfulness={target} on the discovery "
+            f"prompts, and the whole model explains nothing: the best of less is {best[0]:.3f} "
+            f"with {best[1]} edges; lower it, or use method=acdc or another ablation"
+        )
+    return kept
+
+
+def _with_signs(selection: Selection, metric: Metric, method: Any) -> Selection:
+    """The selection with `absolute` decided.
+
+    A gradient says how an edge's removal changes the metric to first order; where the metric cannot
+    get better than at the model, the sign of that is an artefact of where gradients were taken.
+    """
+    if selection.absolute is not None:
+        return selection
+    return replace(selection, absolute=metric.flat_at_model and not METHODS[method.name].decides)
 
 
 def ranked_by(graph: Graph, found: Found, selection: Selection) -> Ranking:
     """The order in which a selection takes edges; for a threshold, that of greedy growth."""
     how = "greedy" if selection.how == "threshold" else selection.how
-    return ranking(graph, found.scores, how=how, absolute=selection.absolute)
+    return ranking(graph, found.scores, how=how, absolute=bool(selection.absolute))
 
 
 def _split(prompts: Prompts) -> dict[str, Any]:

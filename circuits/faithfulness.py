@@ -113,6 +113,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns a circuit's figures: by metric, beside random circuits of its size, over sizes.
 
+    `worse_than_none` names the metrics by which it is worse than the empty circuit.
+
     Args:
         ranked: the order in which circuits of other sizes take their edges.
         random_draws: how many random circuits of its size it is compared with.
@@ -136,6 +138,7 @@ def evaluate(
         "faithfulness": own.value,
         "faithfulness_detail": asdict(own),
         "by_metric": {name: asdict(result) for name, result in by_metric(scale, values).items()},
+        "worse_than_none": worse_than_none(values),
         "kl": -values["kl"].circuit.mean().item(),
         "random_circuits": {
             "count": len(drawn),
@@ -171,6 +174,17 @@ def under_each_metric(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> dic
             values = [metric.oriented(logits, batch.prompts, clean) for logits in runs]
             parts[metric.name].append(Measured(*values))
     return {name: joined(own) for name, own in parts.items()}
+
+
+def worse_than_none(values: Mapping[str, Measured]) -> list[str]:
+    """The metrics by which a circuit is worse than the empty one, by over two standard errors."""
+    worse = []
+    for name, own in values.items():
+        loss = own.empty.double() - own.circuit.double()
+        error = loss.std().item() / len(loss) ** 0.5 if len(loss) > 1 else 0.0
+        if loss.mean().item() > 2 * error:
+            worse.append(name)
+    return worse
 
 
 def by_metric(scale: FaithfulnessScale, values: Mapping[str, Measured]) -> dict[str, Faithfulness]:

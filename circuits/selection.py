@@ -2,7 +2,8 @@
 
 `greedy` (Hanna et al. 2024, arXiv 2403.17806) grows the circuit from `logits`: of all edges into
 nodes that are already included, the best-scoring one comes next.  Ties are broken by edge order,
-forward first.
+forward first.  Edges that score exactly 0, as those of a head that writes nothing do, come after
+all others, whatever the sign of theirs.
 
 Circuits of different sizes are nested: edges are put in order once, and a circuit is its beginning.
 
@@ -38,10 +39,13 @@ class Selection:
     how: str = "greedy"
     edges: int | None = None  # greedy, top_n: how many edges
     share: float | None = None  # greedy, top_n: how many edges, as a share of all
-    # greedy, top_n, where no size is given: the first of 25 sizes, on a log scale, to reach this
+    # greedy, top_n, where no size is given: the smallest circuit to reach this, looked for up a
+    # ladder of 25 sizes on a log scale, then by halving
     faithfulness: float | None = 0.9
     threshold: float | None = None  # threshold: the smallest score kept
-    absolute: bool = False  # rank by |score|; else by score, strongest supporters first
+    # rank by |score|; else by score, strongest supporters first. null: by |score| where gradients
+    # of a metric that is best at the model (kl) were taken, whose signs carry nothing
+    absolute: bool | None = None
 
     def given(self) -> list[str]:
         """Which of edges, share and threshold are set; at most one may be."""
@@ -60,6 +64,7 @@ class Ranking:
 
     graph: Graph
     edges: Int[np.ndarray, "E axes"]  # (reader, writer) or (reader, writer, position)
+    supported: int  # how many come before the first that scores 0
 
     def circuit(self, edges: int | None) -> Bool[Tensor, "R W *S"]:
         """The first so many edges, without dead ends; ValueError for a number out of range."""
@@ -108,15 +113,22 @@ def ranking(
     if how == "greedy":
         by_position = rank if graph.n_positions is not None else rank[..., None]
         order = np.array(list(_greedily(graph, by_position.numpy())))
-        return Ranking(graph, order if graph.n_positions is not None else order[:, :2])
-    edges = graph.exists.nonzero().numpy()  # in edge order, which a stable sort keeps where tied
-    return Ranking(graph, edges[np.argsort(-rank[graph.exists].numpy(), kind="stable")])
+        order = order if graph.n_positions is not None else order[:, :2]
+    else:
+        edges = graph.exists.nonzero().numpy()  # in edge order, which a stable sort keeps
+        order = edges[np.argsort(-rank[graph.exists].numpy(), kind="stable")]
+    without = np.isneginf(rank.numpy()[tuple(order.T)])
+    return Ranking(graph, order, int(without.argmax()) if without.any() else len(order))
 
 
 def above(
     graph: Graph, scores: Float[Tensor, "R W *S"], threshold: float | None, *, absolute: bool
 ) -> Bool[Tensor, "R W *S"]:
-    """The edges with scores of at least a threshold, without dead ends; ValueError for none."""
+    """The edges with scores, other than 0, of at least a threshold, without dead ends.
+
+    Raises:
+        ValueError: no threshold, or scores that are not finite.
+    """
     rank = _rank(scores, "threshold", absolute)
     if threshold is None or math.isnan(threshold):
         raise ValueError("how=threshold needs threshold=VALUE")
@@ -128,7 +140,8 @@ def _rank(scores: Tensor, how: str, absolute: bool) -> Tensor:
         raise ValueError(f"how={how!r}, but the selections are {', '.join(HOW)}")
     if not torch.isfinite(scores).all():
         raise ValueError("edge scores are not finite; check the model's logits and the metric")
-    return (scores.abs() if absolute else scores).double()
+    rank = scores.abs() if absolute else scores
+    return rank.double().masked_fill(scores == 0, -math.inf)
 
 
 def _greedily(graph: Graph, rank: Float[np.ndarray, "R W S"]) -> Iterator[tuple[int, int, int]]:

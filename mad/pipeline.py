@@ -10,6 +10,7 @@ from typing import Any
 
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.circuit import Circuit
+from circuits.discovery import default_metric
 from circuits.engine import Engine
 from circuits.engine.memory import parse_memory
 from circuits.extraction import Extraction, extract
@@ -42,8 +43,9 @@ class RunConfig:
     ablation: Any = field(default_factory=AblationConfig)
     # the detector that is fitted and calibrated at the end
     detector: Any = field(default_factory=Fast)
-    # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy
-    metric: str = "logit_diff"
+    # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy;
+    # null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    metric: str | None = None
     selection: Selection = field(default_factory=Selection)  # which scored edges are kept
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
     # tell edges apart by position; for prompts that all have the same length
@@ -52,6 +54,7 @@ class RunConfig:
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     memory: str = "2GB"
     random_draws: int = 20  # random circuits of the same size to compare with
+    accept_worse: bool = False  # even a circuit that is worse than none by another metric
     seed: int = 0  # of prompts, splits and random circuits
     out: str = "???"  # folder to write
     overwrite: bool = False  # replace what another run left in `out`
@@ -139,11 +142,12 @@ def _extracted(config: RunConfig, engine: Engine, splits: Mapping[str, Prompts])
         splits["discovery"],
         splits["evaluation"],
         config.method,
-        metric=config.metric,
+        metric=config.metric or default_metric(config.method.name),
         ablation=config.ablation,
         selection=config.selection,
         memory=config.memory,
         random_draws=config.random_draws,
+        accept_worse=config.accept_worse,
         seed=config.seed,
         about=about,
     )
@@ -161,7 +165,7 @@ def _scoring_faithfulness(
     if name is None:
         return None
     ablation = fit_ablation(AblationConfig(name), engine, splits["fit"], memory=config.memory)
-    metric = metric_named(config.metric)
+    metric = metric_named(extraction.circuit.about["metric"])
     try:
         objective = prepare(engine, splits["evaluation"], metric, ablation, memory=config.memory)
         result = faithfulness_scale(objective).faithfulness(extraction.circuit.mask)

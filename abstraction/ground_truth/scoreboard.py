@@ -32,7 +32,7 @@ from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
 from abstraction.ground_truth.trained import TRUTHS, load_trained
 from circuits.ablation import AblationConfig, fit_ablation
-from circuits.discovery import METHODS, Found
+from circuits.discovery import METHODS, Found, default_metric
 from circuits.engine import Engine
 from circuits.graph import Graph
 from circuits.metrics import metric_named
@@ -100,7 +100,7 @@ def put_to_the_test(
     for program, variant in cases(programs, variants):
         objective, truth = _subject(program, variant, ablation, prompts, seed)
         for method, config in methods.items():
-            own = metric or ("logit_diff" if METHODS[method].needs_slope else "kl")
+            own = metric or default_metric(method)
             started = time.perf_counter()
             found = METHODS[method].run(config, replace(objective, metric=metric_named(own)))
             seconds = time.perf_counter() - started

@@ -10,4 +10,25 @@ METHODS = {
     "eap_ig": Method(EAPIG, eap_ig),
 }
 
-__all__ = ["ACDC", "EAP", "EAPIG", "METHODS", "Found", "Method", "acdc", "eap", "eap_ig"]
+
+def default_metric(method: str) -> str:
+    """The metric that a method goes by where none is named: KL, or logit_diff if it needs a slope.
+
+    >>> default_metric("acdc"), default_metric("eap")
+    ('kl', 'logit_diff')
+    """
+    return "logit_diff" if METHODS[method].needs_slope else "kl"
+
+
+__all__ = [
+    "ACDC",
+    "EAP",
+    "EAPIG",
+    "METHODS",
+    "Found",
+    "Method",
+    "acdc",
+    "default_metric",
+    "eap",
+    "eap_ig",
+]

@@ -207,8 +207,9 @@ class Engine:
             observe: is called with what nodes do, block by block; it must copy what it keeps.
 
         Raises:
-            ValueError: the mask is of another shape than the graph's edges, or prompts have another
-                length than edges by position are told apart for.
+            ValueError: the mask is of another shape than the graph's edges, or removes edges into
+                blocks before `start`; or prompts have another length than edges by position are
+                told apart for.
         """
         graph, prompts = self.graph, prompts.to(self.device)
         single = mask.ndim == graph.exists.ndim
@@ -218,6 +219,7 @@ class Engine:
         if start is None:
             inputs = self.embed(prompts) if upstream is None else upstream[: graph.n_inputs]
             start = Start(0, inputs)
+        self._check_start(masks.detach(), start.layer)
         differentiated = (masks, start.writers, ablated.base, *self.model.bridge.parameters())
         run = MaskedRun(
             self.architecture,
@@ -248,6 +250,17 @@ class Engine:
             raise ValueError(
                 f"per_example needs one mask per prompt: {tuple(mask.shape)} for "
                 f"{len(prompts)} prompts"
+            )
+
+    def _check_start(self, masks: Float[Tensor, "K R W *S"], layer: int) -> None:
+        """Refuses masks that remove edges into what a run that starts later does not run."""
+        skipped = slice(0, self.graph.first_reader(layer))
+        removed = masks[:, skipped] != self.graph.exists[skipped].to(masks.device)
+        if removed.any():
+            edge = self.graph.edge_name(*removed.nonzero()[0, 1:].tolist())
+            raise ValueError(
+                f"the run starts at block {layer}, with given values of all writers before it, but "
+                f"the mask removes edges before it, such as {edge}; keep them, or start at block 0"
             )
 
     def reader_gradients(

@@ -223,9 +223,10 @@ def _pictures(config: Demo, done: Run, parts: Mapping[Scorer, Parts]) -> list[Pa
 def _circuit_line(config: Demo, done: Run) -> str:
     """The circuit's size and faithfulness."""
     metrics, chance = done.metrics, done.metrics["random_circuits"]["mean"]
+    metric = done.circuit.about["metric"]
     line = (
         f"\ncircuit: {metrics['edges_kept']} of {metrics['edges_total']} edges kept, faithfulness "
-        f"{metrics['faithfulness']:.3f} ({config.metric}, {config.ablation.name} ablation)"
+        f"{metrics['faithfulness']:.3f} ({metric}, {config.ablation.name} ablation)"
     )
     return line if chance is None else f"{line}; random circuits of that size {chance:.3f}"
 

@@ -43,7 +43,8 @@ def run(config: Extract) -> None:
     chance = metrics["random_circuits"]
     table.add_row("edges kept", f"{kept} of {total} ({kept / total:.1%})")
     table.add_row(
-        f"faithfulness ({config.metric}, {config.ablation.name})", f"{metrics['faithfulness']:.3f}"
+        f"faithfulness ({done.circuit.about['metric']}, {config.ablation.name})",
+        f"{metrics['faithfulness']:.3f}",
     )
     if chance["count"]:
         table.add_row(

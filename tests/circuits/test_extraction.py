@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.ablation.means import writer_means
 from circuits.circuit import Circuit
-from circuits.discovery import ACDC, EAP, EAPIG, Found, eap_ig
+from circuits.discovery import ACDC, EAP, EAPIG, METHODS, Found, Method, eap_ig
 from circuits.engine import Engine
 from circuits.extraction import Extraction, choose, extract
 from circuits.faithfulness import (
@@ -26,7 +27,14 @@ from circuits.metrics import METRICS
 from circuits.model.load import ModelConfig, load_model
 from circuits.objective import prepare
 from circuits.prompts import Prompts, prompts_from_records
-from circuits.selection import Selection, _greedily, ranking, select, sizes
+from circuits.selection import (
+    Selection,
+    _greedily,
+    random_circuits,
+    ranking,
+    select,
+    sizes,
+)
 from circuits.tasks import induction
 from tests import tiny
 from tests.budget import memory_for
@@ -127,7 +135,7 @@ def test_the_curve_and_the_random_circuits_are_measured_on_the_evaluation_prompt
     result, held_out, found = run(selection=selection), scale(EVALUATION), scored()
     curve = {}
     for wanted in sizes(GRAPH):
-        mask = select(GRAPH, found.scores, edges=wanted, absolute=False)
+        mask = select(GRAPH, found.scores, edges=wanted, absolute=True)
         curve[int(mask.sum())] = held_out.faithfulness(mask).value
     points = {point["edges"]: point["faithfulness"] for point in result.metrics["curve"]}
     assert points == pytest.approx(curve, rel=1e-6, abs=1e-9)
@@ -260,17 +268,74 @@ def test_the_known_circuit_of_the_induction_model(cases):
 # ---- how many edges ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [0.3, 0.7, 1.0])
-def test_the_smallest_size_that_reaches_the_target_is_chosen(target):
+@pytest.mark.parametrize("target", [0.3, 0.7, 0.95])
+def test_the_smallest_circuit_is_found_up_a_ladder_and_by_halving(target):
     """Sizes are tried in order, so a lucky small circuit would win, as it should."""
     ours, found = scale(), scored()
-    reached = {
-        n: ours.faithfulness(select(GRAPH, found.scores, edges=n, absolute=True)).value
-        for n in sizes(GRAPH)
-    }
-    smallest = min(n for n, value in reached.items() if value >= target)
+
+    def reaches(edges: int) -> bool:
+        kept = select(GRAPH, found.scores, edges=edges, absolute=True)
+        return ours.faithfulness(kept).value >= target
+
+    high = min(size for size in sizes(GRAPH) if reaches(size))
+    low = max((size for size in sizes(GRAPH) if size < high), default=0)
+    while high - low > 1:
+        low, high = (
+            (low, (low + high) // 2)
+            if reaches((low + high) // 2)
+            else (
+                (low + high) // 2,
+                high,
+            )
+        )
     kept = choose(ours, found, Selection(faithfulness=target, absolute=True))
-    assert torch.equal(kept, select(GRAPH, found.scores, edges=smallest, absolute=True))
+    assert torch.equal(kept, select(GRAPH, found.scores, edges=high, absolute=True))
+
+
+def test_a_target_that_only_the_whole_model_reaches_is_refused():
+    ours, found = scale(), scored()
+    with pytest.raises(ValueError, match="only all 46 edges reach selection.faithfulness=0.99999"):
+        choose(ours, found, Selection(faithfulness=0.99999, absolute=True))
+
+
+def test_edges_that_score_0_are_in_no_circuit_that_reaches_a_target():
+    ours, found = scale(), scored()
+    silent = GRAPH.writer_index["m1"]
+    scores = found.scores.clone()
+    scores[:, silent] = 0
+    low = replace(found, scores=-scores)  # every true supporter now ranks below 0
+    kept = choose(ours, low, Selection(faithfulness=0.2, absolute=False))
+    assert kept.any() and not kept[:, silent].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "absolute"),
+    [(EAPIG(), "kl", True), (EAPIG(), "logit_diff", False), (EAP(), "logit_diff", False)],
+)
+def test_ranking_goes_by_size_where_the_metric_is_best_at_the_model(method, metric, absolute):
+    result = run(method, Selection(edges=20), metric=metric, accept_worse=True)
+    assert result.circuit.about["selection"]["absolute"] is absolute
+    kept = select(GRAPH, result.circuit.scores, edges=20, absolute=absolute)
+    assert torch.equal(result.circuit.kept, kept)
+
+
+def test_a_circuit_that_is_worse_than_none_by_another_metric_is_refused_unless_it_is_wanted():
+    held_out = scale(EVALUATION, "prob_diff").objective
+
+    def t_of_the_loss(kept: torch.Tensor) -> float:
+        loss = (held_out.empty() - held_out.measure(kept)).double()
+        return (loss.mean() / (loss.std() / len(loss) ** 0.5)).item()
+
+    worst = max(random_circuits(GRAPH, 3, 20, 0), key=t_of_the_loss)
+    assert t_of_the_loss(worst) > 2
+    found = Found(worst.float(), worst)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "eap_ig", Method(EAPIG, lambda *_: found, decides=True))
+        with pytest.raises(ValueError, match=r"by prob_diff the circuit of \d+ edges .* is worse"):
+            run()
+        result = run(accept_worse=True)
+    assert result.metrics["worse_than_none"] == ["prob_diff"]
+    assert torch.equal(result.circuit.kept, worst)
 
 
 def test_a_target_that_no_circuit_reaches_is_refused_with_the_best_one():
@@ -417,7 +482,7 @@ def test_a_metric_that_does_not_separate_is_refused_before_discovery(metric, mon
     def expensive(*_):
         raise AssertionError("discovery has run")
 
-    monkeypatch.setattr("circuits.extraction.METHODS", {"eap_ig": (EAPIG, expensive)})
+    monkeypatch.setattr("circuits.extraction.METHODS", {"eap_ig": Method(EAPIG, expensive)})
     with pytest.raises(
         ValueError, match=f"metric {metric} does not separate the model from the ablated model"
     ):

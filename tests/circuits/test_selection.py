@@ -28,6 +28,8 @@ def random_scores(graph: Graph, seed: int, levels: int | None = None) -> torch.T
 
 
 def rank_of(score: float, absolute: bool) -> float:
+    if score == 0:
+        return -math.inf
     return abs(score) if absolute else score
 
 
@@ -259,3 +261,27 @@ def test_scores_that_are_not_finite_are_refused(how, value):
 def test_more_random_edges_than_there_are_are_refused():
     with pytest.raises(ValueError, match="edges=47, but the graph has 46 edges"):
         random_circuits(GRAPHS["plain"], 47, 1, 0)
+
+
+@pytest.mark.parametrize("how", ["greedy", "top_n"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_edges_that_score_0_come_last_whatever_the_sign_of_the_others(how, absolute):
+    graph = GRAPHS["plain"]
+    scores = random_scores(graph, 3)
+    scores[:, graph.writer_index["a1.h0"]] = 0  # as of a head that writes nothing
+    for row, reader in enumerate(graph.readers):
+        if reader.startswith("a1.h0"):
+            scores[row] = 0
+    ranked = ranking(graph, scores, how=how, absolute=absolute)
+    zero = [scores[tuple(edge)].item() == 0 for edge in ranked.edges]
+    assert zero == sorted(zero) and any(zero)
+    assert ranked.supported == zero.index(True)
+    everything = ranking(graph, random_scores(graph, 3), how=how, absolute=absolute)
+    assert everything.supported == graph.n_edges
+
+
+def test_a_threshold_below_0_keeps_no_edge_that_scores_0():
+    graph = GRAPHS["plain"]
+    scores = torch.zeros(graph.exists.shape)
+    scores[-1, 0] = -0.5
+    assert select(graph, scores, how="threshold", threshold=-1.0).sum() == 1

@@ -235,6 +235,39 @@ def test_a_tau_that_is_not_above_zero_is_refused(tau):
         acdc(ACDC(tau=tau), objective(ENGINES["gpt2"]))
 
 
+@pytest.mark.parametrize("share", [0.0, -1.0, math.nan])
+def test_a_share_that_is_not_above_zero_is_refused(share):
+    with pytest.raises(ValueError, match=f"share={share}, but it must be above 0"):
+        acdc(ACDC(share=share), objective(ENGINES["gpt2"]))
+
+
+@pytest.mark.parametrize("metric", ["kl", "logit_diff"])
+def test_by_default_tau_is_a_share_of_the_gap_between_model_and_empty_circuit(metric):
+    ours = objective(ENGINES["gpt2"], metric, "mean")
+    ends = [ours.full().double().mean().item(), ours.empty().double().mean().item()]
+    tau = 0.03 * abs(ends[0] - ends[1])
+    if ends[0] > ends[1]:
+        by_share = acdc(ACDC(share=0.03), ours)
+        assert by_share.details["tau"] == pytest.approx(tau)
+        assert torch.equal(by_share.kept, acdc(ACDC(tau=tau), ours).kept)
+    else:
+        with pytest.raises(ValueError, match=f"by {metric} the empty circuit .* is as good"):
+            acdc(ACDC(share=0.03), ours)
+
+
+def test_a_sweep_starts_from_all_edges_and_warns_where_rounding_is_near_tau(caplog):
+    rounded = Engine(tiny.gpt2(torch.bfloat16))
+    for engine, said in ((rounded, True), (ENGINES["gpt2"], False)):
+        caplog.clear()
+        ours = objective(engine, "kl", "mean")
+        everything = -ours.measure(engine.graph.exists).double().mean().item()
+        found = acdc(ACDC(tau=1e-4), ours)
+        assert ("beside tau=0.0001" in caplog.text and "dtype=float32" in caplog.text) == said
+        assert said == (everything > 1e-5)
+        removed = found.scores[~found.kept].double().sum().item()
+        assert found.details["final_cost"] - removed == pytest.approx(everything, abs=1e-5)
+
+
 def test_a_sweep_whose_batches_are_not_all_kept_says_what_would_help(caplog):
     engine, prompts = ENGINES["gpt2"], tiny.prompts(9, seed=1)
     fitted = fit_ablation(AblationConfig("counterfactual"), engine, REFERENCE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -301,6 +303,21 @@ def test_suffix_run_from_a_cached_prefix(named_engine):
         atol=bound(name),
         rtol=bound(name),
     )
+
+
+def test_a_run_that_starts_later_refuses_a_mask_that_removes_edges_before(named_engine):
+    _, factored = named_engine
+    tokens = tokens_for(factored)
+    ablated, clean = random_ablated(factored, tokens), factored.clean(tiny.from_tokens(tokens))
+    graph = factored.graph
+    mask = graph.exists.float()
+    mask[graph.first_reader(1) - 1, 0] = 0
+    start = Start(1, clean.writers[: graph.first_writer(1)])
+    edge = re.escape(graph.edge_name(graph.first_reader(1) - 1, 0))
+    with pytest.raises(
+        ValueError, match=f"starts at block 1, .* removes edges before it, .*{edge}"
+    ):
+        factored.masked(tiny.from_tokens(tokens), mask, ablated, start=start)
 
 
 def test_gradients_in_mask_and_reader_inputs_equal_finite_differences():
