@@ -93,7 +93,7 @@ def extract(
     """
     _check(discovery, evaluation, method, selection, random_draws)
     chosen = metric_named(metric)
-    selection = _with_signs(selection or Selection(), chosen, method)
+    selection = with_signs(selection or Selection(), chosen, method)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
     fitted = fit_ablation(ablation, engine, discovery, memory=memory)
     objective = prepare(engine, discovery, chosen, fitted, memory=memory)
@@ -185,7 +185,7 @@ def rediscover(
         second_longest = prompts.deduplicated().lengths.sort().values[-2:][0]
         prompts = prompts.select(prompts.lengths <= second_longest)
     metric = metric_named(about["metric"])
-    selection = _with_signs(Selection(**(about.get("selection") or {})), metric, method)
+    selection = with_signs(Selection(**(about.get("selection") or {})), metric, method)
     objective = prepare(engine, prompts, metric, ablation, memory=memory)
     return _discover(objective, method, selection)[1]
 
@@ -298,7 +298,7 @@ def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[
     return kept
 
 
-def _with_signs(selection: Selection, metric: Metric, method: Any) -> Selection:
+def with_signs(selection: Selection, metric: Metric, method: Any) -> Selection:
     """The selection with `absolute` decided.
 
     A gradient says how an edge's removal changes the metric to first order; where the metric cannot

@@ -98,7 +98,7 @@ def put_to_the_test(
     _require_known("program", programs, PROGRAMS)
     _require_known("variant", variants, VARIANTS)
     for program, variant in cases(programs, variants):
-        objective, truth = _subject(program, variant, ablation, prompts, seed)
+        objective, truth = subject(program, variant, ablation, prompts, seed)
         for method, config in methods.items():
             own = metric or default_metric(method)
             started = time.perf_counter()
@@ -120,7 +120,7 @@ def cases(programs: Sequence[str], variants: Sequence[str]) -> list[tuple[str, s
     return [(name, variant) for name, variant in pairs if variant != TRAINED or name in TRUTHS]
 
 
-def _subject(
+def subject(
     program: str, variant: str, ablation: str, count: int, seed: int
 ) -> tuple[Objective, Bool[Tensor, "R W"]]:
     """What methods go by on a model, with KL as metric, and the true edges."""
