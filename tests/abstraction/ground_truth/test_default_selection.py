@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abstraction.ground_truth.programs import PROGRAMS
-from abstraction.ground_truth.scoreboard import VARIANTS, subject, cases
+from abstraction.ground_truth.scoreboard import VARIANTS, cases, subject
 from circuits.discovery import METHODS, default_metric
 from circuits.engine import Engine
 from circuits.extraction import choose, with_signs
