@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.model.altered import refuse_altered, refuse_altered_code
 from circuits.model.huggingface import read_module, read_tokenizer
 from circuits.model.output_head import OutputHead, load_output_head
 from circuits.model.refusals import first_line, refuse_dtype, refuse_module, refuse_parameters
@@ -181,7 +182,8 @@ def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memor
 
     Raises:
         ValueError: the bridge wraps another kind of model, whose source is no longer at hand to
-            compare with; or its parameters have no values, are not finite or of several dtypes.
+            compare with; it has hooks or replaced functions; or its parameters have no values, are
+            not finite or of several dtypes.
     """
     if bridge.cfg.architecture != "TransformerLensNative":
         raise ValueError(
@@ -189,6 +191,9 @@ def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memor
             "wrapping has already changed the module; hand the module itself to from_module, or "
             "its folder to load_model"
         )
+    for part in (bridge, bridge.original_model):
+        refuse_altered(path, part, remove="remove all: bridge.reset_hooks(including_permanent=True)")
+        refuse_altered_code(path, part)
     refuse_parameters(path, bridge.original_model)
     return _from_native(bridge, weight_hash(bridge.state_dict()), tokenizer, path)
 

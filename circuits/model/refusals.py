@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from circuits.model.altered import computes_as_its_class, refuse_altered, refuse_altered_code
+
 # Why an architecture is not supported and what to do, by its name; the first that fits is said.
 REASONS = {
     r"^OptimizedModule$|DataParallel$": (
@@ -38,7 +40,7 @@ REASONS = {
     r"[Mm]o[Ee]|MOE|Mixtral|GptOss|Deepseek|Dbrx|DBRX|Switch|Llama4|Grok|MiniMax": (
         "a mixture of experts, in which each token has its own MLPs: use a dense model"
     ),
-    r"Llava|VL|Vision|Audio|Speech|Whisper|Omni|Idefics|PaliGemma|Mllama|Gemma3For|Gemma3n|Gemma4"
+    r"Llava|VL|Vision|Audio|Speech|Whisper|Omni|Idefics|PaliGemma|Mllama|Gemma3ForConditional|Gemma3n|Gemma4"
     r"|ImageText": "images or sound beside text: use a model of text alone",
     r"T5|Bart|Marian|Pegasus|M2M100|^LED|EncoderDecoder|ForConditionalGeneration": (
         "an encoder beside the decoder: use a decoder alone"
@@ -105,7 +107,8 @@ def refuse_module(source: str, module: Any) -> None:
     """Refuses a HuggingFace module that the engine would not compute as it stands.
 
     That is for adapters, quantised or offloaded weights, an unsupported architecture, layers that
-    compute something of their own, tied weights that differ, sizes not stated, and parameters.
+    compute something of their own, hooks and replaced functions, tied weights that differ, sizes
+    not stated or other ones, and parameters.
     """
     name = type(module).__name__
     _refuse_adapters(source, module)
@@ -113,6 +116,8 @@ def refuse_module(source: str, module: Any) -> None:
     _refuse_quantised(source, module)
     _refuse_offloaded(source, module)
     _refuse_own_computations(source, module)
+    refuse_altered(source, module)
+    refuse_altered_code(source, module)
     if name == "GPTNeoXForCausalLM" and not module.config.attention_bias:
         raise ValueError(
             f"{source}: GPTNeoXForCausalLM with attention_bias=False cannot be wrapped by "
@@ -222,15 +227,14 @@ def _refuse_offloaded(source: str, module: nn.Module) -> None:
 
 
 def _refuse_own_computations(source: str, module: nn.Module) -> None:
-    """Refuses layers with weights that are not the plain ones of torch and transformers."""
+    """Refuses layers that are not the plain ones of torch and transformers."""
     for name, part in module.named_modules():
         kind = type(part)
         if _is_plain(part):
             continue
         if _QUANTISED.search(kind.__name__) or kind.__module__.startswith("torch.ao."):
             raise ValueError(f"{source}: {name} is a quantised {kind.__name__}, but {_DEQUANTISE}")
-        tensors = (*part._parameters.values(), *part._buffers.values())
-        if any(tensor is not None for tensor in tensors):
+        if not _is_called_or_known(name, part):
             raise ValueError(
                 f"{source}: {name} is a {kind.__name__} ({kind.__module__}), whose own computation "
                 "the engine does not know; replace it with the plain torch or transformers layer "
@@ -243,6 +247,15 @@ def _is_plain(part: nn.Module) -> bool:
     if isinstance(part, nn.Linear):
         return kind.forward is nn.Linear.forward
     return kind.__module__.startswith(_PLAIN)
+
+
+def _is_called_or_known(name: str, part: nn.Module) -> bool:
+    """Whether the engine calls a layer of another class, or that computes what its bases do."""
+    tensors = (*part._parameters.values(), *part._buffers.values())
+    if any(tensor is not None for tensor in tensors):
+        return False
+    is_activation = name.rpartition(".")[2].startswith("act") and not part._modules
+    return is_activation or computes_as_its_class(part)
 
 
 def _refuse_untied(source: str, module: Any) -> None:
