@@ -5,6 +5,7 @@ The tensors have HookedTransformer's names (`embed.W_E`), or those of the bridge
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Mapping
@@ -14,6 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from circuits.model.legacy import (
+    has_legacy_names,
+    known_fields,
+    native_weights,
+    set_scales,
+    with_output_biases,
+)
 from circuits.model.refusals import first_line
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -37,11 +45,16 @@ def read_bridge(path: Path, device: str) -> tuple[Any, dict[str, Tensor]]:
     tensors = _tensors(path)
     try:
         fields = json.loads(config_path.read_text())
-        fixed = {"architecture": "TransformerLensNative", "device": device}
-        config = TransformerBridgeConfig(**{**fields, **fixed})
+        if not isinstance(fields, dict):
+            raise TypeError("it holds no mapping")
+        fields = known_fields(fields, legacy=has_legacy_names(tensors))
+        # The weights have their own dtype, and are not drawn.
+        fixed = {"architecture": "TransformerLensNative", "dtype": None, "init_weights": False}
+        config = TransformerBridgeConfig(**{**fields, **fixed, "device": device})
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{config_path} is no TransformerLens configuration: {first_line(error)}"
+            f"{config_path} is no TransformerLens configuration that can be computed: "
+            f"{first_line(error)}"
         ) from error
     _refuse_tensors(path, tensors)
     try:
@@ -89,12 +102,20 @@ def _refuse_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _filled(config: Any, tensors: dict[str, Tensor]) -> Any:
-    """A native bridge of this configuration with these weights."""
+    """A native bridge of this configuration with these weights, in float64 if one of them is."""
     from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
-    bridge: Any = TransformerBridge.boot_native(config)  # pyright: ignore[reportAttributeAccessIssue]
-    if any(name.endswith((".W_E", ".W_Q")) for name in tensors):
-        tensors = convert_tl_checkpoint(tensors, bridge.cfg)
+    # The native model takes no scale of 1, nor of each layer: the scales are set below.
+    plain = copy.copy(config)
+    plain.use_attn_scale, plain.attn_scale = True, -1.0
+    bridge: Any = TransformerBridge.boot_native(plain)  # pyright: ignore[reportAttributeAccessIssue]
+    for field in ("use_attn_scale", "attn_scale"):
+        setattr(bridge.cfg, field, getattr(config, field))
+    set_scales(bridge.original_model, config)
+    if has_legacy_names(tensors):
+        tensors = native_weights(bridge.cfg, tensors)
+    with_output_biases(bridge.original_model, tensors)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        bridge.original_model.to(torch.float64)
     bridge.load_state_dict(tensors, strict=True)
     return bridge

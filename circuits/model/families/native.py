@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from circuits.graph import Graph
 from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm, Rotary
 from circuits.model.families.parts import part, projection, qkvo
+from circuits.model.legacy import attention_scale
 
 NormKind = Literal["layer", "rms", "none"]
 
@@ -19,7 +21,7 @@ _NORMS: Mapping[str, NormKind] = {"LN": "layer", "LNPRE": "layer", "RMS": "rms",
 _HONOURED = frozenset(
     "d_model d_head n_layers n_ctx n_heads d_mlp d_vocab d_vocab_out positional_embedding_type "
     "n_key_value_heads attn_only gated_mlp eps act_fn normalization_type final_rms use_attn_scale "
-    "attn_scale attention_dir rotary_dim rotary_base rope_scaling attn_scores_soft_cap "
+    "attn_scale scale_attn_by_inverse_layer_idx attention_dir rotary_dim rotary_base rope_scaling attn_scores_soft_cap "
     "output_logits_soft_cap".split()
 )
 # Fields that change nothing of it: names, devices, initialisation, tokenisers, hooks.
@@ -38,6 +40,7 @@ def native(bridge: Any, hf_config: None) -> Architecture:
     """A native model; fields that TransformerLens's native model itself ignores are refused."""
     config = bridge.cfg
     _refuse_others(config)
+    _refuse_scales(config, bridge)
     norm = partial(_norm, config, kind=_norm_kind(config))
     final_norm = norm(bridge.ln_final, kind="rms") if config.final_rms else norm(bridge.ln_final)
     rotary = _rotary(bridge.original_model.rotary)
@@ -117,6 +120,21 @@ def _rotary(rotary: Any | None) -> Rotary | None:
         return cos.to(like.dtype), sin.to(like.dtype)
 
     return Rotary(tables, pairs="adjacent")
+
+
+def _refuse_scales(config: Any, bridge: Any) -> None:
+    """Refuses a model that scales its attention in another way than its configuration says."""
+    for layer, block in enumerate(bridge.blocks):
+        stated, scale = attention_scale(config, layer), part(block.attn).scale
+        if not math.isclose(stated, scale, rel_tol=1e-6):
+            raise ValueError(
+                f"TransformerLens native: use_attn_scale={config.use_attn_scale}, "
+                f"attn_scale={config.attn_scale:g} and scale_attn_by_inverse_layer_idx="
+                f"{config.scale_attn_by_inverse_layer_idx} divide the attention scores of layer "
+                f"{layer} by {stated:g}, but the model divides them by {scale:g}; state that in "
+                "bridge.cfg if the weights were trained so, else give HookedTransformer's "
+                "checkpoint to load_model"
+            )
 
 
 def _refuse_others(config: Any) -> None:
