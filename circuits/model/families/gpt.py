@@ -26,13 +26,16 @@ _COMMON = (
 _NEOX = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
     "max_position_embeddings layer_norm_eps use_parallel_residual rope_parameters attention_bias "
-    "rotary_pct rotary_emb_base attention_dropout hidden_dropout classifier_dropout"
+    "rotary_pct rotary_emb_base partial_rotary_factor rope_theta attention_dropout hidden_dropout "
+    "classifier_dropout"
 )
 
 
 def gpt2(bridge: Any, config: Any) -> Architecture:
     """GPT-2 (Radford et al. 2019): learned positions, Conv1D projections."""
-    refuse_unknown("GPT-2", config, _COMMON + "scale_attn_by_inverse_layer_idx")
+    # reorder_and_upcast_attn rounds attention in another way and changes nothing else.
+    fields = "scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
+    refuse_unknown("GPT-2", config, _COMMON + fields)
     blocks = tuple(_block(block, part(block.attn).scaling) for block in bridge.blocks)
     return _decoder(bridge, config, blocks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from circuits.model.architecture import Activation, Linear, Norm, Rotary
+from circuits.model.config_reads import fields_read
+
+log = logging.getLogger(__name__)
 
 # Fields of any HuggingFace configuration that change nothing of what a decoder computes.
 INERT = frozenset(
@@ -33,18 +37,33 @@ REMEDIES = {
 
 
 def refuse_unknown(family: str, config: Any, honoured: str) -> None:
-    """Raises ValueError for a field that is set (not None or False), not honoured, not inert."""
+    """Raises ValueError for a field that is set (not None or False), not honoured, not inert.
+
+    Fields that the model's own code does not read are inert too, and are named in one note.  Not so
+    those that `REMEDIES` knows: weights that were trained with experts or ALiBi are of another
+    model, though this one's code does not ask.
+    """
     known = INERT.union(honoured.split())
-    for field, value in config.to_dict().items():
-        if field in known or value is None or value is False:
-            continue
-        remedy = next(
-            (what for part, what in REMEDIES.items() if part in field.lower()),
-            "remove it if the weights do not need it, or use another model",
-        )
-        raise ValueError(
-            f"{family}: configuration field {field}={value!r} is not honoured by the engine, which "
-            f"would then compute another function than the model; {remedy}"
+    fields = {
+        field: value
+        for field, value in config.to_dict().items()
+        if not (field in known or value is None or value is False)
+    }
+    read = fields_read(config) if fields else set()
+    for field, value in fields.items():
+        remedy = next((what for name, what in REMEDIES.items() if name in field.lower()), None)
+        if field in read or remedy is not None:
+            remedy = remedy or "remove it if the weights do not need it, or use another model"
+            raise ValueError(
+                f"{family}: configuration field {field}={value!r} is not honoured by the engine, "
+                f"which would then compute another function than the model; {remedy}"
+            )
+    if fields:
+        log.warning(
+            "%s: the model's code does not read these configuration fields, so they are ignored: "
+            "%s",
+            family,
+            ", ".join(fields),
         )
 
 
