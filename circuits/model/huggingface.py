@@ -13,22 +13,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from circuits.model.refusals import first_line, refuse_configuration
+import torch
 
-# The weights of a folder, in the order in which transformers looks for them.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+from circuits.model.refusals import first_line, refuse_configuration
+from circuits.model.stored import WEIGHT_FILES, constants, stored_dtypes, weight_files, widest
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-# Weights in the dtype of their file, and a report of what did not fit instead of an error.
-_REPORTED = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+# A report of what did not fit instead of an error.
+_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def read_module(source: str, *, local: bool) -> Any:
-    """The module of a folder or a hub name as it was saved, in its own dtype on the CPU.
+    """The module of a folder or a hub name as it was saved, in its files' dtype on the CPU.
+
+    What config.json says of the dtype does not count; of several the module has the widest.
 
     Raises:
         FileNotFoundError: no such model, no config.json, no weights or not all of their shards.
@@ -43,6 +41,9 @@ def read_module(source: str, *, local: bool) -> Any:
     _check_configuration(source, options)
     if local:
         _refuse_incomplete(Path(source))
+    files = weight_files(source, options)
+    dtypes = stored_dtypes(files)
+    options["dtype"] = widest(dtypes.values())
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **_REPORTED)
@@ -51,7 +52,8 @@ def read_module(source: str, *, local: bool) -> Any:
             f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
         ) from error
     module, report = loaded
-    _refuse_keys(source, module, report)
+    _refuse_keys(source, module, report, files)
+    _refuse_whole_numbers(source, module, dtypes)
     return module
 
 
@@ -182,10 +184,13 @@ def _tensor_names(path: Path, wanted: set[str]) -> set[str]:
     return wanted
 
 
-def _refuse_keys(source: str, module: Any, report: Mapping[str, Any]) -> None:
+def _refuse_keys(source: str, module: Any, report: Mapping[str, Any], files: list[Path]) -> None:
     """Refuses weights of other names or shapes than their configuration's."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, report.get(problem) or ()))
+        if problem == "unexpected_keys":
+            ignored = constants(module, files, found)
+            found = [name for name in found if name not in ignored]
         if not found:
             continue
         remedy = "is config.json of this model? Otherwise download or save the model again"
@@ -195,3 +200,15 @@ def _refuse_keys(source: str, module: Any, report: Mapping[str, Any]) -> None:
             f"{source}: the weights do not fit the configuration: {len(found)} "
             f"{problem.replace('_', ' ')}, the first is {found[0]}; {remedy}"
         )
+
+
+def _refuse_whole_numbers(
+    source: str, module: Any, dtypes: Mapping[str, torch.dtype | None]
+) -> None:
+    """Refuses weights that are stored as whole numbers, whose scale is not known."""
+    for name, _ in module.named_parameters():
+        if name in dtypes and dtypes[name] is None:
+            raise ValueError(
+                f"{source}: {name} is not stored as a float type, so it is quantised or broken; "
+                "dequantise the model and save it in float"
+            )

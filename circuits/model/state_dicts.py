@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from circuits.model.legacy import (
     with_output_biases,
 )
 from circuits.model.refusals import first_line
+from circuits.model.stored import pickled
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
@@ -70,20 +70,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        return pickled(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        # torch's own message advises weights_only=False, with which a file can run code.
+        return load_file(path)
+    except SafetensorError as error:
         raise ValueError(
-            f"{path} holds no tensors that can be read ({type(error).__name__})"
-        ) from None
-    if isinstance(tensors, Mapping) and all(isinstance(one, Tensor) for one in tensors.values()):
-        return dict(tensors)
-    raise ValueError(
-        f"{path} holds no state dict, which is a mapping from names to tensors; save that alone"
-    )
+            f"{path} holds no tensors that can be read ({first_line(error)}); download it again"
+        ) from error
 
 
 def _refuse_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
