@@ -262,7 +262,7 @@ def _wrap(
     config: Any = module.config
     tokens = _probe(config.vocab_size, config.max_position_embeddings, module)
     with torch.no_grad():
-        logits = module(tokens).logits
+        logits = module(tokens, use_cache=False).logits
     bridge = build_bridge_from_module(
         module, architecture=type(module).__name__, hf_config=config, tokenizer=tokenizer
     )

@@ -277,6 +277,7 @@ def _refuse_untied(source: str, module: Any) -> None:
 
 def _refuse_sizes(source: str, module: Any) -> None:
     config, rows = module.config, len(module.get_input_embeddings().weight)
+    _refuse_layers(source, module)
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
         raise ValueError(
@@ -288,6 +289,28 @@ def _refuse_sizes(source: str, module: Any) -> None:
             f"{source}: vocab_size={config.vocab_size}, but the embedding has {rows} rows; set "
             f"vocab_size={rows}, or call module.resize_token_embeddings({config.vocab_size})"
         )
+
+
+def _refuse_layers(source: str, module: Any) -> None:
+    """Refuses other layers than the configuration's, as where some were cut off."""
+    base, stated = module.base_model, module.config.num_hidden_layers
+    name, layers = next(
+        (name, part) for name, part in base.named_modules() if isinstance(part, nn.ModuleList)
+    )
+    if len(layers) != stated:
+        raise ValueError(
+            f"{source}: the model has {len(layers)} layers ({name}), but its configuration says "
+            f"num_hidden_layers={stated}; if some were cut off on purpose, set "
+            f"module.config.num_hidden_layers={len(layers)}, else load the whole model"
+        )
+    for place, layer in enumerate(layers):
+        for inside, part in layer.named_modules():
+            if getattr(part, "layer_idx", None) not in (None, place):
+                raise ValueError(
+                    f"{source}: {name}.{place}.{inside} says that it is in layer {part.layer_idx} "
+                    "(layer_idx), as where layers before it were cut off; set its layer_idx to "
+                    f"{place}, and so in all layers"
+                )
 
 
 def first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def stored_dtypes(files: Iterable[Path]) -> dict[str, torch.dtype | None]:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     dtypes[name] = _FLOATS.get(file.get_slice(name).get_dtype())
         else:
-            for name, tensor in pickled(path, "meta").items():
+            for name, tensor in pickled(path, "meta", mapped=True).items():
                 dtype = _SCALES.get(tensor.dtype, tensor.dtype)
                 dtypes[name] = dtype if dtype.is_floating_point else None
     return dtypes
@@ -89,14 +90,17 @@ def widest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
     return functools.reduce(torch.promote_types, floats) if floats else torch.float32
 
 
-def pickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def pickled(path: Path, device: str = "cpu", *, mapped: bool = False) -> dict[str, Tensor]:
     """The state dict that torch.save wrote; nothing in it can run code.
+
+    Where `mapped`, values are read from the file when they are asked for, if its format allows.
 
     Raises:
         ValueError: it is broken, needs code to be read, or holds something else.
     """
     try:
-        tensors = torch.load(path, weights_only=True, map_location=device)
+        mapped = mapped and zipfile.is_zipfile(path)
+        tensors = torch.load(path, weights_only=True, map_location=device, mmap=mapped)
     except Exception as error:
         # torch's own message advises weights_only=False, with which a file can run code.
         raise ValueError(
@@ -139,5 +143,5 @@ def _stored_tensors(files: Iterable[Path], names: set[str]) -> dict[str, Tensor]
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in names & set(file.keys())}
         else:
-            tensors |= {name: one for name, one in pickled(path).items() if name in names}
+            tensors |= {name: one for name, one in pickled(path, mapped=True).items() if name in names}
     return tensors
