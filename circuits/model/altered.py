@@ -20,6 +20,8 @@ from torch.nn.utils import parametrize
 
 # Packages whose functions compute what the engine knows of.
 _KNOWN = frozenset({"torch", "transformers", "transformer_lens"})
+# Modules whose hooks only record; what they record is changed by hooks of one's own, seen apart.
+_RECORDERS = ("transformers.", "transformer_lens.model_bridge.generalized_components.")
 _HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
 # What undoes a change of torch's own, by the name of its hook.
 _UNDONE = {
@@ -53,7 +55,7 @@ def refuse_altered(source: str, module: nn.Module, *, remove: str = _HANDLE) -> 
             )
         for attribute, kind in _HOOKS.items():
             for hook in getattr(part, attribute).values():
-                if _package(hook) != "transformers":
+                if not _scope(hook).startswith(_RECORDERS):
                     _refuse(source, f"{name} has a {kind}", hook, _undo(hook, remove))
         for method in _replaced(part, root=part is module):
             raise ValueError(
@@ -158,18 +160,18 @@ def _own_functions(kind: type) -> dict[str, Any]:
 def _comes_from(function: Callable[..., Any] | None, packages: frozenset[str]) -> bool:
     """Whether a function, and each that it wraps, was defined in one of these packages."""
     while function is not None:
-        if _package(function) not in packages:
+        if _scope(function).partition(".")[0] not in packages:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
 
 
-def _package(function: Any) -> str:
-    """The package in which a function was defined, which `functools.wraps` does not hide."""
+def _scope(function: Any) -> str:
+    """The module in which a function was defined, which `functools.wraps` does not hide."""
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     scope = getattr(function, "__globals__", {})
-    return scope.get("__name__", type(function).__module__).partition(".")[0]
+    return scope.get("__name__", type(function).__module__)
 
 
 def _named(function: Any) -> str:
