@@ -66,8 +66,11 @@ INTRODUCTION = """# Architectures
 *Made by `make docs` from the tests; `make test` fails when it is no longer true.*
 
 A model is supported when its family is described in `circuits/model/families` and every configuration field that it
-sets is known there: a field that is set and not known is refused by name. Loading compares the engine with the TransformerLens
-bridge, and both with the HuggingFace model before it was wrapped, on random tokens.
+sets is known there or read by nothing. A field counts as read when the model's own code asks for it while a model of this
+very configuration is built and run once, without weights: such a field is refused by name where the engine does not honour
+it, and others are named in one note. Experts, ALiBi, adapters and quantised weights are refused even where the code does
+not ask, because such weights are of another model. Loading compares the engine with the TransformerLens bridge, and both
+with the HuggingFace model before it was wrapped, on random tokens.
 
 That alone would prove little, because random initial weights hide most features. So each family also has small models
 with weights scaled up, texts longer than the attention window and heads of odd sizes, and **each feature listed below
@@ -99,7 +102,10 @@ REFUSED = """## Refused, by name
 * Gemma 2 with `attention_bias`: the output projection's bias would be inside the post-norm, part of no writer.
 * Bidirectional Gemma; cross-attention.
 * For native models, every field that TransformerLens's own model ignores (`use_qk_norm`, `parallel_attn_mlp`,
-  `use_local_attn`, ...), and legacy rotary checkpoints.
+  `use_local_attn`, ...), and legacy rotary checkpoints. Other checkpoints with HookedTransformer's names are computed by
+  its definition, also where TransformerLens 4 differs: the attention scale, biases of gated MLPs.
+* Models in memory with forward hooks, replaced functions, parametrised weights (`weight_norm`, pruning) or layers cut off
+  without a word in the configuration.
 
 A family is one function in `circuits/model/families`, a small model in `tests/tiny.py`, and an entry in
 `tests/features.py` for each of its features.

@@ -23,6 +23,7 @@ _KNOWN = frozenset({"torch", "transformers", "transformer_lens"})
 # Modules whose hooks only record; what they record is changed by hooks of one's own, seen apart.
 _RECORDERS = ("transformers.", "transformer_lens.model_bridge.generalized_components.")
 _HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
+_GLOBAL = {f"_global{attribute}": kind for attribute, kind in _HOOKS.items()}
 # What undoes a change of torch's own, by the name of its hook.
 _UNDONE = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm(layer)",
@@ -41,22 +42,13 @@ def refuse_altered(source: str, module: nn.Module, *, remove: str = _HANDLE) -> 
     Raises:
         ValueError: there is one.
     """
-    for name, kind in (("_global_forward_pre_hooks", "pre-hook"), ("_global_forward_hooks", "hook")):
+    for name, kind in _GLOBAL.items():
         for hook in getattr(torch_module, name).values():
-            _refuse(source, f"torch has a forward {kind} on all modules", hook, _HANDLE)
+            _refuse(source, f"torch has a {kind} on all modules", hook, _HANDLE)
     for name, part in module.named_modules():
         name = name.replace("_original_component.", "") or type(part).__name__  # a bridge's
-        if parametrize.is_parametrized(part):
-            parameter = next(iter(part.parametrizations))  # type: ignore[arg-type]
-            raise ValueError(
-                f"{source}: {name}.{parameter} is parametrised, computed anew from other tensors at "
-                "each use; make it a plain weight: torch.nn.utils.parametrize."
-                f"remove_parametrizations(layer, {parameter!r})"
-            )
-        for attribute, kind in _HOOKS.items():
-            for hook in getattr(part, attribute).values():
-                if not _scope(hook).startswith(_RECORDERS):
-                    _refuse(source, f"{name} has a {kind}", hook, _undo(hook, remove))
+        _refuse_parametrised(source, name, part)
+        _refuse_hooks(source, name, part, remove)
         for method in _replaced(part, root=part is module):
             raise ValueError(
                 f"{source}: {name}.{method} is replaced on this module "
@@ -65,8 +57,25 @@ def refuse_altered(source: str, module: nn.Module, *, remove: str = _HANDLE) -> 
             )
 
 
+def _refuse_parametrised(source: str, name: str, part: nn.Module) -> None:
+    if parametrize.is_parametrized(part):
+        parameter = next(iter(part.parametrizations))  # type: ignore[arg-type]
+        raise ValueError(
+            f"{source}: {name}.{parameter} is parametrised, computed anew from other tensors at "
+            "each use; make it a plain weight: torch.nn.utils.parametrize."
+            f"remove_parametrizations(layer, {parameter!r})"
+        )
+
+
+def _refuse_hooks(source: str, name: str, part: nn.Module, remove: str) -> None:
+    for attribute, kind in _HOOKS.items():
+        for hook in getattr(part, attribute).values():
+            if not _scope(hook).startswith(_RECORDERS):
+                _refuse(source, f"{name} has a {kind}", hook, _undo(hook, remove))
+
+
 def refuse_altered_code(source: str, module: nn.Module) -> None:
-    """Refuses a module of transformers or TransformerLens of whose own code functions were replaced.
+    """Refuses a module of transformers or TransformerLens whose own functions were replaced.
 
     That is in the file of its family, in the classes of its parts, or as its attention function.
 

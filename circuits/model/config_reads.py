@@ -36,7 +36,8 @@ def fields_read(config: Any) -> set[str]:
     watched = copy.deepcopy(config)
     object.__setattr__(watched, "__class__", Watched)
     with torch.device("meta"), torch.no_grad():
-        model: Any = AutoModelForCausalLM._model_mapping[kind](watched)
+        made: Any = AutoModelForCausalLM._model_mapping[kind]
+        model = made(watched)
         tokens = torch.zeros(1, 2, dtype=torch.long)
         model.eval()(tokens, use_cache=True)
     return read | {config.attribute_map.get(name, name) for name in read}

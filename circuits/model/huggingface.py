@@ -155,7 +155,8 @@ def _refuse_incomplete(folder: Path) -> None:
 def _shards(index: Path) -> dict[str, set[str]]:
     """The files that an index names, each with its tensors."""
     try:
-        places = json.loads(index.read_text())["weight_map"].items()
+        content = json.loads(index.read_text())
+        places, _ = content["weight_map"].items(), content["metadata"]  # which transformers wants
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{index} is no index of shards ({first_line(error)}); download it again"

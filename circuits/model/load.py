@@ -192,7 +192,9 @@ def from_bridge(bridge: Any, *, tokenizer: Any | None = None, path: str = "memor
             "its folder to load_model"
         )
     for part in (bridge, bridge.original_model):
-        refuse_altered(path, part, remove="remove all: bridge.reset_hooks(including_permanent=True)")
+        refuse_altered(
+            path, part, remove="remove all: bridge.reset_hooks(including_permanent=True)"
+        )
         refuse_altered_code(path, part)
     refuse_parameters(path, bridge.original_model)
     return _from_native(bridge, weight_hash(bridge.state_dict()), tokenizer, path)

@@ -40,7 +40,7 @@ _MASKED = (".masked_bias", ".mask_value")
 
 def weight_files(source: str, options: Mapping[str, Any]) -> list[Path]:
     """The weight files of a folder or a hub name that transformers would read, all shards."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     quiet = {
         "_raise_exceptions_for_missing_entries": False,
@@ -143,5 +143,7 @@ def _stored_tensors(files: Iterable[Path], names: set[str]) -> dict[str, Tensor]
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in names & set(file.keys())}
         else:
-            tensors |= {name: one for name, one in pickled(path, mapped=True).items() if name in names}
+            tensors |= {
+                name: one for name, one in pickled(path, mapped=True).items() if name in names
+            }
     return tensors

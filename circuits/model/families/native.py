@@ -21,8 +21,8 @@ _NORMS: Mapping[str, NormKind] = {"LN": "layer", "LNPRE": "layer", "RMS": "rms",
 _HONOURED = frozenset(
     "d_model d_head n_layers n_ctx n_heads d_mlp d_vocab d_vocab_out positional_embedding_type "
     "n_key_value_heads attn_only gated_mlp eps act_fn normalization_type final_rms use_attn_scale "
-    "attn_scale scale_attn_by_inverse_layer_idx attention_dir rotary_dim rotary_base rope_scaling attn_scores_soft_cap "
-    "output_logits_soft_cap".split()
+    "attn_scale scale_attn_by_inverse_layer_idx attention_dir rotary_dim rotary_base rope_scaling "
+    "attn_scores_soft_cap output_logits_soft_cap".split()
 )
 # Fields that change nothing of it: names, devices, initialisation, tokenisers, hooks.
 _INERT = frozenset(

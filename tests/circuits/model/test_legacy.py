@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from circuits.engine import Engine
 from circuits.model.load import ModelConfig, from_bridge, load_model, weight_hash
@@ -145,7 +144,9 @@ def attention(config, state, layer, x):
 def mlp(config, state, layer, x):
     name, act = f"blocks.{layer}.mlp", ACTIVATIONS[config["act_fn"]]
     if config["gated_mlp"]:
-        made = act(x @ state[f"{name}.W_gate"]) * (x @ state[f"{name}.W_in"]) + state[f"{name}.b_in"]
+        made = (
+            act(x @ state[f"{name}.W_gate"]) * (x @ state[f"{name}.W_in"]) + state[f"{name}.b_in"]
+        )
     else:
         made = act(x @ state[f"{name}.W_in"] + state[f"{name}.b_in"])
         if config["act_fn"].endswith("_ln"):

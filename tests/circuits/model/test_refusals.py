@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_an_index_without_one_of_the_shards_is_refused(shards):
         load(shards)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
 def test_a_broken_index_is_named(shards, text):
     (shards / INDEX).write_text(text)
     with pytest.raises(ValueError, match=f"{INDEX} is no index of shards .*; download it again"):
@@ -694,6 +695,10 @@ def test_the_reason_fits_the_name(tmp_path, name, why):
     assert why is None or why in str(caught.value)
 
 
+def test_text_alone_is_not_said_to_be_images():
+    assert not any(re.search(pattern, "Gemma3ForCausalLM") for pattern in REASONS)
+
+
 def test_every_reason_says_what_to_do():
     assert all(
         ": " in why and (": use" in why or ": hand" in why or ": load" in why)
@@ -748,6 +753,33 @@ def test_an_embedding_with_fewer_rows_than_the_vocabulary_is_refused():
         ValueError, match="vocab_size=29, but the embedding has 20 rows; set vocab_size=20, or call"
     ):
         from_module(module)
+
+
+LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "neox": "gpt_neox.layers"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(1, 2)])
+def test_cut_layers_are_refused_and_the_remedies_help(name, kept):
+    module, path = tiny.HUGGINGFACE[name](), LAYERS[name]
+    whole: nn.ModuleList = module.get_submodule(path)  # type: ignore[assignment]
+    module.set_submodule(path, whole[kept])  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError,
+        match=r"^memory: the model has 1 layers \(.*\), but its configuration says "
+        r"num_hidden_layers=2; .* set module\.config\.num_hidden_layers=1, else load",
+    ):
+        from_module(module)
+    module.config.num_hidden_layers = 1  # type: ignore[union-attr]
+    if kept == slice(1, 2):
+        with pytest.raises(
+            ValueError, match=r"\.0\..* says that it is in layer 1 .*set its layer_i"
+        ):
+            from_module(module)
+        for part in module.modules():
+            if getattr(part, "layer_idx", None) == 1:
+                part.layer_idx = 0  # type: ignore[assignment]
+    same_logits(from_module(module), module)
 
 
 def test_gpt_neox_without_biases_is_refused_and_the_remedy_helps():
