@@ -80,9 +80,24 @@ def whole(**fields):
     return lambda architecture: dataclasses.replace(architecture, **fields)
 
 
-def swapped_pairs(architecture):
-    pairs = "adjacent" if architecture.rotary.pairs == "halves" else "halves"
-    return dataclasses.replace(architecture, rotary=Rotary(architecture.rotary.tables, pairs))
+def each_rotary(change):
+    """A change of every layer's rotary positions, by the architecture."""
+
+    def changed(architecture):
+        blocks = []
+        for block in architecture.blocks:
+            turned = block.attention.rotary
+            turned = None if turned is None else change(architecture, turned)
+            attention = dataclasses.replace(block.attention, rotary=turned)
+            blocks.append(dataclasses.replace(block, attention=attention))
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return changed
+
+
+@each_rotary
+def swapped_pairs(architecture, rotary):
+    return Rotary(rotary.tables, "adjacent" if rotary.pairs == "halves" else "halves")
 
 
 def each_layer(**fields):
@@ -127,26 +142,28 @@ def other_norm2(architecture):
     return dataclasses.replace(architecture, blocks=blocks)
 
 
-def full_rotary(architecture):
+@each_rotary
+def full_rotary(architecture, rotary):
     """All coordinates rotate, not only the first."""
 
     def tables(positions, like):
-        cos, sin = architecture.rotary.tables(positions, like)
+        cos, sin = rotary.tables(positions, like)
         width = architecture.head_width
         return cos.repeat(1, width)[:, :width], sin.repeat(1, width)[:, :width]
 
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+    return Rotary(tables, rotary.pairs)
 
 
-def unscaled_rotary(architecture):
+@each_rotary
+def unscaled_rotary(architecture, rotary):
     """Rotations that keep lengths."""
 
     def tables(positions, like):
-        cos, sin = architecture.rotary.tables(positions, like)
+        cos, sin = rotary.tables(positions, like)
         length = (cos**2 + sin**2).sqrt()
         return cos / length, sin / length
 
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+    return Rotary(tables, rotary.pairs)
 
 
 class Unscaled(torch.nn.Module):
@@ -171,21 +188,19 @@ def no_unembedding_bias(architecture):
     return dataclasses.replace(architecture, unembed=bare)
 
 
-def plain_rotary(architecture):
+@each_rotary
+def plain_rotary(architecture, rotary):
     """Angles position / 10000^(2 i / width), as without any scaling of positions."""
 
     def tables(positions, like):
-        width = architecture.rotary.tables(positions, like)[0].shape[-1]
+        width = rotary.tables(positions, like)[0].shape[-1]
         frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=like.dtype) / width)
         angles = torch.arange(positions, dtype=like.dtype)[:, None] * frequencies
-        spread = (
-            angles.repeat(1, 2)
-            if architecture.rotary.pairs == "halves"
-            else angles.repeat_interleave(2, -1)
-        )
+        halves = rotary.pairs == "halves"
+        spread = angles.repeat(1, 2) if halves else angles.repeat_interleave(2, -1)
         return spread.cos(), spread.sin()
 
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
+    return Rotary(tables, rotary.pairs)
 
 
 def no_mlp_bias(side: str):
@@ -252,7 +267,7 @@ MUTATIONS = [
     ("gpt2, scaled by layer", "attention scaled by layer", block(1, scale=0.5)),
     ("neox", "parallel blocks", graph(parallel=False)),
     ("neox, sequential", "sequential blocks", graph(parallel=True)),
-    ("neox", "rotary positions", whole(rotary=None)),
+    ("neox", "rotary positions", each_block(rotary=None)),
     ("neox", "rotary pairs in halves", swapped_pairs),
     ("neox", "partial rotary", full_rotary),
     ("neox", "a norm of its own before the MLP", shared_norm),
@@ -270,7 +285,7 @@ MUTATIONS = [
     *[(name, "MLP bias, down", no_mlp_bias("down")) for name in ("gptj", "codegen")],
     *[(name, "unembedding bias", no_unembedding_bias) for name in ("gptj", "codegen")],
     ("codegen", "order of the fused projections", other_groups),
-    ("llama", "rotary positions", whole(rotary=None)),
+    ("llama", "rotary positions", each_block(rotary=None)),
     ("llama", "rotary pairs in halves", swapped_pairs),
     ("llama", "grouped queries", other_groups),
     ("llama", "gated MLP", each_mlp(gate=None)),
@@ -285,17 +300,17 @@ MUTATIONS = [
     ("mistral", "sliding window", each_block(window=None)),
     ("mistral", "window with the query itself", each_block(window=5)),
     ("mistral, no window", "no window", each_block(window=4)),
-    ("mistral", "rotary positions", whole(rotary=None)),
+    ("mistral", "rotary positions", each_block(rotary=None)),
     ("mistral", "grouped queries", other_groups),
     ("qwen2", "sliding window in the upper layers", block(1, window=None)),
     ("qwen2", "full attention in the lower layers", block(0, window=4)),
-    ("qwen2", "rotary positions", whole(rotary=None)),
+    ("qwen2", "rotary positions", each_block(rotary=None)),
     *[("qwen2", f"bias of {side}", no_bias(side)) for side in "qkv"],
     ("qwen3", "norm of queries", each_block(q_norm=NONE)),
     ("qwen3", "norm of keys", each_block(k_norm=NONE)),
     ("qwen3", "sliding window in the upper layers", block(1, window=None)),
     ("qwen3", "head width of its own", each_block(scale=3**-0.5)),
-    ("qwen3", "rotary positions", whole(rotary=None)),
+    ("qwen3", "rotary positions", each_block(rotary=None)),
     *[("qwen3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
     ("qwen3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
     ("qwen3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
@@ -304,7 +319,7 @@ MUTATIONS = [
     ("gemma", "final gain stored less 1", norms("final_norm", offset=0.0)),
     ("gemma", "tanh GELU", each_mlp(activation=torch.nn.functional.silu)),
     ("gemma", "gated MLP", each_mlp(gate=None)),
-    ("gemma", "rotary positions", whole(rotary=None)),
+    ("gemma", "rotary positions", each_block(rotary=None)),
     *[("gemma", f"bias of {side}", no_bias(side)) for side in "qkvo"],
     ("gemma2", "scaled embedding", unscaled_embedding),
     ("gemma2", "gains stored less 1", norms("norm2", offset=0.0)),
@@ -316,11 +331,11 @@ MUTATIONS = [
     ("gemma2", "sliding window in even layers", block(0, window=None)),
     ("gemma2", "full attention in odd layers", block(1, window=4)),
     ("gemma2", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
-    ("gemma2", "rotary positions", whole(rotary=None)),
+    ("gemma2", "rotary positions", each_block(rotary=None)),
     ("native, layer norm", "causal attention", graph(causal=False)),
     ("native, bidirectional", "bidirectional attention", graph(causal=True)),
     ("native, layer norm", "learned positions", whole(position=None)),
-    ("native, rotary", "rotary positions", whole(rotary=None)),
+    ("native, rotary", "rotary positions", each_block(rotary=None)),
     ("native, rotary", "rotary pairs, adjacent", swapped_pairs),
     ("native, grouped queries", "grouped queries", other_groups),
     ("native, attention scale", "attn_scale", each_block(scale=5**-0.5)),
