@@ -243,6 +243,77 @@ def other_groups(architecture):
     return dataclasses.replace(architecture, blocks=tuple(blocks))
 
 
+def rotary_of_the_first(architecture):
+    """All layers rotate as the first does."""
+    return each_block(rotary=architecture.blocks[0].attention.rotary)(architecture)
+
+
+def unscaled_linear(layer: int, factor: int):
+    """Positions that are not divided by a factor, in one layer."""
+
+    def change(architecture):
+        rotary = architecture.blocks[layer].attention.rotary
+
+        def tables(positions, like):
+            cos, sin = rotary.tables(factor * positions, like)
+            return cos[::factor], sin[::factor]
+
+        return block(layer, rotary=Rotary(tables, rotary.pairs))(architecture)
+
+    return change
+
+
+def from_row_zero(architecture):
+    """OPT's positions without what their table begins with."""
+    return dataclasses.replace(architecture, position=Unscaled(architecture.position.table))
+
+
+class ByHead(Norm):
+    """A norm of each head's numbers alone, with the gains of a norm of all heads."""
+
+    def __call__(self, x):
+        gains = self.module.weight.unflatten(0, (-1, 6))
+        x = x.unflatten(-1, (-1, 6))
+        return (x * self.scale(x) * gains).flatten(-2)
+
+
+def normed_together(side: str, make):
+    """Another norm of a layer's queries or keys, where all heads are normed together."""
+
+    def change(architecture):
+        blocks = []
+        for block in architecture.blocks:
+            linear = getattr(block.attention, side)
+            linear = dataclasses.replace(linear, norm=make(linear.norm))
+            attention = dataclasses.replace(block.attention, **{side: linear})
+            blocks.append(dataclasses.replace(block, attention=attention))
+        return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    return change
+
+
+def by_head(norm):
+    return ByHead(norm.kind, norm.eps, norm.module)
+
+
+def gains_as_stored(side: str):
+    """Norms of each head whose gains are not stored less 1."""
+
+    def change(architecture):
+        norm = getattr(architecture.blocks[0].attention, side)
+        return each_block(**{side: dataclasses.replace(norm, offset=0.0)})(architecture)
+
+    return change
+
+
+def gate_and_up_swapped(architecture):
+    blocks = []
+    for block in architecture.blocks:
+        mlp = dataclasses.replace(block.mlp, gate=block.mlp.up, up=block.mlp.gate)
+        blocks.append(dataclasses.replace(block, mlp=mlp))
+    return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+
 def exact_gelu(x):
     return torch.nn.functional.gelu(x)
 
@@ -285,6 +356,24 @@ MUTATIONS = [
     *[(name, "MLP bias, down", no_mlp_bias("down")) for name in ("gptj", "codegen")],
     *[(name, "unembedding bias", no_unembedding_bias) for name in ("gptj", "codegen")],
     ("codegen", "order of the fused projections", other_groups),
+    ("gptneo", "learned positions", whole(position=None)),
+    ("gptneo", "scores without a scale", each_block(scale=0.5)),
+    ("gptneo", "sliding window in local layers", block(1, window=None)),
+    ("gptneo", "window with the query itself", block(1, window=5)),
+    ("gptneo", "full attention in global layers", block(0, window=4)),
+    ("gptneo", "LayerNorm", norms("norm2", kind="rms")),
+    ("gptneo", "norm epsilon", norms("norm1", eps=0.0)),
+    ("gptneo", "tanh GELU", each_mlp(activation=exact_gelu)),
+    ("gptneo", "bias of o", no_bias("o")),
+    *[("gptneo", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    ("opt", "learned positions", whole(position=None)),
+    ("opt", "positions from row 2 on", from_row_zero),
+    ("opt", "attention scale", each_block(scale=1.0)),
+    ("opt", "LayerNorm", norms("norm2", kind="rms")),
+    ("opt", "ReLU", each_mlp(activation=exact_gelu)),
+    *[("opt", f"bias of {side}", no_bias(side)) for side in "qvo"],
+    *[("opt", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    ("opt, without biases and gains", "norms without gains", norms("norm1", kind="none")),
     ("llama", "rotary positions", each_block(rotary=None)),
     ("llama", "rotary pairs in halves", swapped_pairs),
     ("llama", "grouped queries", other_groups),
@@ -302,6 +391,7 @@ MUTATIONS = [
     ("mistral, no window", "no window", each_block(window=4)),
     ("mistral", "rotary positions", each_block(rotary=None)),
     ("mistral", "grouped queries", other_groups),
+    ("qwen2, linear rotary", "linear rotary scaling", plain_rotary),
     ("qwen2", "sliding window in the upper layers", block(1, window=None)),
     ("qwen2", "full attention in the lower layers", block(0, window=4)),
     ("qwen2", "rotary positions", each_block(rotary=None)),
@@ -314,6 +404,50 @@ MUTATIONS = [
     *[("qwen3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
     ("qwen3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
     ("qwen3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
+    ("smollm3", "layers that do not rotate", rotary_of_the_first),
+    ("smollm3", "layers that rotate", each_block(rotary=None)),
+    ("smollm3", "sliding window in layers that do not rotate", block(1, window=None)),
+    ("smollm3", "full attention in layers that rotate", block(0, window=4)),
+    ("smollm3", "grouped queries", other_groups),
+    ("smollm3", "head width of its own", each_block(scale=3**-0.5)),
+    *[("smollm3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    *[("smollm3", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("gate", "up", "down")],
+    ("smollm3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
+    ("smollm3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
+    ("phi3", "sliding window", each_block(window=None)),
+    ("phi3", "window with the query itself", each_block(window=5)),
+    ("phi3, no window", "no window", each_block(window=4)),
+    ("phi3", "rotary positions", each_block(rotary=None)),
+    ("phi3", "rotary pairs in halves", swapped_pairs),
+    ("phi3", "partial rotary", full_rotary),
+    ("phi3", "grouped queries", other_groups),
+    ("phi3", "order of the fused gate", gate_and_up_swapped),
+    ("phi3", "SiLU", each_mlp(activation=exact_gelu)),
+    ("phi3", "RMSNorm", norms("final_norm", kind="layer")),
+    ("stablelm", "LayerNorm", norms("norm2", kind="rms")),
+    ("stablelm", "norm epsilon", norms("norm1", eps=0.0)),
+    ("stablelm", "a norm of its own before the MLP", shared_norm),
+    ("stablelm", "rotary positions", each_block(rotary=None)),
+    ("stablelm", "rotary pairs in halves", swapped_pairs),
+    ("stablelm", "partial rotary", full_rotary),
+    ("stablelm", "grouped queries", other_groups),
+    ("stablelm", "gated MLP", each_mlp(gate=None)),
+    ("stablelm", "SiLU", each_mlp(activation=exact_gelu)),
+    *[("stablelm", f"bias of {side}", no_bias(side)) for side in "qkv"],
+    ("stablelm, parallel", "parallel blocks", graph(parallel=False)),
+    ("stablelm, parallel", "one norm for attention and MLP", other_norm2),
+    ("olmo2", "no norm before attention", norms("norm1", kind="rms")),
+    ("olmo2", "no norm before the MLP", norms("norm2", kind="rms")),
+    ("olmo2", "post-norm of attention", each_layer(post_norm1=None)),
+    ("olmo2", "post-norm of the MLP", each_layer(post_norm2=None)),
+    ("olmo2", "post-norm epsilon", norms("post_norm1", eps=0.0)),
+    ("olmo2", "queries normed together", normed_together("q", by_head)),
+    ("olmo2", "keys normed together", normed_together("k", by_head)),
+    ("olmo2", "norm of queries", normed_together("q", lambda norm: None)),
+    ("olmo2", "norm of keys", normed_together("k", lambda norm: None)),
+    ("olmo2", "rotary positions", each_block(rotary=None)),
+    ("olmo2", "grouped queries", other_groups),
+    ("olmo2", "gated MLP", each_mlp(gate=None)),
     ("gemma", "scaled embedding", unscaled_embedding),
     ("gemma", "gains stored less 1", norms("norm1", offset=0.0)),
     ("gemma", "final gain stored less 1", norms("final_norm", offset=0.0)),
@@ -332,6 +466,21 @@ MUTATIONS = [
     ("gemma2", "full attention in odd layers", block(1, window=4)),
     ("gemma2", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
     ("gemma2", "rotary positions", each_block(rotary=None)),
+    ("gemma3", "scaled embedding", unscaled_embedding),
+    ("gemma3", "gains stored less 1", norms("norm2", offset=0.0)),
+    ("gemma3", "gains of queries stored less 1", gains_as_stored("q_norm")),
+    ("gemma3", "gains of keys stored less 1", gains_as_stored("k_norm")),
+    ("gemma3", "norm of queries", each_block(q_norm=NONE)),
+    ("gemma3", "norm of keys", each_block(k_norm=NONE)),
+    ("gemma3", "post-norm of attention", each_layer(post_norm1=None)),
+    ("gemma3", "post-norm of the MLP", each_layer(post_norm2=None)),
+    ("gemma3", "sliding window in layers of that type", block(0, window=None)),
+    ("gemma3", "full attention in the others", block(1, window=4)),
+    ("gemma3", "rotary positions", each_block(rotary=None)),
+    ("gemma3", "rotary frequencies of each type of layer", rotary_of_the_first),
+    ("gemma3", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
+    ("gemma3, linear rotary", "linear rotary scaling in layers of full attention", unscaled_linear(1, 3)),
+    ("gemma3, linear rotary", "logit soft-cap", whole(logit_cap=None)),
     ("native, layer norm", "causal attention", graph(causal=False)),
     ("native, bidirectional", "bidirectional attention", graph(causal=True)),
     ("native, layer norm", "learned positions", whole(position=None)),

@@ -102,8 +102,7 @@ def mistral_module(**changes) -> nn.Module:
 def qwen2_module(**changes) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    fields = {**LLAMA_LIKE, "hidden_size": 24, **WINDOWED}
-    fields.pop("head_dim")
+    fields = {**without_width(24), **WINDOWED}
     return scaled_up(Qwen2ForCausalLM(Qwen2Config(**{**fields, **changes})).eval())
 
 
@@ -149,6 +148,94 @@ def codegen_module(**changes) -> nn.Module:
     return scaled_up(CodeGenForCausalLM(CodeGenConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
 
 
+def gptneo_module(**changes) -> nn.Module:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    fields = {
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_layers": 2,
+        "num_heads": 3,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+        "vocab_size": 29,
+        "max_position_embeddings": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "layer_norm_epsilon": 1e-2,
+    }
+    return scaled_up(GPTNeoForCausalLM(GPTNeoConfig(**{**fields, **changes})).eval())
+
+
+def opt_module(**changes) -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    fields = {
+        "hidden_size": 12,
+        "ffn_dim": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": 29,
+        "max_position_embeddings": 16,
+        **ENDS,
+    }
+    return scaled_up(OPTForCausalLM(OPTConfig(**{**fields, **changes})).eval())
+
+
+def smollm3_module(**changes) -> nn.Module:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    own = {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 4}
+    fields = {**LLAMA_LIKE, **own, "attention_bias": True, "mlp_bias": True, **ENDS}
+    return scaled_up(SmolLM3ForCausalLM(SmolLM3Config(**{**fields, **changes})).eval())
+
+
+def phi3_module(**changes) -> nn.Module:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    fields = {**without_width(24), "sliding_window": 4, "partial_rotary_factor": 0.7, **ENDS}
+    return scaled_up(Phi3ForCausalLM(Phi3Config(**{**fields, **changes})).eval())
+
+
+def stablelm_module(**changes) -> nn.Module:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    own = {"layer_norm_eps": 1e-2, "partial_rotary_factor": 0.7, "use_qkv_bias": True}
+    fields = {**without_width(24), **own}
+    fields.pop("rms_norm_eps")
+    return scaled_up(StableLmForCausalLM(StableLmConfig(**{**fields, **changes})).eval())
+
+
+def olmo2_module(**changes) -> nn.Module:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    fields = {**without_width(24), **ENDS}
+    return scaled_up(Olmo2ForCausalLM(Olmo2Config(**{**fields, **changes})).eval())
+
+
+def gemma3_module(**changes) -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    fields = {
+        **LLAMA_LIKE,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 10,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    return scaled_up(Gemma3ForCausalLM(Gemma3TextConfig(**{**fields, **changes})).eval())
+
+
+# Token ids that a small vocabulary has.
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def without_width(hidden_size: int) -> dict:
+    """Where heads have hidden_size / heads coordinates."""
+    fields = {**LLAMA_LIKE, "hidden_size": hidden_size}
+    fields.pop("head_dim")
+    return fields
+
+
 GPTJ_LIKE = {
     "n_positions": 16,
     "vocab_size": 29,
@@ -168,6 +255,13 @@ HUGGINGFACE = {
     "gemma2": gemma2_module,
     "gptj": gptj_module,
     "codegen": codegen_module,
+    "gptneo": gptneo_module,
+    "opt": opt_module,
+    "smollm3": smollm3_module,
+    "phi3": phi3_module,
+    "stablelm": stablelm_module,
+    "olmo2": olmo2_module,
+    "gemma3": gemma3_module,
 }
 
 
@@ -257,6 +351,21 @@ HUGGINGFACE_VARIANTS = {
         "rope_scaling": YARN,
         "use_sliding_window": False,
         "attention_bias": False,
+    },
+    "qwen2, linear rotary": {
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "use_sliding_window": False,
+    },
+    "smollm3, yarn rotary": {"rope_scaling": YARN, "use_sliding_window": False},
+    "phi3, no window": {"sliding_window": None},
+    "stablelm, parallel": {"use_parallel_residual": True, "use_qkv_bias": False},
+    "opt, without biases and gains": {
+        "enable_bias": False,
+        "layer_norm_elementwise_affine": False,
+    },
+    "gemma3, linear rotary": {
+        "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        "final_logit_softcapping": 3.0,
     },
     "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
 }

@@ -118,5 +118,5 @@ def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: st
         quarter = torch.cat((-second, first), -1)
     else:
         quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
-    turned = turned * cos + quarter * sin
+    turned = (turned * cos + quarter * sin).to(x.dtype)  # OLMo 2 rotates in float32 at least
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned

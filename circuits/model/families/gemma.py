@@ -9,11 +9,12 @@ from circuits.model.families.llama import COMMON, LAYERED, decoder, windows_by_l
 from circuits.model.families.parts import refuse_unknown, rotary
 
 # A bias of the output projection would be inside the post-norm: attention_bias stays refused.
-_GEMMA2 = LAYERED + (
-    "hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping "
-    "cache_implementation "
+_POST_NORMED = LAYERED + (
+    "hidden_activation query_pre_attn_scalar final_logit_softcapping cache_implementation "
 )
-_GEMMA3 = _GEMMA2 + "rope_local_base_freq sliding_window_pattern _sliding_window_pattern"
+_GEMMA2 = _POST_NORMED + "attn_logit_softcapping"
+# attn_logit_softcapping stays refused: HuggingFace's Gemma 3 ignores it, its bridge does not.
+_GEMMA3 = _POST_NORMED + "rope_local_base_freq sliding_window_pattern _sliding_window_pattern"
 
 
 def gemma(bridge: Any, config: Any) -> Architecture:

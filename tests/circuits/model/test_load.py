@@ -319,7 +319,7 @@ def test_a_hub_name_without_the_network_says_so(name):
 
 
 @pytest.mark.parametrize(
-    "architectures", [["MambaForCausalLM"], [], None, ["OPTForCausalLM", "OPTModel"]]
+    "architectures", [["MambaForCausalLM"], [], None, ["XGLMForCausalLM", "XGLMModel"]]
 )
 def test_other_architectures_are_refused_before_their_weights_are_read(
     folder, tmp_path, architectures

@@ -644,7 +644,7 @@ UNSUPPORTED = {
     "BertForMaskedLM": ("an encoder: use a decoder", {"intermediate_size": 8}),
     "GPT2Model": ("no output over the vocabulary: load it with AutoModelForCausalLM", {}),
     "LlamaForSequenceClassification": ("no output over the vocabulary", {"intermediate_size": 8}),
-    "OPTForCausalLM": (None, {"ffn_dim": 8, "word_embed_proj_dim": 16}),
+    "Starcoder2ForCausalLM": (None, {"intermediate_size": 8, "num_key_value_heads": 2}),
 }
 
 
@@ -683,7 +683,7 @@ def test_memory_and_folder_refuse_an_architecture_alike(tmp_path, name):
         ("WhisperForConditionalGeneration", "images"),
         ("ModernBertDecoderForCausalLM", None),
         ("PhiForCausalLM", None),
-        ("GPTNeoForCausalLM", None),
+        ("XGLMForCausalLM", None),
     ],
 )
 def test_the_reason_fits_the_name(tmp_path, name, why):
