@@ -22,7 +22,7 @@ from circuits.model.families.parts import (
 _COMMON = (
     "n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
     "scale_attn_weights resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj "
-    "summary_activation summary_proj_to_labels summary_first_dropout "
+    "summary_activation summary_proj_to_labels summary_first_dropout n_special "
 )
 _NEO = (
     "hidden_size num_layers num_heads intermediate_size activation_function attention_types "

@@ -565,6 +565,20 @@ def test_a_cast_leaves_rotary_frequencies_alone(tmp_path):
     Engine(loaded)
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_weights_stored_in_bfloat16_do_not_round_the_scale_of_embeddings(name, tmp_path):
+    """With 12 numbers it is 3.4641, in bfloat16 3.46875."""
+    tiny.HUGGINGFACE[name]().bfloat16().save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    embedding = loaded.bridge.embed.original_component
+    theirs = 12**0.5 * embedding.weight[TOKENS]
+    torch.testing.assert_close(embedding(TOKENS), theirs)
+    half = load_model(ModelConfig(path=str(tmp_path), dtype="bfloat16"))
+    table = half.bridge.embed.original_component.weight
+    ours = half.bridge.embed.original_component(TOKENS)
+    assert torch.equal(ours, torch.tensor(12**0.5, dtype=torch.bfloat16) * table[TOKENS])
+
+
 def test_split_input_goes_with_the_model(tmp_path):
     tiny.gpt2_module().save_pretrained(tmp_path / "gpt2")
     loaded = load_model(ModelConfig(path=str(tmp_path / "gpt2"), split_input=True))
