@@ -138,8 +138,9 @@ REFUSED = """## Refused, by name
 * For native models, every field that TransformerLens's own model ignores (`use_qk_norm`, `parallel_attn_mlp`,
   `use_local_attn`, ...), and legacy rotary checkpoints.
 
-A family is one function in `circuits/model/families`, a small model in `tests/tiny.py`, and an entry in
-`tests/features.py` for each of its features.
+A family is one function in `circuits/model/families`, a small model in `tests/modules.py`, and an entry in
+`tests/features.py` for each of its features; `tests/published.json` has the whole `config.json` of well-known
+checkpoints, each of which is tried as a tiny model.
 """
 
 

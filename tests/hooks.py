@@ -11,12 +11,14 @@ from tests import tiny
 # HuggingFace's RMSNorm, GPT-J's and GPT-Neo's attention, OPT's where it is eager, StableLM's in its
 # bridge, TransformerLens's RMSNorm and its parameter-free norms compute in float32 even in float64
 # models.
-COARSE = ("llama", "mistral", "qwen", "gemma", "gptj", "codegen", "gptneo", "opt", "smollm3", "phi3")
-COARSE = (*COARSE, "stablelm", "olmo2", "rms", "no parameters")
+COARSE = tuple(
+    "llama mistral qwen gemma gptj codegen gptneo opt smollm3 phi3 stablelm olmo2 rms".split()
+)
 
 
 def bound(name: str) -> float:
-    return 2e-5 if any(part in name for part in COARSE) else 1e-10
+    coarse = any(part in name for part in (*COARSE, "no parameters"))
+    return 2e-5 if coarse else 1e-10
 
 
 def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:

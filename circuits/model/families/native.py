@@ -78,9 +78,7 @@ def _norm(config: Any, bridge_part: Any, kind: NormKind) -> Norm:
     return Norm(kind, config.eps, None if getattr(module, "weight", None) is None else module)
 
 
-def _block(
-    config: Any, block: Any, norm: Callable[[Any], Norm], rotary: Rotary | None
-) -> Block:
+def _block(config: Any, block: Any, norm: Callable[[Any], Norm], rotary: Rotary | None) -> Block:
     return Block(
         norm1=norm(block.ln1),
         attention=Attention(

@@ -13,7 +13,8 @@ from circuits.engine.masked import Start
 from circuits.engine.plain import Record, residual_stream
 from circuits.model.families import describe
 from tests import tiny
-from tests.features import MUTATIONS, no_bias
+from tests.changes import no_bias
+from tests.features import MUTATIONS
 from tests.hooks import bound, read_by, through_hooks
 
 MODELS = tiny.models()

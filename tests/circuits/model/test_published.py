@@ -8,7 +8,7 @@ import torch
 from circuits.engine import Engine
 from circuits.model.load import load_model
 from tests import tiny
-from tests.published import PHI_3_MINI_4K, PUBLISHED, small, write_checkpoint
+from tests.published import PUBLISHED, small, write_checkpoint
 
 TOKENS = torch.randint(29, (3, 14), generator=torch.Generator().manual_seed(2))
 
@@ -36,7 +36,9 @@ def test_a_published_configuration_is_computed_as_huggingface_does(name, tmp_pat
 def test_phi_3_of_128k_is_refused_for_its_rotary_scaling(kind, tmp_path):
     factors = {"long_factor": [1.1] * 4, "short_factor": [1.0] * 4}
     factors["original_max_position_embeddings"] = 8
-    fields = small(PHI_3_MINI_4K) | {"rope_scaling": {"type": kind, **factors}}
+    fields = small(PUBLISHED["Phi-3-mini-4k-instruct"]) | {
+        "rope_scaling": {"type": kind, **factors}
+    }
     write_checkpoint(tmp_path, fields)
     with pytest.raises(ValueError, match="Phi-3: rope_type='longrope' depends on the length"):
         Engine(load_model(tmp_path))

@@ -751,13 +751,13 @@ def test_an_embedding_with_fewer_rows_than_the_vocabulary_is_refused():
 
 
 def test_gpt_neox_without_biases_is_refused_and_the_remedy_helps():
-    module = tiny.neox_module(attention_bias=False)
+    module = tiny.HUGGINGFACE["neox"](attention_bias=False)
     with pytest.raises(
         ValueError,
         match="GPTNeoXForCausalLM with attention_bias=False cannot be wrapped .* of zeros",
     ):
         from_module(module)
-    biased = tiny.neox_module()
+    biased = tiny.HUGGINGFACE["neox"]()
     state = {
         name: torch.zeros_like(value)
         for name, value in biased.state_dict().items()
