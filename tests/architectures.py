@@ -36,24 +36,58 @@ def _parallel(layers: int, heads: int) -> Graph:
 
 
 FAMILIES = {
-    "gpt2": Family("GPT-2", "GPT2LMHeadModel", {"gpt2": Graph(12, 12), "gpt2-xl": Graph(48, 25)}),
+    "gpt2": Family(
+        "GPT-2",
+        "GPT2LMHeadModel",
+        {
+            "gpt2": Graph(12, 12),
+            "gpt2-medium": Graph(24, 16),
+            "gpt2-large": Graph(36, 20),
+            "gpt2-xl": Graph(48, 25),
+        },
+    ),
+    "gptneo": Family(
+        "GPT-Neo, TinyStories",
+        "GPTNeoForCausalLM",
+        {"TinyStories-1M": Graph(8, 16), "gpt-neo-125m": Graph(12, 12)},
+    ),
+    "opt": Family("OPT", "OPTForCausalLM", {"opt-125m": Graph(12, 12), "opt-1.3b": Graph(24, 32)}),
     "neox": Family(
         "GPT-NeoX, Pythia",
         "GPTNeoXForCausalLM",
-        {"pythia-70m": _parallel(6, 8), "pythia-1.4b": _parallel(24, 16)},
+        {
+            "pythia-70m": _parallel(6, 8),
+            "pythia-160m": _parallel(12, 12),
+            "pythia-410m": _parallel(24, 16),
+            "pythia-1b": _parallel(16, 8),
+            "pythia-1.4b": _parallel(24, 16),
+        },
     ),
     "gptj": Family("GPT-J", "GPTJForCausalLM", {"gpt-j-6b": _parallel(28, 16)}),
     "codegen": Family("CodeGen", "CodeGenForCausalLM", {"codegen-350M-mono": _parallel(20, 16)}),
     "llama": Family(
-        "Llama 2, 3",
+        "Llama 2, 3, SmolLM2",
         "LlamaForCausalLM",
-        {"Llama-3.2-1B": Graph(16, 32, 8), "Llama-2-7b": Graph(32, 32)},
+        {
+            "SmolLM2-135M": Graph(30, 9, 3),
+            "Llama-3.2-1B": Graph(16, 32, 8),
+            "Llama-2-7b": Graph(32, 32),
+        },
     ),
     "mistral": Family("Mistral", "MistralForCausalLM", {"Mistral-7B-v0.1": Graph(32, 32, 8)}),
     "qwen2": Family("Qwen 2, 2.5", "Qwen2ForCausalLM", {"Qwen2.5-0.5B": Graph(24, 14, 2)}),
     "qwen3": Family("Qwen 3, dense", "Qwen3ForCausalLM", {"Qwen3-0.6B": Graph(28, 16, 8)}),
+    "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", {"SmolLM3-3B": Graph(36, 16, 4)}),
+    "phi3": Family("Phi-3", "Phi3ForCausalLM", {"Phi-3-mini-4k-instruct": Graph(32, 32, 32)}),
+    "stablelm": Family("StableLM", "StableLmForCausalLM", {"stablelm-2-1_6b": Graph(24, 32, 32)}),
+    "olmo2": Family("OLMo 2", "Olmo2ForCausalLM", {"OLMo-2-0425-1B": Graph(16, 16, 16)}),
     "gemma": Family("Gemma 1", "GemmaForCausalLM", {"gemma-2b": Graph(18, 8, 1)}),
     "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", {"gemma-2-2b": Graph(26, 8, 4)}),
+    "gemma3": Family(
+        "Gemma 3, text",
+        "Gemma3ForCausalLM",
+        {"gemma-3-270m": Graph(18, 4, 1), "gemma-3-1b-pt": Graph(26, 4, 1)},
+    ),
     "native": Family(
         "TransformerLens native",
         "TransformerLensNative",
@@ -97,9 +131,12 @@ REFUSED = """## Refused, by name
 * Quantised weights (dequantise and save in float), LoRA adapters that are not merged (`merge_and_unload()`), models on
   the meta device or offloaded.
 * Mixtures of experts, ALiBi, state-space models, encoder-decoders, multimodal models.
-* Rotary scaling that depends on the length of the text (`dynamic`, `longrope`); `default`, `linear`, `llama3` and
-  `yarn` are supported.
-* Gemma 2 with `attention_bias`: the output projection's bias would be inside the post-norm, part of no writer.
+* Rotary scaling that depends on the length of the text (`dynamic`, `longrope`, such as Phi-3-mini-128k); `default`,
+  `linear`, `llama3` and `yarn` are supported.
+* Gemma 2, Gemma 3 and OLMo 2 with `attention_bias`: the output projection's bias would be inside the post-norm, part
+  of no writer.
+* opt-350m, whose norms are of the residual stream itself; stablelm-2-12b (`qk_layernorm`, a norm of its own for each
+  head); Gemma 3 with `attn_logit_softcapping`, which HuggingFace's own model ignores.
 * Bidirectional Gemma; cross-attention.
 * For native models, every field that TransformerLens's own model ignores (`use_qk_norm`, `parallel_attn_mlp`,
   `use_local_attn`, ...), and legacy rotary checkpoints. Other checkpoints with HookedTransformer's names are computed by
@@ -107,8 +144,9 @@ REFUSED = """## Refused, by name
 * Models in memory with forward hooks, replaced functions, parametrised weights (`weight_norm`, pruning) or layers cut off
   without a word in the configuration.
 
-A family is one function in `circuits/model/families`, a small model in `tests/tiny.py`, and an entry in
-`tests/features.py` for each of its features.
+A family is one function in `circuits/model/families`, a small model in `tests/modules.py`, and an entry in
+`tests/features.py` for each of its features; `tests/published.json` has the whole `config.json` of well-known
+checkpoints, each of which is tried as a tiny model.
 """
 
 

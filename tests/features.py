@@ -6,235 +6,38 @@ all, and `docs/architectures.md` lists them.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from circuits.model.architecture import Norm, Rotary
-
-
-def each_block(**attention):
-    def change(architecture):
-        blocks = tuple(
-            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **attention))
-            for block in architecture.blocks
-        )
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-def each_mlp(**mlp):
-    def change(architecture):
-        blocks = tuple(
-            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp))
-            for block in architecture.blocks
-        )
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-def norms(which: str, **fields):
-    def change(architecture):
-        if which == "final_norm":
-            return dataclasses.replace(
-                architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields)
-            )
-        blocks = tuple(
-            dataclasses.replace(
-                block, **{which: dataclasses.replace(getattr(block, which), **fields)}
-            )
-            for block in architecture.blocks
-        )
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-class WithoutBias(torch.nn.Module):
-    bias = None
-
-    def __init__(self, module):
-        super().__init__()
-        self.weight = module.weight
-
-
-def no_bias(side: str):
-    def change(architecture):
-        blocks = []
-        for block in architecture.blocks:
-            linear = getattr(block.attention, side)
-            bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
-            blocks.append(
-                dataclasses.replace(
-                    block, attention=dataclasses.replace(block.attention, **{side: bare})
-                )
-            )
-        return dataclasses.replace(architecture, blocks=tuple(blocks))
-
-    return change
-
-
-def whole(**fields):
-    return lambda architecture: dataclasses.replace(architecture, **fields)
-
-
-def swapped_pairs(architecture):
-    pairs = "adjacent" if architecture.rotary.pairs == "halves" else "halves"
-    return dataclasses.replace(architecture, rotary=Rotary(architecture.rotary.tables, pairs))
-
-
-def each_layer(**fields):
-    def change(architecture):
-        blocks = tuple(dataclasses.replace(block, **fields) for block in architecture.blocks)
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-def block(layer: int, **attention):
-    """A change of one layer's attention."""
-
-    def change(architecture):
-        blocks = list(architecture.blocks)
-        changed = dataclasses.replace(blocks[layer].attention, **attention)
-        blocks[layer] = dataclasses.replace(blocks[layer], attention=changed)
-        return dataclasses.replace(architecture, blocks=tuple(blocks))
-
-    return change
-
-
-def graph(**fields):
-    def change(architecture):
-        return dataclasses.replace(
-            architecture, graph=dataclasses.replace(architecture.graph, **fields)
-        )
-
-    return change
-
-
-def shared_norm(architecture):
-    blocks = tuple(dataclasses.replace(block, norm2=block.norm1) for block in architecture.blocks)
-    return dataclasses.replace(architecture, blocks=blocks)
-
-
-def other_norm2(architecture):
-    """The MLP's norm is that of the next layer."""
-    norms = [block.norm1 for block in architecture.blocks]
-    pairs = zip(architecture.blocks, norms[1:] + norms[:1], strict=True)
-    blocks = tuple(dataclasses.replace(block, norm2=norm) for block, norm in pairs)
-    return dataclasses.replace(architecture, blocks=blocks)
-
-
-def full_rotary(architecture):
-    """All coordinates rotate, not only the first."""
-
-    def tables(positions, like):
-        cos, sin = architecture.rotary.tables(positions, like)
-        width = architecture.head_width
-        return cos.repeat(1, width)[:, :width], sin.repeat(1, width)[:, :width]
-
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
-
-
-def unscaled_rotary(architecture):
-    """Rotations that keep lengths."""
-
-    def tables(positions, like):
-        cos, sin = architecture.rotary.tables(positions, like)
-        length = (cos**2 + sin**2).sqrt()
-        return cos / length, sin / length
-
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
-
-
-class Unscaled(torch.nn.Module):
-    """An embedding without the scale that its module applies."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.weight = module.weight
-
-    def forward(self, tokens):
-        return torch.nn.functional.embedding(tokens, self.weight)
-
-
-def unscaled_embedding(architecture):
-    return dataclasses.replace(architecture, token=Unscaled(architecture.token))
-
-
-def no_unembedding_bias(architecture):
-    bare = dataclasses.replace(
-        architecture.unembed, module=WithoutBias(architecture.unembed.module)
-    )
-    return dataclasses.replace(architecture, unembed=bare)
-
-
-def plain_rotary(architecture):
-    """Angles position / 10000^(2 i / width), as without any scaling of positions."""
-
-    def tables(positions, like):
-        width = architecture.rotary.tables(positions, like)[0].shape[-1]
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=like.dtype) / width)
-        angles = torch.arange(positions, dtype=like.dtype)[:, None] * frequencies
-        spread = (
-            angles.repeat(1, 2)
-            if architecture.rotary.pairs == "halves"
-            else angles.repeat_interleave(2, -1)
-        )
-        return spread.cos(), spread.sin()
-
-    return dataclasses.replace(architecture, rotary=Rotary(tables, architecture.rotary.pairs))
-
-
-def no_mlp_bias(side: str):
-    def change(architecture):
-        blocks = []
-        for block in architecture.blocks:
-            linear = getattr(block.mlp, side)
-            bare = dataclasses.replace(linear, module=WithoutBias(linear.module))
-            blocks.append(
-                dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **{side: bare}))
-            )
-        return dataclasses.replace(architecture, blocks=tuple(blocks))
-
-    return change
-
-
-class Rolled(torch.nn.Module):
-    """A projection whose heads have moved on by one."""
-
-    def __init__(self, module, width):
-        super().__init__()
-        self.weight = module.weight.roll(width, 0)
-        self.bias = None if module.bias is None else module.bias.roll(width, 0)
-
-
-def other_groups(architecture):
-    """Query heads read the next group's keys and values."""
-    blocks = []
-    for block in architecture.blocks:
-        sides = {
-            side: dataclasses.replace(
-                getattr(block.attention, side),
-                module=Rolled(getattr(block.attention, side).module, architecture.head_width),
-            )
-            for side in "kv"
-        }
-        blocks.append(
-            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **sides))
-        )
-    return dataclasses.replace(architecture, blocks=tuple(blocks))
-
-
-def exact_gelu(x):
-    return torch.nn.functional.gelu(x)
-
-
-def tanh_gelu(x):
-    return torch.nn.functional.gelu(x, approximate="tanh")
-
+from circuits.model.architecture import Norm
+from tests.changes import (
+    block,
+    by_head,
+    each_block,
+    each_layer,
+    each_mlp,
+    exact_gelu,
+    from_row_zero,
+    full_rotary,
+    gains_as_stored,
+    gate_and_up_swapped,
+    graph,
+    no_bias,
+    no_mlp_bias,
+    no_unembedding_bias,
+    normed_together,
+    norms,
+    other_groups,
+    other_norm2,
+    plain_rotary,
+    rotary_of_the_first,
+    shared_norm,
+    swapped_pairs,
+    tanh_gelu,
+    unscaled_embedding,
+    unscaled_linear,
+    unscaled_rotary,
+    whole,
+)
 
 NONE = Norm("none")
 
@@ -252,7 +55,7 @@ MUTATIONS = [
     ("gpt2, scaled by layer", "attention scaled by layer", block(1, scale=0.5)),
     ("neox", "parallel blocks", graph(parallel=False)),
     ("neox, sequential", "sequential blocks", graph(parallel=True)),
-    ("neox", "rotary positions", whole(rotary=None)),
+    ("neox", "rotary positions", each_block(rotary=None)),
     ("neox", "rotary pairs in halves", swapped_pairs),
     ("neox", "partial rotary", full_rotary),
     ("neox", "a norm of its own before the MLP", shared_norm),
@@ -270,7 +73,25 @@ MUTATIONS = [
     *[(name, "MLP bias, down", no_mlp_bias("down")) for name in ("gptj", "codegen")],
     *[(name, "unembedding bias", no_unembedding_bias) for name in ("gptj", "codegen")],
     ("codegen", "order of the fused projections", other_groups),
-    ("llama", "rotary positions", whole(rotary=None)),
+    ("gptneo", "learned positions", whole(position=None)),
+    ("gptneo", "scores without a scale", each_block(scale=0.5)),
+    ("gptneo", "sliding window in local layers", block(1, window=None)),
+    ("gptneo", "window with the query itself", block(1, window=5)),
+    ("gptneo", "full attention in global layers", block(0, window=4)),
+    ("gptneo", "LayerNorm", norms("norm2", kind="rms")),
+    ("gptneo", "norm epsilon", norms("norm1", eps=0.0)),
+    ("gptneo", "tanh GELU", each_mlp(activation=exact_gelu)),
+    ("gptneo", "bias of o", no_bias("o")),
+    *[("gptneo", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    ("opt", "learned positions", whole(position=None)),
+    ("opt", "positions from row 2 on", from_row_zero),
+    ("opt", "attention scale", each_block(scale=1.0)),
+    ("opt", "LayerNorm", norms("norm2", kind="rms")),
+    ("opt", "ReLU", each_mlp(activation=exact_gelu)),
+    *[("opt", f"bias of {side}", no_bias(side)) for side in "qvo"],
+    *[("opt", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("up", "down")],
+    ("opt, without biases and gains", "norms without gains", norms("norm1", kind="none")),
+    ("llama", "rotary positions", each_block(rotary=None)),
     ("llama", "rotary pairs in halves", swapped_pairs),
     ("llama", "grouped queries", other_groups),
     ("llama", "gated MLP", each_mlp(gate=None)),
@@ -285,26 +106,71 @@ MUTATIONS = [
     ("mistral", "sliding window", each_block(window=None)),
     ("mistral", "window with the query itself", each_block(window=5)),
     ("mistral, no window", "no window", each_block(window=4)),
-    ("mistral", "rotary positions", whole(rotary=None)),
+    ("mistral", "rotary positions", each_block(rotary=None)),
     ("mistral", "grouped queries", other_groups),
+    ("qwen2, linear rotary", "linear rotary scaling", plain_rotary),
     ("qwen2", "sliding window in the upper layers", block(1, window=None)),
     ("qwen2", "full attention in the lower layers", block(0, window=4)),
-    ("qwen2", "rotary positions", whole(rotary=None)),
+    ("qwen2", "rotary positions", each_block(rotary=None)),
     *[("qwen2", f"bias of {side}", no_bias(side)) for side in "qkv"],
     ("qwen3", "norm of queries", each_block(q_norm=NONE)),
     ("qwen3", "norm of keys", each_block(k_norm=NONE)),
     ("qwen3", "sliding window in the upper layers", block(1, window=None)),
     ("qwen3", "head width of its own", each_block(scale=3**-0.5)),
-    ("qwen3", "rotary positions", whole(rotary=None)),
+    ("qwen3", "rotary positions", each_block(rotary=None)),
     *[("qwen3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
     ("qwen3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
     ("qwen3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
+    ("smollm3", "layers that do not rotate", rotary_of_the_first),
+    ("smollm3", "layers that rotate", each_block(rotary=None)),
+    ("smollm3", "sliding window in layers that do not rotate", block(1, window=None)),
+    ("smollm3", "full attention in layers that rotate", block(0, window=4)),
+    ("smollm3", "grouped queries", other_groups),
+    ("smollm3", "head width of its own", each_block(scale=3**-0.5)),
+    *[("smollm3", f"bias of {side}", no_bias(side)) for side in "qkvo"],
+    *[("smollm3", f"MLP bias, {side}", no_mlp_bias(side)) for side in ("gate", "up", "down")],
+    ("smollm3, yarn rotary", "yarn rotary scaling: frequencies", plain_rotary),
+    ("smollm3, yarn rotary", "yarn rotary scaling: factor", unscaled_rotary),
+    ("phi3", "sliding window", each_block(window=None)),
+    ("phi3", "window with the query itself", each_block(window=5)),
+    ("phi3, no window", "no window", each_block(window=4)),
+    ("phi3", "rotary positions", each_block(rotary=None)),
+    ("phi3", "rotary pairs in halves", swapped_pairs),
+    ("phi3", "partial rotary", full_rotary),
+    ("phi3", "grouped queries", other_groups),
+    ("phi3", "order of the fused gate", gate_and_up_swapped),
+    ("phi3", "SiLU", each_mlp(activation=exact_gelu)),
+    ("phi3", "RMSNorm", norms("final_norm", kind="layer")),
+    ("stablelm", "LayerNorm", norms("norm2", kind="rms")),
+    ("stablelm", "norm epsilon", norms("norm1", eps=0.0)),
+    ("stablelm", "a norm of its own before the MLP", shared_norm),
+    ("stablelm", "rotary positions", each_block(rotary=None)),
+    ("stablelm", "rotary pairs in halves", swapped_pairs),
+    ("stablelm", "partial rotary", full_rotary),
+    ("stablelm", "grouped queries", other_groups),
+    ("stablelm", "gated MLP", each_mlp(gate=None)),
+    ("stablelm", "SiLU", each_mlp(activation=exact_gelu)),
+    *[("stablelm", f"bias of {side}", no_bias(side)) for side in "qkv"],
+    ("stablelm, parallel", "parallel blocks", graph(parallel=False)),
+    ("stablelm, parallel", "one norm for attention and MLP", other_norm2),
+    ("olmo2", "no norm before attention", norms("norm1", kind="rms")),
+    ("olmo2", "no norm before the MLP", norms("norm2", kind="rms")),
+    ("olmo2", "post-norm of attention", each_layer(post_norm1=None)),
+    ("olmo2", "post-norm of the MLP", each_layer(post_norm2=None)),
+    ("olmo2", "post-norm epsilon", norms("post_norm1", eps=0.0)),
+    ("olmo2", "queries normed together", normed_together("q", by_head)),
+    ("olmo2", "keys normed together", normed_together("k", by_head)),
+    ("olmo2", "norm of queries", normed_together("q", lambda norm: None)),
+    ("olmo2", "norm of keys", normed_together("k", lambda norm: None)),
+    ("olmo2", "rotary positions", each_block(rotary=None)),
+    ("olmo2", "grouped queries", other_groups),
+    ("olmo2", "gated MLP", each_mlp(gate=None)),
     ("gemma", "scaled embedding", unscaled_embedding),
     ("gemma", "gains stored less 1", norms("norm1", offset=0.0)),
     ("gemma", "final gain stored less 1", norms("final_norm", offset=0.0)),
     ("gemma", "tanh GELU", each_mlp(activation=torch.nn.functional.silu)),
     ("gemma", "gated MLP", each_mlp(gate=None)),
-    ("gemma", "rotary positions", whole(rotary=None)),
+    ("gemma", "rotary positions", each_block(rotary=None)),
     *[("gemma", f"bias of {side}", no_bias(side)) for side in "qkvo"],
     ("gemma2", "scaled embedding", unscaled_embedding),
     ("gemma2", "gains stored less 1", norms("norm2", offset=0.0)),
@@ -316,11 +182,26 @@ MUTATIONS = [
     ("gemma2", "sliding window in even layers", block(0, window=None)),
     ("gemma2", "full attention in odd layers", block(1, window=4)),
     ("gemma2", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
-    ("gemma2", "rotary positions", whole(rotary=None)),
+    ("gemma2", "rotary positions", each_block(rotary=None)),
+    ("gemma3", "scaled embedding", unscaled_embedding),
+    ("gemma3", "gains stored less 1", norms("norm2", offset=0.0)),
+    ("gemma3", "gains of queries stored less 1", gains_as_stored("q_norm")),
+    ("gemma3", "gains of keys stored less 1", gains_as_stored("k_norm")),
+    ("gemma3", "norm of queries", each_block(q_norm=NONE)),
+    ("gemma3", "norm of keys", each_block(k_norm=NONE)),
+    ("gemma3", "post-norm of attention", each_layer(post_norm1=None)),
+    ("gemma3", "post-norm of the MLP", each_layer(post_norm2=None)),
+    ("gemma3", "sliding window in layers of that type", block(0, window=None)),
+    ("gemma3", "full attention in the others", block(1, window=4)),
+    ("gemma3", "rotary positions", each_block(rotary=None)),
+    ("gemma3", "rotary frequencies of each type of layer", rotary_of_the_first),
+    ("gemma3", "query_pre_attn_scalar", each_block(scale=6**-0.5)),
+    ("gemma3, linear rotary", "linear rotary scaling in full layers", unscaled_linear(1, 3)),
+    ("gemma3, linear rotary", "logit soft-cap", whole(logit_cap=None)),
     ("native, layer norm", "causal attention", graph(causal=False)),
     ("native, bidirectional", "bidirectional attention", graph(causal=True)),
     ("native, layer norm", "learned positions", whole(position=None)),
-    ("native, rotary", "rotary positions", whole(rotary=None)),
+    ("native, rotary", "rotary positions", each_block(rotary=None)),
     ("native, rotary", "rotary pairs, adjacent", swapped_pairs),
     ("native, grouped queries", "grouped queries", other_groups),
     ("native, attention scale", "attn_scale", each_block(scale=5**-0.5)),

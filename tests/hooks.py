@@ -8,13 +8,17 @@ import torch
 from circuits.engine import Engine
 from tests import tiny
 
-# HuggingFace's RMSNorm and GPT-J's attention, TransformerLens's RMSNorm and its parameter-free
-# norms compute in float32 even in float64 models.
-COARSE = ("llama", "mistral", "qwen", "gemma", "gptj", "codegen", "rms", "no parameters")
+# HuggingFace's RMSNorm, GPT-J's and GPT-Neo's attention, OPT's where it is eager, StableLM's in its
+# bridge, TransformerLens's RMSNorm and its parameter-free norms compute in float32 even in float64
+# models.
+COARSE = tuple(
+    "llama mistral qwen gemma gptj codegen gptneo opt smollm3 phi3 stablelm olmo2 rms".split()
+)
 
 
 def bound(name: str) -> float:
-    return 2e-5 if any(part in name for part in COARSE) else 1e-10
+    coarse = any(part in name for part in (*COARSE, "no parameters"))
+    return 2e-5 if coarse else 1e-10
 
 
 def read_by(graph, mask: torch.Tensor, n_positions: int) -> torch.Tensor:
@@ -67,6 +71,13 @@ def through_hooks(
         through_hooks(factored, tokens, torch.zeros_like(mask), ablated, unread := {})
     read = read_by(graph, mask, tokens.shape[1])
     given = written if upstream is None else upstream
+    # OLMo 2's norm is over all heads of a layer: each head's own input goes through all of it
+    normed_together = "qk" if bridge.cfg.architecture == "Olmo2ForCausalLM" else ""
+
+    def before(layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What the attention of a block projects, from what it reads."""
+        norm = getattr(bridge.blocks[layer], "ln1", None)
+        return x if norm is None else norm.original_component(x)
 
     def mixed(reader: str) -> torch.Tensor:
         row = graph.reader_index[reader]
@@ -84,10 +95,11 @@ def through_hooks(
             out = value.clone()
             width = architecture.head_width
             for head in range(heads):
-                x = bridge.blocks[layer].ln1.original_component(
-                    mixed(f"a{layer}.{label}{head}<{side}>")
-                )
+                x = before(layer, mixed(f"a{layer}.{label}{head}<{side}>"))
                 projected = getattr(bridge.blocks[layer].attn, side).original_component(x)
+                if side in normed_together:
+                    norm = getattr(bridge.blocks[layer].attn, f"{side}_norm").original_component
+                    projected = norm(projected)
                 columns = slice(head * width, (head + 1) * width)
                 out.flatten(2)[..., columns] = projected[..., columns]
             if seen is not None:
@@ -119,9 +131,8 @@ def through_hooks(
                     :, None, :, None
                 ]
                 enter = [torch.where(*values) for values in zip(here, outputs, alone, strict=True)]
-                factor = (1 + norm.weight) / (
-                    sum(enter).pow(2).mean(-1, keepdim=True) + norm.eps
-                ).sqrt()
+                total = sum(enter)
+                factor = norm(total) / total
                 outputs = [output * factor for output in outputs]
             written.extend(outputs)
             biases.append(torch.zeros(()) if o.bias is None else o.bias)
@@ -133,7 +144,7 @@ def through_hooks(
             fired.append(hook.name)
             shared = "ln2" not in bridge.blocks[layer]._modules  # then the hook is behind the norm
             x = mixed(f"m{layer}")
-            return bridge.blocks[layer].ln1.original_component(x) if shared else x
+            return before(layer, x) if shared else x
 
         return hook
 
@@ -147,17 +158,16 @@ def through_hooks(
 
     hooks = []
     for layer in range(graph.n_layers):
-        hooks += [
-            (f"blocks.{layer}.attn.{side}.hook_out", side_hook(layer, side)) for side in "qkv"
-        ]
+        for side in "vqk" if normed_together else "qkv":
+            made = f"{side}_norm" if side in normed_together else side
+            hooks += [(f"blocks.{layer}.attn.{made}.hook_out", side_hook(layer, side))]
         hooks += [(f"blocks.{layer}.attn.o.hook_in", z_hook(layer))]
         if not graph.attention_only:
             parts = bridge.blocks[layer]._modules
-            before, after = (
-                "ln2" if "ln2" in parts else "mlp",
-                "ln2_post" if "ln2_post" in parts else "mlp",
-            )
-            hooks += [(f"blocks.{layer}.{before}.hook_in", mlp_in(layer))]
+            own = bridge.blocks[layer].mlp.original_component is not None
+            start = "ln2" if "ln2" in parts else "mlp"
+            after = "ln2_post" if "ln2_post" in parts else "mlp" if own else "mlp.out"
+            hooks += [(f"blocks.{layer}.{start}.hook_in", mlp_in(layer))]
             hooks += [(f"blocks.{layer}.{after}.hook_out", mlp_out)]
     hooks += [("ln_final.hook_in", logits_in)]
     patterns = [

@@ -7,11 +7,17 @@ from __future__ import annotations
 import random
 
 import torch
-from torch import nn
 
 from circuits.engine import Engine
 from circuits.model.load import LoadedModel, from_bridge, from_module
 from circuits.prompts import Prompts, prompts_from_records
+from tests.modules import (
+    HUGGINGFACE,
+    HUGGINGFACE_VARIANTS,
+    gpt2_module,
+    llama_module,
+    scaled_up,
+)
 
 
 def from_tokens(
@@ -22,153 +28,6 @@ def from_tokens(
     """Token ids as prompts that are scored everywhere, or at some positions."""
     lengths = None if key_mask is None else key_mask.sum(1)
     return Prompts.from_tokens(tokens, lengths=lengths, positions=positions)
-
-
-def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
-    """Random normal weights and biases; gains around 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(
-                parameter.dtype
-            )
-            norm = any(part in name for part in ("ln", "norm")) and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if norm else size * noise)
-    return module
-
-
-def gpt2_module(**changes) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    fields = {
-        "n_embd": 12,
-        "n_layer": 2,
-        "n_head": 3,
-        "n_positions": 16,
-        "vocab_size": 29,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "layer_norm_epsilon": 1e-2,
-    }
-    return scaled_up(GPT2LMHeadModel(GPT2Config(**{**fields, **changes})).eval())
-
-
-def llama_module(**changes) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    fields = {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True}
-    return scaled_up(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval())
-
-
-# Heads wider than hidden_size / heads, two per key-value head; a window shorter than the prompts.
-LLAMA_LIKE = {
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "vocab_size": 29,
-    "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-2,
-}
-WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-
-
-def neox_module(**changes) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    fields = {
-        "hidden_size": 24,
-        "intermediate_size": 20,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "vocab_size": 29,
-        "max_position_embeddings": 16,
-        "layer_norm_eps": 1e-2,
-        "rotary_pct": 0.5,
-    }
-    return scaled_up(GPTNeoXForCausalLM(GPTNeoXConfig(**{**fields, **changes})).eval())
-
-
-def mistral_module(**changes) -> nn.Module:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return scaled_up(
-        MistralForCausalLM(MistralConfig(**{**LLAMA_LIKE, "sliding_window": 4, **changes})).eval()
-    )
-
-
-def qwen2_module(**changes) -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    fields = {**LLAMA_LIKE, "hidden_size": 24, **WINDOWED}
-    fields.pop("head_dim")
-    return scaled_up(Qwen2ForCausalLM(Qwen2Config(**{**fields, **changes})).eval())
-
-
-def qwen3_module(**changes) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    fields = {**LLAMA_LIKE, **WINDOWED, "attention_bias": True}
-    return scaled_up(Qwen3ForCausalLM(Qwen3Config(**{**fields, **changes})).eval())
-
-
-def gemma_module(**changes) -> nn.Module:
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    return scaled_up(
-        GemmaForCausalLM(GemmaConfig(**{**LLAMA_LIKE, "attention_bias": True, **changes})).eval()
-    )
-
-
-def gemma2_module(**changes) -> nn.Module:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    fields = {
-        **LLAMA_LIKE,
-        "sliding_window": 4,
-        "query_pre_attn_scalar": 10,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0,
-    }
-    return scaled_up(Gemma2ForCausalLM(Gemma2Config(**{**fields, **changes})).eval())
-
-
-def gptj_module(**changes) -> nn.Module:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    fields = {"n_embd": 24, "n_layer": 2, "n_head": 3, "rotary_dim": 4}
-    return scaled_up(GPTJForCausalLM(GPTJConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
-
-
-def codegen_module(**changes) -> nn.Module:
-    from transformers import CodeGenConfig, CodeGenForCausalLM
-
-    fields = {"n_embd": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_ctx": 16}
-    return scaled_up(CodeGenForCausalLM(CodeGenConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
-
-
-GPTJ_LIKE = {
-    "n_positions": 16,
-    "vocab_size": 29,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "layer_norm_epsilon": 1e-2,
-}
-
-HUGGINGFACE = {
-    "gpt2": gpt2_module,
-    "llama": llama_module,
-    "neox": neox_module,
-    "mistral": mistral_module,
-    "qwen2": qwen2_module,
-    "qwen3": qwen3_module,
-    "gemma": gemma_module,
-    "gemma2": gemma2_module,
-    "gptj": gptj_module,
-    "codegen": codegen_module,
-}
 
 
 def native_bridge(dtype: torch.dtype = torch.float64, **changes):
@@ -228,37 +87,6 @@ NATIVE_VARIANTS = {
     "gelu_new": {"act_fn": "gelu_new"},
     "solu_ln": {"act_fn": "solu_ln"},
     "attention scale": {"attn_scale": 1.7},
-}
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 4,
-    "rope_theta": 100.0,
-}
-HUGGINGFACE_VARIANTS = {
-    **{name: {} for name in HUGGINGFACE},
-    "gpt2, scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
-    "llama, llama3 rotary": {"rope_scaling": LLAMA3},
-    "llama, linear rotary": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
-    "llama, tied": {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
-    "neox, sequential": {"use_parallel_residual": False},
-    "mistral, no window": {"sliding_window": None},
-    "qwen2, no window": {"use_sliding_window": False},
-    "qwen3, yarn rotary": {
-        "rope_scaling": YARN,
-        "use_sliding_window": False,
-        "attention_bias": False,
-    },
-    "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
 
 

@@ -53,7 +53,7 @@ class Seen:
     layer: int
     writers: list[int]  # which nodes
     written: Float[Tensor, "w K b S D"]  # what they write
-    # of heads, before they are normed and rotated
+    # of heads, before they are normed by head and rotated
     queries: Float[Tensor, "w N S E"] | None = None
     keys: Float[Tensor, "kv N S E"] | None = None
     kv_of_head: list[int] | None = None  # see `attend`

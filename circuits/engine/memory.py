@@ -200,17 +200,19 @@ def footprint(engine: Engine, prompts: Prompts) -> Footprint:
     moved = graph.n_heads * architecture.head_width  # what all heads move
     keys = graph.kv_heads * architecture.head_width
     read = moved + 2 * keys
-    turned = moved + keys if architecture.rotary is not None else 0
+    turned = moved + keys if any(block.attention.rotary for block in blocks) else 0
     repeated = 2 * moved if graph.kv_group > 1 else 0
     capped = any(block.attention.soft_cap is not None for block in blocks)
     scores = 3 * graph.n_heads * n_tokens if capped else 0
     allowed = 0 if graph.causal else 2 * n_tokens  # each prompt's keys, as truths and as numbers
     normed = read if any(block.attention.q_norm is not None for block in blocks) else 0
+    # what a layer makes of each query head's input, where its queries are normed together
+    together = graph.n_heads * moved if any(block.attention.q.norm for block in blocks) else 0
     mlps = [block.mlp for block in blocks if block.mlp is not None]
     hidden = max((mlp.up.weight.shape[0] for mlp in mlps), default=0)
     gated = any(mlp.gate is not None for mlp in mlps)
     post = any(block.post_norm1 is not None for block in blocks)
-    attended = read + normed + turned + repeated + scores + moved
+    attended = read + normed + turned + repeated + scores + moved + together
     forward = (5 if post else 3) * width + attended + hidden * (1 + 2 * gated)
     return Footprint(
         element=engine.dtype.itemsize,
@@ -222,7 +224,7 @@ def footprint(engine: Engine, prompts: Prompts) -> Footprint:
         query_heads=graph.n_heads,
         sides=read,
         layers=graph.n_layers,
-        heads=2 * (read + moved + turned) + repeated + scores + allowed,
+        heads=2 * (read + moved + turned) + repeated + scores + allowed + together,
         hidden=hidden * (2 + gated),
         graph=max(forward, 4 * width + 2 * read),
         vocabulary=engine.model.outputs,

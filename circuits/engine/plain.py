@@ -111,20 +111,18 @@ def reader_gradients(
             residual, (gradient,) = groups.pop()
             yield graph.first_reader(layer + 1) - 1, block.norm2.pull_back(residual, gradient[None])
         residual, sides = groups.pop()
-        at_norm = _through_projections(block, sides, residual, architecture.head_width)
+        at_norm = _through_projections(block, sides, residual)
         yield first, block.norm1.pull_back(residual, at_norm)
 
 
 def _through_projections(
-    block: Block, sides: list[Tensor], residual: Float[Tensor, "B S D"], head_width: int
+    block: Block, sides: list[Tensor], residual: Float[Tensor, "B S D"]
 ) -> Float[Tensor, "r B S D"]:
     """Takes gradients at queries, keys and values back to what is projected."""
     gradients = residual.new_empty(sum(map(len, sides)), *residual.shape)
     row, attention = 0, block.attention
     for side, projection in zip(sides, (attention.q, attention.k, attention.v), strict=True):
-        weight = projection.by_head(head_width).detach().mT  # [heads, E, D]
-        into = gradients[row : row + len(side)]
-        torch.bmm(side.flatten(1, 2), weight, out=into.view(len(side), -1, into.shape[-1]))
+        projection.pull_back(side, block.norm1(residual), gradients[row : row + len(side)])
         row += len(side)
     return gradients
 

@@ -50,6 +50,12 @@ class Norm:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
 
+    @property
+    def gain(self) -> Float[Tensor, "d_model"]:
+        """What an RMS norm with parameters multiplies by, beside `scale`."""
+        weight: Any = getattr(self.module, "weight", None)
+        return weight + self.offset
+
     def gained(self, weight: Float[Tensor, "*h d_model E"]) -> Float[Tensor, "*h d_model E"]:
         """The weight of a projection that reads this RMS norm, with the norm's gain in it."""
         gain = getattr(self.module, "weight", None)
@@ -90,10 +96,15 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """A projection, with its weight as [out, in] however the module stores it."""
+    """A projection, with its weight as [out, in] however the module stores it.
+
+    With a `norm` (RMS), what one input makes for all heads is normed together (OLMo 2).  A head
+    reads an input of its own, so its numbers are scaled by what the whole layer makes of that.
+    """
 
     module: nn.Module
     stored_in_out: bool = False  # GPT-2's Conv1D
+    norm: Norm | None = None
 
     @property
     def outputs(self) -> int:
@@ -109,7 +120,8 @@ class Linear:
         return getattr(self.module, "bias", None)
 
     def __call__(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight, self.bias)
+        made = F.linear(x, self.weight, self.bias)
+        return made if self.norm is None else self.norm(made)
 
     def by_head(self, width: int) -> Float[Tensor, "heads in_ E"]:
         """The weight that makes each head's E numbers."""
@@ -133,8 +145,53 @@ class Linear:
             weight, bias = weight[heads], None if bias is None else bias[heads]
         if norm is not None:
             made = torch.bmm(inputs, norm.gained(weight)) * norm.scale(inputs)
-            return made if bias is None else made + bias
-        return torch.bmm(inputs, weight) if bias is None else torch.baddbmm(bias, inputs, weight)
+            made = made if bias is None else made + bias
+        elif bias is None:
+            made = torch.bmm(inputs, weight)
+        else:
+            made = torch.baddbmm(bias, inputs, weight)
+        if self.norm is None:
+            return made
+        assert norm is None, "what is behind a norm of outputs is scaled once, by its own input"
+        together = F.linear(inputs, self.weight, self.bias)
+        gain = self.norm.gain.unflatten(0, (-1, width))[:, None]  # [heads, 1, E]
+        return made * self.norm.scale(together) * (gain if heads is None else gain[heads])
+
+    @torch.no_grad()
+    def pull_back(
+        self,
+        gradients: Float[Tensor, "heads B S E"],
+        inputs: Float[Tensor, "B S in_"],
+        out: Float[Tensor, "heads B S in_"],
+    ) -> None:
+        """Puts into `out` what gradients at each head's numbers are at that head's own input.
+
+        `inputs` is that input, the same for all heads.  With a norm of outputs, y = W x and
+        G = gain gradient / rms(y), it is W_h' G_h - W' y (y_h . G_h) / (n rms(y)^2).
+        """
+        weight = self.by_head(gradients.shape[-1]).mT  # [heads, E, in]
+        rows = out.view(len(out), -1, out.shape[-1])
+        if self.norm is None:
+            torch.bmm(gradients.flatten(1, 2), weight, out=rows)
+            return
+        together = F.linear(inputs, self.weight, self.bias)  # [B, S, heads E]
+        scale = self.norm.scale(together)
+        split = (-1, gradients.shape[-1])
+        gain = self.norm.gain.unflatten(0, split)[:, None, None]
+        gradients = gradients * gain * scale
+        torch.bmm(gradients.flatten(1, 2), weight, out=rows)
+        own = together.unflatten(-1, split).movedim(-2, 0)
+        along = torch.linalg.vecdot(gradients, own).unsqueeze(-1) * scale.square()
+        out.addcmul_(along / together.shape[-1], together @ self.weight, value=-1)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: the model's own tables, and how pairs of coordinates are laid out."""
+
+    # (positions, like) -> cos, sin, each [pos, width]
+    tables: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    pairs: Literal["halves", "adjacent"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +207,7 @@ class Attention:
     window: int | None = None  # how many positions a query sees, itself included; None: all
     q_norm: Norm | None = None  # of each head's queries, before they are rotated
     k_norm: Norm | None = None
+    rotary: Rotary | None = None  # None: queries and keys do not tell positions
 
 
 @dataclass(frozen=True)
@@ -191,15 +249,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotary positions: the model's own tables, and how pairs of coordinates are laid out."""
-
-    # (positions, like) -> cos, sin, each [pos, width]
-    tables: Callable[[int, Tensor], tuple[Tensor, Tensor]]
-    pairs: Literal["halves", "adjacent"]
-
-
-@dataclass(frozen=True)
 class Architecture:
     """Everything the engine needs to know of a model.
 
@@ -210,7 +259,6 @@ class Architecture:
     blocks: tuple[Block, ...]
     token: nn.Module
     position: nn.Module | None
-    rotary: Rotary | None
     final_norm: Norm
     unembed: Linear | OutputHead
     head_width: int

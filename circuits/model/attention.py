@@ -35,7 +35,7 @@ def attend(
         key_mask: True on real tokens; needed by bidirectional models, as padding is on the right.
         kv_of_head: each query head's place among the key-value heads; None: in equal groups.
     """
-    q, k = _positioned(architecture, attention, q, k)
+    q, k = _positioned(attention, q, k)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
     n_positions, causal = q.shape[-2], architecture.graph.causal
     windowed = attention.window is not None and attention.window < n_positions
@@ -64,7 +64,7 @@ def attention_scores(
 
     Padding is not told apart where the model does not: on the right of a causal model's tokens.
     """
-    q, k = _positioned(architecture, attention, q, k)
+    q, k = _positioned(attention, q, k)
     rows = torch.arange(len(at), device=at.device)[:, None]
     everywhere = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)
     allowed = everywhere[rows, at]  # [N, P, S]
@@ -72,13 +72,13 @@ def attention_scores(
     return scores.masked_fill(~allowed, float("-inf"))
 
 
-def _positioned(architecture: Architecture, attention: Attention, q: Tensor, k: Tensor) -> Pair:
+def _positioned(attention: Attention, q: Tensor, k: Tensor) -> Pair:
     """Queries and keys as they are compared: normed and rotated where the model does so."""
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
-    if architecture.rotary is not None:
-        cos, sin = architecture.rotary.tables(q.shape[-2], q)
-        q, k = (_rotate(x, cos, sin, architecture.rotary.pairs) for x in (q, k))
+    if attention.rotary is not None:
+        cos, sin = attention.rotary.tables(q.shape[-2], q)
+        q, k = (_rotate(x, cos, sin, attention.rotary.pairs) for x in (q, k))
     return q, k
 
 
@@ -118,5 +118,5 @@ def _rotate(x: Float[Tensor, "heads N S E"], cos: Tensor, sin: Tensor, pairs: st
         quarter = torch.cat((-second, first), -1)
     else:
         quarter = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
-    turned = turned * cos + quarter * sin
+    turned = (turned * cos + quarter * sin).to(x.dtype)  # OLMo 2 rotates in float32 at least
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned

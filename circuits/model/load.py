@@ -242,7 +242,10 @@ def _load_state_dict(path: Path, config: ModelConfig) -> LoadedModel:
 
 
 def _place(module: nn.Module, config: ModelConfig) -> None:
-    """Moves a model; derived buffers, such as rotary frequencies, keep their precision."""
+    """Moves a model; derived buffers, such as rotary frequencies, keep their precision.
+
+    A number that was rounded to the dtype of the file (Gemma's scale of embeddings) is made anew.
+    """
     derived = [
         (part, name, buffer)
         for part in module.modules()
@@ -251,6 +254,8 @@ def _place(module: nn.Module, config: ModelConfig) -> None:
     ]
     module.to(device=config.device, dtype=DTYPES[config.dtype])
     for part, name, buffer in derived:
+        number = getattr(part, f"scalar_{name}", None)
+        buffer = buffer if number is None else torch.tensor(number, dtype=torch.float32)
         setattr(part, name, buffer.to(config.device))
 
 

@@ -19,11 +19,12 @@ from tests import tiny
 from tests.hooks import read_by, through_hooks
 
 LENGTH = 7  # where edges are told apart by position
-# Post-norms, soft-caps and windows (Gemma 2); grouped queries and rotary positions; parallel; all
-# positions read.
+# Post-norms, soft-caps and windows (Gemma 2); queries normed together (OLMo 2); grouped queries and
+# rotary positions; parallel; all positions read.
 MODELS = {
     "gpt2": tiny.gpt2(),
     "gemma2": tiny.huggingface("gemma2"),
+    "olmo2": tiny.huggingface("olmo2"),
     "qwen3": tiny.huggingface("qwen3"),
     "neox": tiny.huggingface("neox"),
     "bidirectional": tiny.native(attention_dir="bidirectional"),

@@ -12,6 +12,7 @@ from circuits.model.load import ModelConfig, load_model
 from circuits.prompts import write_jsonl
 from mad.commands.main import main
 from tests import tiny
+from tests.published import PUBLISHED, small, write_checkpoint
 
 SPLITS = ["splits.discovery=16", "splits.evaluation=16", "splits.fit=16", "splits.calibration=24"]
 
@@ -42,24 +43,37 @@ def through(folder, words: list[str], inputs: list[dict]) -> tuple[Circuit, dict
 @pytest.mark.parametrize("name", tiny.HUGGINGFACE)
 def test_every_family_goes_through_the_commands(name, tmp_path):
     tiny.HUGGINGFACE[name]().save_pretrained(tmp_path / "model")
-    engine = Engine(load_model(ModelConfig(path=str(tmp_path / "model"))))
+    metrics = goes_through(tmp_path)
+    assert metrics["faithfulness"] > metrics["random_circuits"]["mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_configuration_goes_through_the_commands(name, tmp_path):
+    write_checkpoint(tmp_path / "model", small(PUBLISHED[name]))
+    goes_through(tmp_path)
+
+
+def goes_through(folder) -> dict:
+    """The metrics of the model in a folder, which has gone through the three commands."""
+    engine = Engine(load_model(ModelConfig(path=str(folder / "model"))))
     records = tiny.with_own_answers(engine, tiny.records(90))
-    write_jsonl(records[:80], tmp_path / "trusted.jsonl")
+    write_jsonl(records[:80], folder / "trusted.jsonl")
     words = [
-        f"model={tmp_path / 'model'}",
-        f"task={tmp_path / 'trusted.jsonl'}",
+        f"model={folder / 'model'}",
+        f"task={folder / 'trusted.jsonl'}",
         "method=eap_ig",
         "metric=logit_diff",
         "ablation=mean",
         "selection.share=0.5",
         *SPLITS,
     ]
-    circuit, metrics, lines = through(tmp_path, words, records[80:])
+    circuit, metrics, lines = through(folder, words, records[80:])
     assert circuit.graph == engine.graph
     assert 0 < metrics["edges_kept"] <= round(0.5 * metrics["edges_total"])
-    assert metrics["faithfulness"] > metrics["random_circuits"]["mean"]
     assert [line["id"] for line in lines] == [record["id"] for record in records[80:]]
     assert all(line["score"] > 0 and 0 < line["p_value"] <= 1 for line in lines)
+    return metrics
 
 
 def test_stories_goes_through_the_commands(cases, tmp_path):

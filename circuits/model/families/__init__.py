@@ -15,12 +15,24 @@ from collections.abc import Callable
 from typing import Any
 
 from circuits.model.architecture import Architecture
-from circuits.model.families.gpt import codegen, gpt2, gpt_neox, gptj
-from circuits.model.families.llama import gemma, gemma2, llama, mistral, qwen2, qwen3
+from circuits.model.families.gemma import gemma, gemma2, gemma3
+from circuits.model.families.gpt import codegen, gpt2, gpt_neo, gpt_neox, gptj, opt
+from circuits.model.families.llama import (
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
 from circuits.model.families.native import native
 
 FAMILIES: dict[str, Callable[[Any, Any], Architecture]] = {
     "GPT2LMHeadModel": gpt2,
+    "GPTNeoForCausalLM": gpt_neo,
+    "OPTForCausalLM": opt,
     "GPTNeoXForCausalLM": gpt_neox,
     "GPTJForCausalLM": gptj,
     "CodeGenForCausalLM": codegen,
@@ -28,8 +40,13 @@ FAMILIES: dict[str, Callable[[Any, Any], Architecture]] = {
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "SmolLM3ForCausalLM": smollm3,
+    "Phi3ForCausalLM": phi3,
+    "StableLmForCausalLM": stablelm,
+    "Olmo2ForCausalLM": olmo2,
     "GemmaForCausalLM": gemma,
     "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
     "TransformerLensNative": native,
 }
 

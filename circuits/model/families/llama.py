@@ -1,65 +1,110 @@
-"""Llama and its relatives: RMSNorm, gated MLPs, rotary positions in halves, grouped queries."""
+"""Llama and its relatives: gated MLPs, rotary positions in halves, grouped queries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from circuits.graph import Graph
-from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm
-from circuits.model.families.parts import activation, part, projection, qkvo, refuse_unknown, rotary
+from circuits.model.architecture import MLP, Architecture, Attention, Block, Norm, Rotary
+from circuits.model.families.parts import (
+    activation,
+    layer_norm,
+    part,
+    projection,
+    qkvo,
+    refuse_unknown,
+    rotary,
+)
 
-_COMMON = (
+COMMON = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_theta "
     "attention_dropout "
 )
-_LAYERED = _COMMON + "sliding_window layer_types "
-_SOME_WINDOWS = _LAYERED + "max_window_layers use_sliding_window "
-# A bias of the output projection would be inside the post-norm: attention_bias stays refused.
-_GEMMA2 = _LAYERED + (
-    "hidden_activation query_pre_attn_scalar final_logit_softcapping attn_logit_softcapping "
-    "cache_implementation"
+LAYERED = COMMON + "sliding_window layer_types "
+_LLAMA = "attention_bias mlp_bias is_llama_config transformers.js_config"
+_SOME_WINDOWS = LAYERED + "max_window_layers use_sliding_window "
+_SMOLLM3 = _SOME_WINDOWS + "no_rope_layers no_rope_layer_interval attention_bias mlp_bias"
+# original_max_position_embeddings is read by longrope alone, which is refused.
+_PHI3 = COMMON + (
+    "sliding_window resid_pdrop embd_pdrop original_max_position_embeddings partial_rotary_factor "
+    "auto_map"
 )
+# qk_layernorm, a LayerNorm for each head (in the 12B model), stays refused.
+_STABLELM = COMMON + (
+    "layer_norm_eps use_qkv_bias use_parallel_residual hidden_dropout partial_rotary_factor"
+)
+
+# A layer's attention as all layers of a family have it -> as this layer has it.
+Change = Callable[[int, Attention], Attention]
 
 
 def llama(bridge: Any, config: Any) -> Architecture:
     """Llama (Touvron et al. 2023)."""
-    refuse_unknown("Llama", config, _COMMON + "attention_bias mlp_bias")
-    return _decoder("Llama", bridge, config)
+    refuse_unknown("Llama", config, COMMON + _LLAMA)
+    return decoder("Llama", bridge, config)
 
 
 def mistral(bridge: Any, config: Any) -> Architecture:
     """Mistral (Jiang et al. 2023): a sliding window in every layer."""
-    refuse_unknown("Mistral", config, _COMMON + "sliding_window")
-    return _decoder("Mistral", bridge, config, window=lambda layer: config.sliding_window)
+    refuse_unknown("Mistral", config, COMMON + "sliding_window")
+    return decoder("Mistral", bridge, config, change=_window(config))
 
 
 def qwen2(bridge: Any, config: Any) -> Architecture:
     """Qwen 2 and 2.5 (Yang et al. 2024): biases on q, k and v; windows in some layers if wanted."""
     refuse_unknown("Qwen2", config, _SOME_WINDOWS)
-    return _decoder("Qwen2", bridge, config, window=_by_layer("Qwen2", config))
+    return decoder("Qwen2", bridge, config, change=windows_by_layer("Qwen2", config))
 
 
 def qwen3(bridge: Any, config: Any) -> Architecture:
     """Qwen 3, dense (Yang et al. 2025): queries and keys are normed per head."""
     refuse_unknown("Qwen3", config, _SOME_WINDOWS + "attention_bias")
-    return _decoder("Qwen3", bridge, config, window=_by_layer("Qwen3", config))
+    return decoder("Qwen3", bridge, config, change=windows_by_layer("Qwen3", config))
 
 
-def gemma(bridge: Any, config: Any) -> Architecture:
-    """Gemma 1 (Gemma Team 2024): scaled embeddings, gains stored less 1."""
-    refuse_unknown("Gemma", config, _COMMON + "attention_bias hidden_activation")
-    return _decoder("Gemma", bridge, config, offset=1.0)
+def phi3(bridge: Any, config: Any) -> Architecture:
+    """Phi-3 (Abdin et al. 2024): fused projections, a sliding window in every layer."""
+    refuse_unknown("Phi-3", config, _PHI3)
+    return decoder("Phi-3", bridge, config, change=_window(config))
 
 
-def gemma2(bridge: Any, config: Any) -> Architecture:
-    """Gemma 2 (Gemma Team 2024): also post-norms, soft-caps, windows, its own attention scale."""
-    refuse_unknown("Gemma 2", config, _GEMMA2)
-    return _decoder("Gemma 2", bridge, config, offset=1.0, window=_by_layer("Gemma 2", config))
+def smollm3(bridge: Any, config: Any) -> Architecture:
+    """SmolLM3 (Bakouch et al. 2025): some layers do not rotate; windows in them if wanted."""
+    refuse_unknown("SmolLM3", config, _SMOLLM3)
+    change, turned = windows_by_layer("SmolLM3", config), rotary("SmolLM3", bridge, config)
+
+    def positions(layer: int) -> Rotary | None:
+        return turned if config.no_rope_layers[layer] else None
+
+    return decoder("SmolLM3", bridge, config, change=change, positions=positions)
 
 
-def _by_layer(family: str, config: Any) -> Callable[[int], int | None]:
+def stablelm(bridge: Any, config: Any) -> Architecture:
+    """StableLM (Bellagente et al. 2024): LayerNorm, part rotary; parallel with one norm or not."""
+    refuse_unknown("StableLM", config, _STABLELM)
+    parallel = config.use_parallel_residual
+    return decoder("StableLM", bridge, config, norm=layer_norm, parallel=parallel)
+
+
+def olmo2(bridge: Any, config: Any) -> Architecture:
+    """OLMo 2 (OLMo Team 2025): no norms before, only after; queries, and keys, normed together.
+
+    attention_bias stays refused: the output projection's would be inside the post-norm.
+    """
+    refuse_unknown("OLMo 2", config, COMMON)
+
+    def change(layer: int, attention: Attention) -> Attention:
+        q, k = attention.q, attention.k
+        q, k = replace(q, norm=attention.q_norm), replace(k, norm=attention.k_norm)
+        return replace(attention, q=q, k=k, q_norm=None, k_norm=None)
+
+    return decoder("OLMo 2", bridge, config, change=change)
+
+
+def windows_by_layer(family: str, config: Any) -> Change:
     """The window of each layer, by its type."""
     for kind in config.layer_types:
         if kind not in ("full_attention", "sliding_attention"):
@@ -68,60 +113,87 @@ def _by_layer(family: str, config: Any) -> Callable[[int], int | None]:
                 "'sliding_attention'"
             )
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    return lambda layer: windows[config.layer_types[layer]]
+    return lambda layer, attention: replace(attention, window=windows[config.layer_types[layer]])
 
 
-def _decoder(
+def _window(config: Any) -> Change:
+    """The same window in all layers."""
+    return lambda layer, attention: replace(attention, window=config.sliding_window)
+
+
+def decoder(
     family: str,
     bridge: Any,
     config: Any,
     *,
     offset: float = 0.0,
-    window: Callable[[int], int | None] = lambda layer: None,
+    norm: Callable[[Any], Norm] | None = None,
+    change: Change = lambda layer, attention: attention,
+    positions: Callable[[int], Rotary | None] | None = None,
+    parallel: bool = False,
 ) -> Architecture:
-    """The whole model; `offset` is added to the stored gains, `window` is that of each layer."""
+    """The whole model.
 
-    def norm(bridge_part: Any) -> Norm:
+    Args:
+        offset: added to the stored gains of RMS norms.
+        norm: how the norms of the residual stream are read; None: as RMS norms.
+        change: what is special about a layer's attention.
+        positions: the rotary positions of a layer; None: of all layers as the model says.
+        parallel: attention and MLP of a block read the same.
+    """
+
+    def rms(bridge_part: Any) -> Norm:
         return Norm("rms", config.rms_norm_eps, part(bridge_part), offset)
 
     def optional(parent: Any, name: str) -> Norm | None:
-        return norm(getattr(parent, name)) if name in parent._modules else None
+        return (norm or rms)(getattr(parent, name)) if name in parent._modules else None
 
-    blocks = tuple(
-        Block(
-            norm1=norm(block.ln1),
-            attention=Attention(
-                *qkvo(block.attn),
-                scale=part(block.attn).scaling,
-                soft_cap=getattr(config, "attn_logit_softcapping", None),
-                window=window(layer),
-                q_norm=optional(block.attn, "q_norm"),
-                k_norm=optional(block.attn, "k_norm"),
-            ),
-            norm2=norm(block.ln2),
-            mlp=MLP(
-                gate=projection(block.mlp.gate),
-                up=projection(getattr(block.mlp, "in")),
-                down=projection(block.mlp.out),
-                activation=activation(part(block.mlp).act_fn),
-            ),
+    if positions is None:
+        everywhere = rotary(family, bridge, config)
+        positions = lambda layer: everywhere  # noqa: E731
+
+    def described(layer: int, block: Any) -> Block:
+        attention = Attention(
+            *qkvo(block.attn),
+            scale=part(block.attn).scaling,
+            soft_cap=getattr(config, "attn_logit_softcapping", None),
+            q_norm=optional(block.attn, "q_norm"),
+            k_norm=optional(block.attn, "k_norm"),
+            rotary=positions(layer),
+        )
+        before = optional(block, "ln1") or Norm("none")
+        return Block(
+            norm1=before,
+            attention=change(layer, attention),
+            norm2=optional(block, "ln2") or before,  # where there is one norm, it is both's
+            mlp=_gated(block.mlp),
             post_norm1=optional(block, "ln1_post"),
             post_norm2=optional(block, "ln2_post"),
         )
-        for layer, block in enumerate(bridge.blocks)
-    )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     return Architecture(
         graph=Graph(
-            config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            parallel=parallel,
         ),
-        blocks=blocks,
+        blocks=tuple(described(layer, block) for layer, block in enumerate(bridge.blocks)),
         token=part(bridge.embed),
         position=None,
-        rotary=rotary(family, bridge, config),
-        final_norm=norm(bridge.ln_final),
+        final_norm=(norm or rms)(bridge.ln_final),
         unembed=projection(bridge.unembed),
-        head_width=width,
+        head_width=part(bridge.blocks[0].attn).head_dim,
         context=config.max_position_embeddings,
         logit_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _gated(bridge_part: Any) -> MLP:
+    module = part(bridge_part)
+    return MLP(
+        gate=projection(bridge_part.gate),
+        up=projection(getattr(bridge_part, "in")),
+        down=projection(bridge_part.out),
+        activation=activation(getattr(module, "act_fn", None) or module.activation_fn),
     )

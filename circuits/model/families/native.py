@@ -44,6 +44,7 @@ def native(bridge: Any, hf_config: None) -> Architecture:
     norm = partial(_norm, config, kind=_norm_kind(config))
     final_norm = norm(bridge.ln_final, kind="rms") if config.final_rms else norm(bridge.ln_final)
     rotary = _rotary(bridge.original_model.rotary)
+    blocks = tuple(_block(config, block, norm, rotary) for block in bridge.blocks)
     return Architecture(
         graph=Graph(
             config.n_layers,
@@ -52,10 +53,9 @@ def native(bridge: Any, hf_config: None) -> Architecture:
             attention_only=bool(config.attn_only),
             causal=config.attention_dir == "causal",
         ),
-        blocks=tuple(_block(config, block, norm) for block in bridge.blocks),
+        blocks=blocks,
         token=part(bridge.embed),
         position=None if rotary is not None else part(bridge.pos_embed),
-        rotary=rotary,
         final_norm=final_norm,
         unembed=projection(bridge.unembed),
         head_width=config.d_head,
@@ -81,13 +81,14 @@ def _norm(config: Any, bridge_part: Any, kind: NormKind) -> Norm:
     return Norm(kind, config.eps, None if getattr(module, "weight", None) is None else module)
 
 
-def _block(config: Any, block: Any, norm: Callable[[Any], Norm]) -> Block:
+def _block(config: Any, block: Any, norm: Callable[[Any], Norm], rotary: Rotary | None) -> Block:
     return Block(
         norm1=norm(block.ln1),
         attention=Attention(
             *qkvo(block.attn),
             scale=1.0 / part(block.attn).scale,
             soft_cap=_cap(config.attn_scores_soft_cap),
+            rotary=rotary,
         ),
         norm2=None if config.attn_only else norm(block.ln2),
         mlp=None if config.attn_only else _mlp(config, block.mlp),

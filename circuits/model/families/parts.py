@@ -96,9 +96,14 @@ def layer_norm(bridge_part: Any) -> Norm:
     return Norm("layer", part(bridge_part).eps, part(bridge_part))
 
 
-def rotary(family: str, bridge: Any, config: Any) -> Rotary:
-    """Rotary positions in halves, by the model's own tables; ValueError if by length of text."""
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+def rotary(family: str, bridge: Any, config: Any, kind: str | None = None) -> Rotary:
+    """Rotary positions in halves, by the model's own tables; ValueError if by length of text.
+
+    `kind` is a type of layers, where each has tables of its own (Gemma 3).
+    """
+    parameters = config.rope_parameters or {}
+    parameters = parameters if kind is None else parameters[kind]
+    rope_type = parameters.get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(
             f"{family}: rope_type={rope_type!r} depends on the length of the text and is not "
@@ -106,8 +111,10 @@ def rotary(family: str, bridge: Any, config: Any) -> Rotary:
         )
     embedding: Callable[..., tuple[Tensor, Tensor]] = part(bridge.rotary_emb)
 
+    own = () if kind is None else (kind,)
+
     def tables(positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = embedding(like, torch.arange(positions, device=like.device)[None])
+        cos, sin = embedding(like, torch.arange(positions, device=like.device)[None], *own)
         return cos[0], sin[0]
 
     return Rotary(tables, pairs="halves")

@@ -13,7 +13,8 @@ from circuits.engine.masked import Start
 from circuits.engine.plain import Record, residual_stream
 from circuits.model.families import describe
 from tests import tiny
-from tests.features import MUTATIONS, no_bias
+from tests.changes import no_bias
+from tests.features import MUTATIONS
 from tests.hooks import bound, read_by, through_hooks
 
 MODELS = tiny.models()
@@ -81,6 +82,7 @@ def test_random_masks_equal_the_computation_through_hooks(named_engine):
         "gpt2",
         "neox",
         "gemma2",
+        "olmo2",
         "native, no norm",
         "native, grouped queries",
         "native, attention only",
@@ -170,6 +172,7 @@ def test_read_writers_are_the_ancestors_of_the_logits(named_engine):
         "neox",
         "mistral",
         "gemma2",
+        "olmo2",
         "gptj",
         "native, bidirectional",
         "native, grouped queries",

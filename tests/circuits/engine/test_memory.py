@@ -41,6 +41,7 @@ from tests.budget import memory_for
 ENGINES = {
     "gpt2": Engine(tiny.gpt2()),
     "gemma2": Engine(tiny.huggingface("gemma2")),
+    "olmo2": Engine(tiny.huggingface("olmo2")),
     "split input": Engine(tiny.gpt2(), split_input=True),
 }
 PROMPTS = tiny.prompts(19, seed=3)

@@ -24,8 +24,9 @@ NATIVE = (
     "soft caps",
     "attention scale",
 )
+EAGER = {"attn_implementation": "eager"}  # without it OPT's bridge shows no patterns
 MODELS: dict[str, LoadedModel] = {
-    **{name: tiny.huggingface(name) for name in tiny.HUGGINGFACE},
+    **{name: tiny.huggingface(name, **EAGER) for name in tiny.HUGGINGFACE},
     **{f"native, {name}": tiny.native(**tiny.NATIVE_VARIANTS[name]) for name in NATIVE},
 }
 POSITIONAL = (

@@ -319,7 +319,7 @@ def test_a_hub_name_without_the_network_says_so(name):
 
 
 @pytest.mark.parametrize(
-    "architectures", [["MambaForCausalLM"], [], None, ["OPTForCausalLM", "OPTModel"]]
+    "architectures", [["MambaForCausalLM"], [], None, ["XGLMForCausalLM", "XGLMModel"]]
 )
 def test_other_architectures_are_refused_before_their_weights_are_read(
     folder, tmp_path, architectures
@@ -563,6 +563,20 @@ def test_a_cast_leaves_rotary_frequencies_alone(tmp_path):
     assert rotary.inv_freq.dtype == torch.float32
     assert loaded.bridge.embed.original_component.weight.dtype == torch.bfloat16
     Engine(loaded)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_weights_stored_in_bfloat16_do_not_round_the_scale_of_embeddings(name, tmp_path):
+    """With 12 numbers it is 3.4641, in bfloat16 3.46875."""
+    tiny.HUGGINGFACE[name]().bfloat16().save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    embedding = loaded.bridge.embed.original_component
+    theirs = 12**0.5 * embedding.weight[TOKENS]
+    torch.testing.assert_close(embedding(TOKENS), theirs)
+    half = load_model(ModelConfig(path=str(tmp_path), dtype="bfloat16"))
+    table = half.bridge.embed.original_component.weight
+    ours = half.bridge.embed.original_component(TOKENS)
+    assert torch.equal(ours, torch.tensor(12**0.5, dtype=torch.bfloat16) * table[TOKENS])
 
 
 def test_split_input_goes_with_the_model(tmp_path):

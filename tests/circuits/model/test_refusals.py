@@ -645,7 +645,7 @@ UNSUPPORTED = {
     "BertForMaskedLM": ("an encoder: use a decoder", {"intermediate_size": 8}),
     "GPT2Model": ("no output over the vocabulary: load it with AutoModelForCausalLM", {}),
     "LlamaForSequenceClassification": ("no output over the vocabulary", {"intermediate_size": 8}),
-    "OPTForCausalLM": (None, {"ffn_dim": 8, "word_embed_proj_dim": 16}),
+    "Starcoder2ForCausalLM": (None, {"intermediate_size": 8, "num_key_value_heads": 2}),
 }
 
 
@@ -684,7 +684,7 @@ def test_memory_and_folder_refuse_an_architecture_alike(tmp_path, name):
         ("WhisperForConditionalGeneration", "images"),
         ("ModernBertDecoderForCausalLM", None),
         ("PhiForCausalLM", None),
-        ("GPTNeoForCausalLM", None),
+        ("XGLMForCausalLM", None),
     ],
 )
 def test_the_reason_fits_the_name(tmp_path, name, why):
@@ -783,13 +783,13 @@ def test_cut_layers_are_refused_and_the_remedies_help(name, kept):
 
 
 def test_gpt_neox_without_biases_is_refused_and_the_remedy_helps():
-    module = tiny.neox_module(attention_bias=False)
+    module = tiny.HUGGINGFACE["neox"](attention_bias=False)
     with pytest.raises(
         ValueError,
         match="GPTNeoXForCausalLM with attention_bias=False cannot be wrapped .* of zeros",
     ):
         from_module(module)
-    biased = tiny.neox_module()
+    biased = tiny.HUGGINGFACE["neox"]()
     state = {
         name: torch.zeros_like(value)
         for name, value in biased.state_dict().items()
