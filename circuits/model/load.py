@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.collector import collector_paused
 from circuits.model.huggingface import read_module, read_tokenizer
 from circuits.model.output_head import OutputHead, load_output_head
 from circuits.model.refusals import first_line, refuse_dtype, refuse_module, refuse_parameters
@@ -88,6 +89,7 @@ class LoadedModel:
         )
 
 
+@collector_paused()
 def load_model(config: ModelConfig | str | Path) -> LoadedModel:
     """Returns the model that a configuration names, or a path alone: `load_model("gpt2")`.
 
@@ -141,6 +143,7 @@ def local_path(path: str) -> Path:
     return Path(path).expanduser()
 
 
+@collector_paused()
 def from_module(
     module: nn.Module,
     *,
@@ -199,7 +202,7 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())  # as it lies there, no copy
     return digest.hexdigest()
 
 
