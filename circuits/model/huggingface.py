@@ -51,7 +51,7 @@ def read_module(source: str, *, local: bool) -> Any:
             f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
         ) from error
     module, report = loaded
-    _refuse_keys(source, module, report)
+    refuse_keys(source, module, report)
     return module
 
 
@@ -182,7 +182,7 @@ def _tensor_names(path: Path, wanted: set[str]) -> set[str]:
     return wanted
 
 
-def _refuse_keys(source: str, module: Any, report: Mapping[str, Any]) -> None:
+def refuse_keys(source: str, module: Any, report: Mapping[str, Any]) -> None:
     """Refuses weights of other names or shapes than their configuration's."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, report.get(problem) or ()))

@@ -1,7 +1,7 @@
 """Loads a model as a TransformerLens bridge, with what is needed to check and to identify it.
 
-Four sources: a HuggingFace hub name, a local HuggingFace folder, a TransformerLens state dict
-(`X.pt` or `X.safetensors`) beside its `X.config.json`, and an `nn.Module` already in memory.
+Five sources: a HuggingFace hub name, a local HuggingFace folder, a GGUF file, a TransformerLens
+state dict (`X.pt` or `X.safetensors`) beside its `X.config.json`, and an `nn.Module` in memory.
 Wrapping changes a HuggingFace module (GPT-2's q, k and v are split off), so the logits of the
 unwrapped model on random tokens are taken first, its tensors are hashed first, and a model handed
 over in memory is copied first.  Parameters come back frozen: call `bridge.requires_grad_()` to
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from circuits.collector import collector_paused
+from circuits.model.gguf import gguf_file, read_gguf
 from circuits.model.huggingface import read_module, read_tokenizer
 from circuits.model.output_head import OutputHead, load_output_head
 from circuits.model.refusals import first_line, refuse_dtype, refuse_module, refuse_parameters
@@ -35,7 +36,8 @@ from circuits.prompts.prompts import Prompts
 class ModelConfig:
     """Which model to load, and how."""
 
-    # hub name, HuggingFace folder, X.pt | X.safetensors beside X.config.json, or pkg://PACKAGE/...
+    # hub name, HuggingFace folder, X.gguf, X.pt | X.safetensors beside X.config.json, or
+    # pkg://PACKAGE/...
     path: str = "???"
     device: str = "cpu"  # any torch device
     dtype: str = "float32"  # float32, float64, bfloat16 or float16; scores are float32 all the same
@@ -207,7 +209,7 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _load_huggingface(path: Path, config: ModelConfig) -> LoadedModel:
-    """A folder, or else what the hub has by that name."""
+    """A folder or a GGUF file, or else what the hub has by that name."""
     local = path.exists()
     no_hub_name = config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1
     if not local and no_hub_name:
@@ -216,11 +218,14 @@ def _load_huggingface(path: Path, config: ModelConfig) -> LoadedModel:
             "hub name"
         )
     source = str(path) if local else config.path
-    module = read_module(source, local=local)
+    if (file := gguf_file(path)) is not None:
+        module, tokenizer = read_gguf(file)
+    else:
+        module = read_module(source, local=local)
+        tokenizer = read_tokenizer(source, local=local)
     digest = weight_hash(module.state_dict())
     _place(module, config)
     refuse_module(source, module)
-    tokenizer = read_tokenizer(source, local=local)
     return _wrap(module, digest, tokenizer, config.path, config.prepend_bos)
 
 
@@ -261,12 +266,13 @@ def _wrap(
     tokens = _probe(config.vocab_size, config.max_position_embeddings, module)
     with torch.no_grad():
         logits = module(tokens).logits
-    bridge = build_bridge_from_module(
-        module, architecture=type(module).__name__, hf_config=config, tokenizer=tokenizer
+    bridge: Any = build_bridge_from_module(
+        module, architecture=type(module).__name__, hf_config=config
     )
     bridge.eval().requires_grad_(False)
+    _give_tokenizer(bridge, tokenizer)
     if prepend_bos is None:
-        prepend_bos = tokenizer is not None and _prepends_bos(tokenizer)
+        prepend_bos = bridge.cfg.tokenizer_prepends_bos
     return LoadedModel(bridge, config, tokenizer, path, digest, prepend_bos, tokens, logits)
 
 
@@ -285,6 +291,11 @@ def _probe(vocabulary: int, context: int, module: nn.Module) -> Int[Tensor, "B S
     return tokens.to(next(module.parameters()).device)
 
 
-def _prepends_bos(tokenizer: Any) -> bool:
-    tokens = tokenizer.encode("a")
-    return len(tokens) > 1 and tokens[0] == tokenizer.bos_token_id
+def _give_tokenizer(bridge: Any, tokenizer: Any | None) -> None:
+    """For calls of the bridge with text; its builder would read the tokenizer once more, from its
+    first place, and give ours the special tokens that it lacks."""
+    tokens = [] if tokenizer is None else tokenizer.encode("a")
+    framed = tokenizer is not None and len(tokens) > 1
+    bridge.cfg.tokenizer_prepends_bos = framed and tokens[0] == tokenizer.bos_token_id
+    bridge.cfg.tokenizer_appends_eos = framed and tokens[-1] == tokenizer.eos_token_id
+    bridge.tokenizer = tokenizer
