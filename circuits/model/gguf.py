@@ -96,7 +96,7 @@ def read_gguf(path: Path) -> tuple[Any, Any | None]:
             with quietly(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own
                 module, report = _module(alone, own, options)
                 tokenizer = _tokenizer(alone, fields, options)
-        except (*_BROKEN, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        except Exception as error:  # what a file's values raise there cannot be listed
             raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
     refuse_keys(str(path), module, report)
     _refuse_misread(path, own, module)
@@ -187,10 +187,11 @@ def _module(folder: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> 
     from transformers import AutoModelForCausalLM
 
     width = own.get("attention.key_length", own.get("rope.dimension_count"))
+    stated = {} if width is None or own["architecture"] == "qwen2" else {"head_dim": width}
     return AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportReturnType]
         folder,
         **options,
-        **({} if width is None else {"head_dim": width}),
+        **stated,
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -214,8 +214,8 @@ def _load_huggingface(path: Path, config: ModelConfig) -> LoadedModel:
     no_hub_name = config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1
     if not local and no_hub_name:
         raise FileNotFoundError(
-            f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a "
-            "hub name"
+            f"no model at {config.path}: give a HuggingFace folder, X.gguf, X.pt with "
+            "X.config.json, or a hub name"
         )
     source = str(path) if local else config.path
     if (file := gguf_file(path)) is not None:
