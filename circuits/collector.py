@@ -1,7 +1,8 @@
 """The garbage collector, kept from going over what is there to stay.
 
 Importing transformers and wrapping a model make millions of objects and hardly any garbage.  Python
-looks through them again after every few hundred new ones: a sixth of the time to load a small model.
+looks through them again after every few hundred new ones: a sixth of what a small model takes to
+load.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ import logging
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from circuits.model.huggingface import WEIGHT_FILES, quietly, refuse_keys
@@ -49,6 +51,11 @@ _FIELDS = {
 _OPTIONAL = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("rope.dimension_count", "rope.freq_base", "vocab_size"),
+}
+_SIZES = {
+    *("block_count", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    "rope.dimension_count",
 }
 # Other metadata of an architecture that changes nothing where it has this value.
 _INERT = {"rope.scaling.type": "none", "attention.causal": True, "rope.scaling.factor": 1.0}
@@ -89,20 +96,22 @@ def read_gguf(path: Path) -> tuple[Any, Any | None]:
     with tempfile.TemporaryDirectory() as alone, _read_once(path):
         link = Path(alone) / path.name
         link.symlink_to(path.resolve())
-        fields, types = _contents(path, link)
-        own = _own_fields(path, fields)
+        file = _contents(path, link)
+        own = _own_fields(path, file)
         options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
         try:
             with quietly(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar of its own
                 module, report = _module(alone, own, options)
-                tokenizer = _tokenizer(alone, fields, options)
-        except Exception as error:  # what a file's values raise there cannot be listed
+                tokenizer = _tokenizer(alone, file, options)
+        except BaseException as error:  # what a file's values raise there cannot be listed
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # Ctrl-C; a panic is what the tokenizers package makes of a bad vocabulary
             raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
     refuse_keys(str(path), module, report)
     _refuse_misread(path, own, module)
-    _refuse_left_out(path, types, module)
+    _refuse_left_out(path, file.types, module)
     _forget_origin(path, module)
-    if quantised := sorted(set(types.values()) - set(_FLOAT)):
+    if quantised := sorted(set(file.types.values()) - set(_FLOAT)):
         log.warning(
             "%s: the weights are stored as %s; they are computed with as float32, each the value "
             "that it stands for",
@@ -110,6 +119,15 @@ def read_gguf(path: Path) -> tuple[Any, Any | None]:
             ", ".join(quantised),
         )
     return module, tokenizer
+
+
+@dataclass(frozen=True)
+class _File:
+    """What stands in a file beside the weights themselves."""
+
+    fields: Mapping[str, Any]  # metadata; of a tokenizer's only that it is there
+    types: Mapping[str, str]  # of each tensor
+    largest: int  # size of any tensor along any axis, or number of tensors
 
 
 @contextlib.contextmanager
@@ -123,10 +141,9 @@ def _read_once(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} needs the package gguf, which is not installed: pip install 'madcap[gguf]'"
         ) from error
-    names = ("GGUFReader", "get_tensor_name_map")
-    own = {name: getattr(gguf, name) for name in names}
-    for name, function in own.items():
-        setattr(gguf, name, functools.cache(function))
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    gguf.GGUFReader = functools.cache(_careful_reader())
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:
@@ -134,8 +151,28 @@ def _read_once(path: Path) -> Iterator[None]:
             setattr(gguf, name, function)
 
 
-def _contents(path: Path, link: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The metadata of a file, and the type of each of its tensors."""
+def _careful_reader() -> type:
+    """gguf's reader, but it stops where a broken file ends, in the middle of whatever it says."""
+    from gguf import GGUFReader
+
+    class Careful(GGUFReader):
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._data = mapped.view(np.ndarray)  # slices of memory maps are slow to make
+
+        def _get(self, offset, dtype, count=1, override_order=None) -> np.ndarray:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self._data):
+                raise ValueError(f"it ends after {len(self._data)} bytes, before what it states")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Careful
+
+
+def _contents(path: Path, link: Path) -> _File:
     from gguf import GGUFReader
 
     try:
@@ -146,7 +183,9 @@ def _contents(path: Path, link: Path) -> tuple[dict[str, Any], dict[str, str]]:
             if not name.startswith("tokenizer.")
         }
         fields |= {name: True for name in reader.fields if name.startswith("tokenizer.")}
-        return fields, {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        sizes = (int(size) for tensor in reader.tensors for size in tensor.shape)
+        return _File(fields, types, max(len(types), *sizes))
     except _BROKEN as error:
         raise ValueError(
             f"{path} is no GGUF file that can be read, perhaps it was cut short; download it again "
@@ -154,8 +193,9 @@ def _contents(path: Path, link: Path) -> tuple[dict[str, Any], dict[str, str]]:
         ) from error
 
 
-def _own_fields(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _own_fields(path: Path, file: _File) -> dict[str, Any]:
     """What a file says of its architecture, without that name in front; refuses what is ignored."""
+    fields = file.fields
     name = fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
@@ -171,15 +211,26 @@ def _own_fields(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in fields.items()
         if key.startswith(f"{name}.")
     }
-    for key, value in own.items():
-        if key not in _FIELDS and value and _INERT.get(key) != value:
-            raise ValueError(
-                f"{path}: {name}.{key}={value!r} is left out when GGUF files are read, which would "
-                "make another model; give its HuggingFace folder"
-            )
     if missing := sorted(_FIELDS.keys() - _OPTIONAL - own.keys()):
         raise ValueError(f"{path} does not state {name}.{missing[0]}; convert the model again")
+    for key, value in own.items():
+        _check_field(f"{path}: {name}.{key}={value!r}", key, value, file.largest)
     return {"architecture": name, "rope.freq_base": _FREQUENCY_BASE, **own}
+
+
+def _check_field(what: str, key: str, value: Any, largest: int) -> None:
+    """Refuses what would be left out, and sizes that would fill the memory before they are found
+    not to be those of the tensors."""
+    if key not in _FIELDS and value and _INERT.get(key) != value:
+        raise ValueError(
+            f"{what} is left out when GGUF files are read, which would make another model; give "
+            "its HuggingFace folder"
+        )
+    if key in _SIZES and not (isinstance(value, int) and 0 < value <= largest):
+        raise ValueError(
+            f"{what}, but it must be between 1 and {largest}, which is what the tensors hold; "
+            "download it again, or give its HuggingFace folder"
+        )
 
 
 def _module(folder: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -198,10 +249,10 @@ def _module(folder: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> 
     )
 
 
-def _tokenizer(folder: str, fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any | None:
+def _tokenizer(folder: str, file: _File, options: Mapping[str, Any]) -> Any | None:
     from transformers import AutoTokenizer
 
-    if "tokenizer.ggml.model" not in fields:
+    if "tokenizer.ggml.model" not in file.fields:
         return None
     return AutoTokenizer.from_pretrained(folder, **options)
 
