@@ -292,10 +292,16 @@ def _probe(vocabulary: int, context: int, module: nn.Module) -> Int[Tensor, "B S
 
 
 def _give_tokenizer(bridge: Any, tokenizer: Any | None) -> None:
-    """For calls of the bridge with text; its builder would read the tokenizer once more, from its
-    first place, and give ours the special tokens that it lacks."""
+    """For calls of the bridge with text, which need a token to pad with.
+
+    Its builder would read the tokenizer once more, from where it was first, and give ours the
+    special tokens that it lacks, so that prompts came to be encoded in another way.
+    """
     tokens = [] if tokenizer is None else tokenizer.encode("a")
     framed = tokenizer is not None and len(tokens) > 1
     bridge.cfg.tokenizer_prepends_bos = framed and tokens[0] == tokenizer.bos_token_id
     bridge.cfg.tokenizer_appends_eos = framed and tokens[-1] == tokenizer.eos_token_id
+    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
     bridge.tokenizer = tokenizer

@@ -238,11 +238,15 @@ REFUSED = {
     ),
     "heads layer by layer": (
         {"fields": {"llama.attention.head_count": [4, 2]}},
-        r"model\.gguf ",
+        r"head_count=\[4, 2\], but it must be between 1 and 64, which is what the tensors hold",
     ),
     "weights of another size": (
-        {"fields": {"llama.feed_forward_length": 96}},
+        {"fields": {"llama.feed_forward_length": 48}},
         r"the weights do not fit the configuration: \d+ mismatched keys",
+    ),
+    "layers that no file could hold": (
+        {"fields": {"llama.block_count": 2**31}},
+        r"block_count=2147483648, but it must be between 1 and 64",
     ),
     "layers missing": (
         {"fields": {"llama.block_count": 3}},
