@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class RunConfig:
     """Everything that an extraction depends on."""
 
-    # preset, hub name, HuggingFace folder, or X.pt | X.safetensors beside X.config.json
+    # preset, hub name, HuggingFace folder, X.gguf, or X.pt | X.safetensors beside X.config.json
     model: Any = "???"
     # trusted prompts: a preset, or a file (JSONL, auto-circuit JSON, EAP-IG CSV)
     task: Any = "???"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def read_module(source: str, *, local: bool) -> Any:
             f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
         ) from error
     module, report = loaded
-    _refuse_keys(source, module, report, files)
+    refuse_keys(source, module, report, files)
     _refuse_whole_numbers(source, module, dtypes)
     return module
 
@@ -185,7 +185,9 @@ def _tensor_names(path: Path, wanted: set[str]) -> set[str]:
     return wanted
 
 
-def _refuse_keys(source: str, module: Any, report: Mapping[str, Any], files: list[Path]) -> None:
+def refuse_keys(
+    source: str, module: Any, report: Mapping[str, Any], files: Sequence[Path] = ()
+) -> None:
     """Refuses weights of other names or shapes than their configuration's."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, report.get(problem) or ()))

@@ -1,7 +1,7 @@
 """Loads a model as a TransformerLens bridge, with what is needed to check and to identify it.
 
-Four sources: a HuggingFace hub name, a local HuggingFace folder, a TransformerLens state dict
-(`X.pt` or `X.safetensors`) beside its `X.config.json`, and an `nn.Module` already in memory.
+Five sources: a HuggingFace hub name, a local HuggingFace folder, a GGUF file, a TransformerLens
+state dict (`X.pt` or `X.safetensors`) beside its `X.config.json`, and an `nn.Module` in memory.
 Wrapping changes a HuggingFace module (GPT-2's q, k and v are split off), so the logits of the
 unwrapped model on random tokens are taken first, its tensors are hashed first, and a model handed
 over in memory is copied first.  Parameters come back frozen: call `bridge.requires_grad_()` to
@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from circuits.collector import collector_paused
 from circuits.model.altered import refuse_altered, refuse_altered_code
+from circuits.model.gguf import gguf_file, read_gguf
 from circuits.model.huggingface import read_module, read_tokenizer
 from circuits.model.output_head import OutputHead, load_output_head
 from circuits.model.refusals import first_line, refuse_dtype, refuse_module, refuse_parameters
@@ -35,7 +37,8 @@ from circuits.prompts.prompts import Prompts
 class ModelConfig:
     """Which model to load, and how."""
 
-    # hub name, HuggingFace folder, X.pt | X.safetensors beside X.config.json, or pkg://PACKAGE/...
+    # hub name, HuggingFace folder, X.gguf, X.pt | X.safetensors beside X.config.json, or
+    # pkg://PACKAGE/...
     path: str = "???"
     device: str = "cpu"  # any torch device
     dtype: str = "float32"  # float32, float64, bfloat16 or float16; scores are float32 all the same
@@ -89,6 +92,7 @@ class LoadedModel:
         )
 
 
+@collector_paused()
 def load_model(config: ModelConfig | str | Path) -> LoadedModel:
     """Returns the model that a configuration names, or a path alone: `load_model("gpt2")`.
 
@@ -142,6 +146,7 @@ def local_path(path: str) -> Path:
     return Path(path).expanduser()
 
 
+@collector_paused()
 def from_module(
     module: nn.Module,
     *,
@@ -206,25 +211,28 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())  # as it lies there, no copy
     return digest.hexdigest()
 
 
 def _load_huggingface(path: Path, config: ModelConfig) -> LoadedModel:
-    """A folder, or else what the hub has by that name."""
+    """A folder or a GGUF file, or else what the hub has by that name."""
     local = path.exists()
     no_hub_name = config.path.startswith((".", "/", "~", "pkg://")) or config.path.count("/") > 1
     if not local and no_hub_name:
         raise FileNotFoundError(
-            f"no model at {config.path}: give a HuggingFace folder, X.pt with X.config.json, or a "
-            "hub name"
+            f"no model at {config.path}: give a HuggingFace folder, X.gguf, X.pt with "
+            "X.config.json, or a hub name"
         )
     source = str(path) if local else config.path
-    module = read_module(source, local=local)
+    if (file := gguf_file(path)) is not None:
+        module, tokenizer = read_gguf(file)
+    else:
+        module = read_module(source, local=local)
+        tokenizer = read_tokenizer(source, local=local)
     digest = weight_hash(module.state_dict())
     _place(module, config)
     refuse_module(source, module)
-    tokenizer = read_tokenizer(source, local=local)
     return _wrap(module, digest, tokenizer, config.path, config.prepend_bos)
 
 
@@ -270,12 +278,13 @@ def _wrap(
     tokens = _probe(config.vocab_size, config.max_position_embeddings, module)
     with torch.no_grad():
         logits = module(tokens, use_cache=False).logits
-    bridge = build_bridge_from_module(
-        module, architecture=type(module).__name__, hf_config=config, tokenizer=tokenizer
+    bridge: Any = build_bridge_from_module(
+        module, architecture=type(module).__name__, hf_config=config
     )
     bridge.eval().requires_grad_(False)
+    _give_tokenizer(bridge, tokenizer)
     if prepend_bos is None:
-        prepend_bos = tokenizer is not None and _prepends_bos(tokenizer)
+        prepend_bos = bridge.cfg.tokenizer_prepends_bos
     return LoadedModel(bridge, config, tokenizer, path, digest, prepend_bos, tokens, logits)
 
 
@@ -294,6 +303,17 @@ def _probe(vocabulary: int, context: int, module: nn.Module) -> Int[Tensor, "B S
     return tokens.to(next(module.parameters()).device)
 
 
-def _prepends_bos(tokenizer: Any) -> bool:
-    tokens = tokenizer.encode("a")
-    return len(tokens) > 1 and tokens[0] == tokenizer.bos_token_id
+def _give_tokenizer(bridge: Any, tokenizer: Any | None) -> None:
+    """For calls of the bridge with text, which need a token to pad with.
+
+    Its builder would read the tokenizer once more, from where it was first, and give ours the
+    special tokens that it lacks, so that prompts came to be encoded in another way.
+    """
+    tokens = [] if tokenizer is None else tokenizer.encode("a")
+    framed = tokenizer is not None and len(tokens) > 1
+    bridge.cfg.tokenizer_prepends_bos = framed and tokens[0] == tokenizer.bos_token_id
+    bridge.cfg.tokenizer_appends_eos = framed and tokens[-1] == tokenizer.eos_token_id
+    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    bridge.tokenizer = tokenizer

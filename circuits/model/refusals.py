@@ -167,6 +167,8 @@ def _refuse_type(source: str, name: str, tensor: Tensor) -> None:
 
 
 def _refuse_infinite(source: str, name: str, tensor: Tensor) -> None:
+    if not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():
+        return  # NaN is both; one pass without the copies that isfinite makes of large tensors
     if count := tensor.numel() - int(torch.isfinite(tensor).sum()):
         raise ValueError(
             f"{source}: {name} is not finite (NaN or infinite) in {count} of its {tensor.numel()} "

@@ -76,10 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(command: str, overrides: list[str], *, sweep: bool, show: bool) -> int:
     import importlib
 
+    from circuits.collector import collector_paused
     from mad.commands.config import run_command, show_config
     from mad.commands.help import class_name
 
-    module = importlib.import_module(f"{PACKAGE}.{command}")
+    with collector_paused():
+        module = importlib.import_module(f"{PACKAGE}.{command}")
     run = show_config if show else module.run
     return run_command(command, getattr(module, class_name(command)), run, overrides, sweep=sweep)
 

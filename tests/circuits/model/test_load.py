@@ -1,8 +1,9 @@
-"""Loading: the four sources, what is refused, and the real models with known answers."""
+"""Loading: the sources of models, what is refused, and the real models with known answers."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 
@@ -554,6 +555,45 @@ def test_compiled_programs_compute_their_labels(cases, program, edges):
         assert torch.equal(logits.argmax(-1), labels)
     else:
         torch.testing.assert_close(logits[..., 0], labels, atol=1e-4, rtol=0)
+
+
+def test_a_tokenizer_stays_as_it_is_beside_a_bridge_that_takes_text(folder, cases):
+    from transformers import GPT2Tokenizer
+
+    files = [str(cases / "gpt2_tokenizer" / name) for name in ("vocab.json", "merges.txt")]
+    tokenizer = GPT2Tokenizer(*files, bos_token=None)
+    before = len(tokenizer), tokenizer.bos_token, tokenizer.pad_token
+    loaded = from_module(folder[1], tokenizer=tokenizer)
+    assert (len(tokenizer), tokenizer.bos_token, tokenizer.pad_token) == before
+    assert loaded.tokenizer is tokenizer and before[1:] == (None, None)
+    text = "so he"
+    assert loaded.bridge.to_tokens(text, prepend_bos=False).tolist() == [tokenizer.encode(text)]
+    asked = from_module(folder[1], tokenizer=tokenizer, prepend_bos=True)
+    with pytest.raises(ValueError, match="the tokenizer has no BOS token; set prepend_bos=False"):
+        asked.prompts([{"clean": text}])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_one_number_that_is_not_finite_is_found(folder, dtype, value):
+    module = copy.deepcopy(folder[1]).to(dtype)
+    name, tensor = list(module.named_parameters())[-1]
+    tensor.data.flatten()[-1] = value
+    message = rf"{name} is not finite \(NaN or infinite\) in 1 of its {tensor.numel()}"
+    with pytest.raises(ValueError, match=message):
+        from_module(module)
+
+
+def test_the_collector_is_as_before_whatever_happens():
+    gc.disable()
+    try:
+        from_module(tiny.gpt2_module())
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with pytest.raises(FileNotFoundError):
+        load("./no-such-folder")
+    assert gc.isenabled()
 
 
 def test_a_cast_leaves_rotary_frequencies_alone(tmp_path):
