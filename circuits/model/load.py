@@ -28,6 +28,7 @@ from circuits.model.refusals import first_line, refuse_dtype, refuse_module, ref
 from circuits.model.state_dicts import DTYPES, read_bridge
 from circuits.prompts.collation import prompts_from_records
 from circuits.prompts.prompts import Prompts
+from circuits.prompts.tokens import begins_with_bos
 
 
 @dataclass
@@ -263,7 +264,7 @@ def _wrap(
     )
     bridge.eval().requires_grad_(False)
     if prepend_bos is None:
-        prepend_bos = tokenizer is not None and _prepends_bos(tokenizer)
+        prepend_bos = begins_with_bos(tokenizer)
     return LoadedModel(bridge, config, tokenizer, path, digest, prepend_bos, tokens, logits)
 
 
@@ -280,8 +281,3 @@ def _probe(vocabulary: int, context: int, module: nn.Module) -> Int[Tensor, "B S
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, min(context, 16)), generator=generator)
     return tokens.to(next(module.parameters()).device)
-
-
-def _prepends_bos(tokenizer: Any) -> bool:
-    tokens = tokenizer.encode("a")
-    return len(tokens) > 1 and tokens[0] == tokenizer.bos_token_id
