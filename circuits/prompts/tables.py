@@ -60,18 +60,21 @@ def _reading(columns: Sequence[str]) -> Convert:
             raise ValueError(f"columns {name} and {both} mean the same; keep {name}")
     if "positions" in columns:
         raise ValueError("column positions is not read from CSV; write the prompts as JSONL")
+    _refuse_other_answers(columns, by_index)
+    return _by_index if by_index else _greater_than
+
+
+def _refuse_other_answers(columns: Sequence[str], by_index: bool) -> None:
     if by_index:
         if other := _first(columns, ANSWERS):
             raise ValueError(f"columns correct_idx and {other} both hold answers; keep one of them")
-        return _by_index
-    answers = [name for name in columns if name in ANSWERS or name.endswith("_idx")]
-    if answers:
+        return
+    if answers := [name for name in columns if name in ANSWERS or name.endswith("_idx")]:
         raise ValueError(
             f"column label would be read as two-digit years, but column {quote(answers[0])} beside "
             "it seems to hold answers; give token ids as correct_idx and incorrect_idx, or write "
             "the prompts as JSONL"
         )
-    return _greater_than
 
 
 def _first(columns: Collection[str], names: Sequence[str]) -> str | None:
