@@ -181,9 +181,8 @@ def prepare(
         if held > budget - work:
             break
         kept.append(_prepared(engine, part, ablation))
-    return Objective(
-        engine, metric, prompts, Batches(engine, ablation, parts, tuple(kept), size, work)
-    )
+    batches = Batches(engine, ablation, prompts, parts, tuple(kept), size, work)
+    return Objective(engine, metric, batches)
 
 
 def _held(size: Footprint, ablation: Ablation, n_prompts: int) -> int:
