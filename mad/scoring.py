@@ -36,7 +36,7 @@ from mad.saved_detector import circuit_hash
 EXPLAIN = ("flagged", "all", "none")
 Result = dict[str, Any]  # one line of the output
 
-log = logging.getLogger("mad.progress")  # where there is no progress bar
+progress_log = logging.getLogger("mad.progress")  # where there is no progress bar
 LOG_EVERY = 30.0  # seconds
 
 
@@ -158,7 +158,7 @@ def _chunks(source: Iterable[bytes], done: int, size: int) -> Iterator[list[byte
             number, now = number + len(chunk), time.monotonic()
             if progress.disable and now - told >= LOG_EVERY:
                 told = now
-                log.info(
+                progress_log.info(
                     "%d lines scored, %.1f a second", number, (number - done) / (now - started)
                 )
 
