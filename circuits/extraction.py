@@ -98,8 +98,10 @@ def extract(
     fitted = fit_ablation(ablation, engine, discovery, memory=memory)
     objective = prepare(engine, discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
+    splits = {"discovery": _split(objective.batches.whole)}
     del objective  # what it has prepared makes room
     held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
+    splits["evaluation"] = _split(held_out.batches.whole)
     metrics = evaluate(
         faithfulness_scale(held_out),
         kept,
@@ -117,7 +119,7 @@ def extract(
         "metric": metric,
         "ablation": asdict(ablation),
         "selection": None if found.kept is not None else asdict(selection),
-        "splits": {name: _split(prompts) for name, prompts in used.items()},
+        "splits": splits,
     }
     circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how})
     return Extraction(circuit, metrics, fitted, used)
@@ -181,9 +183,8 @@ def rediscover(
     method = METHODS[about["method"]["name"]].schema(**about["method"])
     config = AblationConfig(**about["ablation"])
     ablation = fit_ablation(config, engine, prompts, memory=memory)
-    if config.name == "resample":  # the longest prompt may have no donor as long as it is
-        second_longest = prompts.deduplicated().lengths.sort().values[-2:][0]
-        prompts = prompts.select(prompts.lengths <= second_longest)
+    able = ablation.able(prompts)
+    prompts = prompts.select(able) if able.any() else prompts
     metric = metric_named(about["metric"])
     selection = with_signs(Selection(**(about.get("selection") or {})), metric, method)
     objective = prepare(engine, prompts, metric, ablation, memory=memory)

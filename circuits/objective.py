@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from circuits.ablation import Ablation
+from circuits.ablation import Ablation, able_prompts
 from circuits.engine import Clean, Engine
 from circuits.engine.masked import Ablated, Start
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
@@ -55,6 +55,7 @@ class Batches:
 
     engine: Engine
     ablation: Ablation
+    whole: Prompts  # all that have ablated values
     prompts: tuple[Prompts, ...]
     kept: tuple[Batch, ...]
     footprint: Footprint
@@ -161,13 +162,15 @@ def prepare(
 
     The other half is for the work on one batch.  Each pass over the objective prepares anew what
     could not be kept, at one or two forwards a batch.  A prompt that takes more than half by itself
-    is worked on with all of the memory.
+    is worked on with all of the memory.  Prompts that the ablation has no values for (longer than
+    all others, as a rule) are left out with a warning.
 
     Raises:
         ValueError: the prompts lack what metric or ablation need, are longer than the model's
             context, or take more memory than there is.
     """
     metric.require(prompts)
+    prompts = able_prompts(ablation, prompts)
     budget, size = parse_memory(memory), footprint(engine, prompts)
     each, shared = size.objective(ablation.per_prompt), size.shared(ablation.per_prompt) + size.mask
     work = budget // 2 if each + shared <= budget // 2 else budget
@@ -178,7 +181,8 @@ def prepare(
         if held > budget - work:
             break
         kept.append(_prepared(engine, part, ablation))
-    return Objective(engine, metric, Batches(engine, ablation, parts, tuple(kept), size, work))
+    batches = Batches(engine, ablation, prompts, parts, tuple(kept), size, work)
+    return Objective(engine, metric, batches)
 
 
 def _held(size: Footprint, ablation: Ablation, n_prompts: int) -> int:

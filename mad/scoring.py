@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,18 @@ from circuits.engine.memory import TooLittleMemory, parse_memory
 from circuits.graph import Graph
 from circuits.model.load import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, InputError, collate, encode_record, parse_line
+from circuits.prompts.files import decode
+from circuits.prompts.sources import is_source, opened
 from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
-from mad.resuming import finish, resume
+from mad.resuming import append, finish, locked, results_so_far, resume
 from mad.saved_detector import circuit_hash
 
 EXPLAIN = ("flagged", "all", "none")
 Result = dict[str, Any]  # one line of the output
+
+progress_log = logging.getLogger("mad.progress")  # where there is no progress bar
+LOG_EVERY = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,10 @@ def score(
     memory: str = "2GB",
     overwrite: bool = False,
 ) -> Tally:
-    """Scores every line of a JSONL file; a bad line becomes a line with `error`.
+    """Scores every line of a JSONL file, plain or gzip; a bad line becomes a line with `error`.
 
+    `-` is standard input; what comes from a pipe is kept in a temporary file until it is scored.
+    Ids are repeated as they are given, the same one as often as it is given.
     A chunk is run in as many parts as `memory` asks for (working memory beside the model's own
     weights).  It is no part of the job, so that a run can go on with another `memory`; results may
     then differ in the last digit.  A line that does not fit by itself is a bad one; where only its
@@ -86,30 +96,26 @@ def score(
     Raises:
         FileNotFoundError: no such input file.
         FileExistsError: `out` exists and may not be overwritten.
-        ValueError: the file is empty, alpha is too small for the calibration, or `out.partial` is
-            of another job.
+        ValueError: the file is empty, Parquet or UTF-16, alpha is too small for the calibration, or
+            `out.partial` is of another job or being written by another run.
     """
     _check_settings(scoring, calibrated)
     parse_memory(memory)
     _check_files(inputs, out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".partial")
-    job = _job(inputs, calibrated, model, scoring)
-    done = resume(unfinished, job, scoring.chunk, overwrite=overwrite)
-    with unfinished.open("rb") as file:
-        next(file)  # names the job
-        errors, flagged = _counts(map(json.loads, file))  # of an earlier run
-    number = done
-    with inputs.open("rb") as source, unfinished.open("ab") as sink:
-        for lines in _chunks(source, done, scoring.chunk):
-            results = score_lines(lines, number + 1, calibrated, model, scoring, memory)
-            for result in results:
-                sink.write(json.dumps(result, allow_nan=False).encode() + b"\n")
-            sink.flush()
-            more_errors, more_flagged = _counts(results)
-            errors, flagged = errors + more_errors, flagged + more_flagged
-            number += len(lines)
-    finish(unfinished, out)
+    with opened(inputs) as source:
+        job = _job(source, inputs, calibrated, model, scoring)
+        with locked(out.with_name(out.name + ".partial")) as sink:
+            _check_files(inputs, out, overwrite)  # another run may have finished since
+            done = resume(sink, job, scoring.chunk, overwrite=overwrite)
+            number, (errors, flagged) = done, _counts(results_so_far(sink))
+            for lines in _chunks(source, done, scoring.chunk):
+                results = score_lines(lines, number + 1, calibrated, model, scoring, memory)
+                append(sink, results)
+                more_errors, more_flagged = _counts(results)
+                errors, flagged = errors + more_errors, flagged + more_flagged
+                number += len(lines)
+            finish(sink, out)
     return Tally(number, errors, flagged, done)
 
 
@@ -128,25 +134,33 @@ def _check_settings(scoring: Scoring, calibrated: Calibrated) -> None:
 
 
 def _check_files(inputs: Path, out: Path, overwrite: bool) -> None:
-    if not inputs.is_file():
+    if not is_source(inputs):
         raise FileNotFoundError(f"no input file {inputs}")
-    if inputs.stat().st_size == 0:
-        raise ValueError(f"{inputs} is empty; give one JSON object a line")
     if out.is_dir():
         raise FileExistsError(f"out={out} is a folder; name a file in it")
-    if out.exists() and out.samefile(inputs):
+    if out.exists() and inputs.exists() and out.samefile(inputs):
         raise FileExistsError(f"out={out} is the input file itself; choose another out=")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another out=, or overwrite=true")
 
 
 def _chunks(source: Iterable[bytes], done: int, size: int) -> Iterator[list[bytes]]:
-    """Yields lines after those that are done, so many at a time, with a progress bar."""
+    """Yields lines after those that are done, so many at a time, with a progress bar.
+
+    Off a terminal, where there is none, a line is logged from time to time.
+    """
     lines = (line.rstrip(b"\r\n") for line in itertools.islice(source, done, None))
+    number, started, told = done, time.monotonic(), time.monotonic()
     with tqdm(desc="score", unit="line", initial=done, disable=None) as progress:
         while chunk := list(itertools.islice(lines, size)):
             yield chunk
             progress.update(len(chunk))
+            number, now = number + len(chunk), time.monotonic()
+            if progress.disable and now - told >= LOG_EVERY:
+                told = now
+                progress_log.info(
+                    "%d lines scored, %.1f a second", number, (number - done) / (now - started)
+                )
 
 
 def _counts(results: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -205,13 +219,13 @@ def score_lines(
 
 def _encode(line: bytes, number: int, model: LoadedModel, result: Result) -> EncodedPrompt:
     """The prompt of a line, whose id is put into the result."""
-    record = parse_line(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    if isinstance(record, Mapping):
-        result["id"] = record.get("id", number)
-        if {"clean", "text"} & set(record):
-            # Scoring needs no more than this; the rest may be there for some lines only.
-            needed = ("clean", "text", "positions", "id")
-            record = {key: record[key] for key in needed if key in record}
+    record = parse_line(decode(line))
+    if type(record.get("id")) in (str, int):  # any other id is refused
+        result["id"] = record["id"]
+    if {"clean", "text"} & set(record):
+        # Scoring needs no more than this; the rest may be there for some lines only.
+        needed = ("clean", "text", "positions", "id")
+        record = {key: record[key] for key in needed if key in record}
     return encode_record(
         record,
         default_id=str(result["id"]),
@@ -296,12 +310,19 @@ def _because(shares: Tensor, graph: Graph, count: int) -> list[Result]:
 
 
 def _job(
-    inputs: Path, calibrated: Calibrated, model: LoadedModel, scoring: Scoring
+    source: BufferedIOBase,
+    inputs: Path,
+    calibrated: Calibrated,
+    model: LoadedModel,
+    scoring: Scoring,
 ) -> dict[str, Any]:
-    """What has to be equal for a partial result to be gone on with."""
+    """What has to be equal for a partial result to be gone on with; the source is read anew."""
+    if not source.read(1):
+        raise ValueError(f"{inputs} is empty; give one JSON object a line")
+    source.seek(0)
     detector = calibrated.detector
-    with inputs.open("rb") as file:
-        contents = hashlib.file_digest(file, "sha256").hexdigest()
+    contents = hashlib.file_digest(source, "sha256").hexdigest()
+    source.seek(0)
     return {
         "inputs": contents,
         "weights": model.weight_hash,

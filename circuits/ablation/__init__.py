@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from circuits.ablation.ablation import Ablation
+from circuits.ablation.ablation import Ablation, able_prompts
 from circuits.ablation.means import Mean, PositionalMean
 from circuits.ablation.runs import Counterfactual, Resample
 from circuits.ablation.zero import Zero
@@ -28,7 +28,14 @@ ABLATIONS: dict[str, type[Ablation]] = {
     kind.name: kind for kind in (Zero, Mean, PositionalMean, Counterfactual, Resample)
 }
 
-__all__ = ["ABLATIONS", "Ablation", "AblationConfig", "fit_ablation", "restore_ablation"]
+__all__ = [
+    "ABLATIONS",
+    "Ablation",
+    "AblationConfig",
+    "able_prompts",
+    "fit_ablation",
+    "restore_ablation",
+]
 
 
 @dataclass

@@ -5,17 +5,21 @@ Shapes: prompts B, positions S, d_model D, writers W.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.engine.engine import Engine
 from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint
 from circuits.prompts.prompts import Prompts
+
+log = logging.getLogger(__name__)
 
 
 class Ablation(ABC):
@@ -28,6 +32,10 @@ class Ablation(ABC):
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Ablation:
         """Returns the ablation fitted on reference prompts; of some there is nothing to fit."""
         return cls()
+
+    def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
+        """Which prompts it has values for, on the CPU."""
+        return torch.ones(len(prompts), dtype=torch.bool)
 
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
@@ -49,3 +57,29 @@ class Ablation(ABC):
     def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:
         """The ablation from its `state`; ValueError where it keeps none."""
         raise ValueError(f"ablation={cls.name} keeps no tensors; it is fitted anew each time")
+
+
+def able_prompts(ablation: Ablation, prompts: Prompts) -> Prompts:
+    """The prompts that an ablation has values for, with a warning where it leaves some out.
+
+    Where it has values for none, all of them, so that it says itself why.
+    """
+    able = ablation.able(prompts)
+    if able.all() or not able.any():
+        return prompts
+    out = (~able).nonzero()[:, 0].tolist()
+    log.warning(
+        "ablation=%s: %d of %d prompts are left out, because no other reference prompt is as long "
+        "as they are: %s; give more prompts of their length, or use ablation=mean",
+        ablation.name,
+        len(out),
+        len(prompts),
+        _named(prompts, out),
+    )
+    return prompts.select(able)
+
+
+def _named(prompts: Prompts, rows: list[int]) -> str:
+    """The first few of some prompts, by id and length."""
+    few = [f"{prompts.ids[row]!r} ({int(prompts.lengths[row])} tokens)" for row in rows[:3]]
+    return ", ".join(few) + (", ..." if len(rows) > len(few) else "")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation.ablation import Ablation
@@ -65,6 +65,9 @@ class Mean(Ablation):
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Mean:
         return cls(writer_means(engine, reference, memory=memory))
 
+    def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
+        return prompts.lengths.cpu() <= (1 if len(self.means.count) == 1 else torch.inf)
+
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
         """The means, for as many positions as the prompts have, or InputError."""
         length = prompts.clean.shape[1]
@@ -92,9 +95,17 @@ class PositionalMean(Mean):
 
     name = "positional_mean"
 
+    def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
+        return prompts.lengths.cpu() <= self._seen
+
+    @property
+    def _seen(self) -> int:
+        """How many positions have a mean."""
+        return int((self.means.count > 0).sum())
+
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 S D"]:
         """The means at the positions of the prompts; InputError beyond the reference prompts'."""
-        length, seen = prompts.clean.shape[1], int((self.means.count > 0).sum())
+        length, seen = prompts.clean.shape[1], self._seen
         if length > seen:
             raise InputError(
                 f"ablation=positional_mean: prompts reach position {length - 1}, but the means "

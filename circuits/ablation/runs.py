@@ -5,10 +5,12 @@ Shapes: prompts B, positions S, d_model D, writers W.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.ablation.ablation import Ablation
@@ -50,6 +52,15 @@ class Resample(Ablation):
     @classmethod
     def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Resample:
         return cls(reference.to(engine.device), seed)
+
+    def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
+        """Those for which a donor is at least as long that is not the prompt itself."""
+        lengths, copies = sorted(self._lengths.tolist()), Counter(self._sequences)
+        donors = [
+            len(lengths) - bisect_left(lengths, len(tokens)) - copies[tokens]
+            for tokens in prompts.sequences()
+        ]
+        return torch.tensor(donors) > 0
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """What is written on the donors; InputError where a prompt has none as long."""

@@ -31,6 +31,7 @@ from circuits.model.refusals import first_line, refuse_dtype, refuse_module, ref
 from circuits.model.state_dicts import DTYPES, read_bridge
 from circuits.prompts.collation import prompts_from_records
 from circuits.prompts.prompts import Prompts
+from circuits.prompts.tokens import begins_with_bos
 
 
 @dataclass
@@ -284,7 +285,7 @@ def _wrap(
     bridge.eval().requires_grad_(False)
     _give_tokenizer(bridge, tokenizer)
     if prepend_bos is None:
-        prepend_bos = bridge.cfg.tokenizer_prepends_bos
+        prepend_bos = begins_with_bos(tokenizer)
     return LoadedModel(bridge, config, tokenizer, path, digest, prepend_bos, tokens, logits)
 
 
@@ -311,7 +312,7 @@ def _give_tokenizer(bridge: Any, tokenizer: Any | None) -> None:
     """
     tokens = [] if tokenizer is None else tokenizer.encode("a")
     framed = tokenizer is not None and len(tokens) > 1
-    bridge.cfg.tokenizer_prepends_bos = framed and tokens[0] == tokenizer.bos_token_id
+    bridge.cfg.tokenizer_prepends_bos = begins_with_bos(tokenizer)
     bridge.cfg.tokenizer_appends_eos = framed and tokens[-1] == tokenizer.eos_token_id
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer = copy.deepcopy(tokenizer)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from circuits.prompts.encoding import EncodedPrompt, encode_record
+from circuits.prompts.errors import quote
 from circuits.prompts.prompts import NONE, Prompts
+from circuits.prompts.tokens import begins_with_bos, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +29,14 @@ def prompts_from_records(
     records: Iterable[Mapping[str, Any]],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    prepend_bos: bool = False,
+    prepend_bos: bool | None = None,
     max_length: int | None = None,
     vocabulary: int | None = None,
     outputs: int | None = None,
 ) -> Prompts:
     """The records as one set of prompts; arguments as in `encode_record`.
+
+    `LoadedModel.prompts` gives what the model itself needs.
 
     >>> prompts_from_records([{"clean": [5, 7, 5], "answers": [7]}]).answers.tolist()
     [[[7]]]
@@ -40,8 +44,14 @@ def prompts_from_records(
     Raises:
         ValueError: a bad record, named by its id or else by its number (its line in a file).
     """
-    bounds = {"max_length": max_length, "vocabulary": vocabulary, "outputs": outputs}
-    encode = partial(encode_record, tokenizer=tokenizer, prepend_bos=prepend_bos, **bounds)
+    encode = partial(
+        encode_record,
+        tokenizer=tokenizer,
+        prepend_bos=begins_with_bos(tokenizer) if prepend_bos is None else prepend_bos,
+        max_length=max_length,
+        vocabulary=vocabulary_of(tokenizer) if vocabulary is None else vocabulary,
+        outputs=outputs,
+    )
     encoded = []
     for number, record in enumerate(records, start=1):
         try:
@@ -89,7 +99,7 @@ def _all_or_none(encoded: Sequence[EncodedPrompt], field: str) -> list[Any] | No
 
 def _record_name(record: Any, number: int) -> str:
     identifier = record.get("id") if isinstance(record, Mapping) else None
-    return f"record {number}" if identifier is None else f"record {number}, id {identifier!r}"
+    return f"record {number}" if identifier is None else f"record {number}, id {quote(identifier)}"
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "n longest"]:

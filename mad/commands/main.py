@@ -148,6 +148,7 @@ def _set_up_logging(*, verbose: bool) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for package in ("circuits", "abstraction", "mad", "hydra"):
         logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("mad.progress").setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
     madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
     madcap score circuit=RUN inputs=new.jsonl out=scored.jsonl model=DIR allow_other_weights=true
 
-Inputs are JSONL, one object a line: {"text": "..."} or {"clean": [token ids]}, with "positions" and
-"id" if you like. Each result line is {"id", "score", "p_value", "anomalous", "because"}: a high
-score is more anomalous; p_value is the conformal p-value among held-out trusted inputs; anomalous
-means p_value <= alpha; because lists the edges off the circuit that the score comes from. Any
-number of lines is scored in constant memory, and an interrupted run goes on where it stopped when
-it is run again. A bad line gives a line with "error"; the exit code is then 3. So does one that
-takes more than memory=; where only its explanation does, the result has "because_error" in place of
-"because".
+Inputs are JSONL, plain or packed by gzip, one object a line: {"text": "..."} or {"clean": [token
+ids]}, with "positions" and "id" if you like; inputs=- reads a pipe. Each result line is {"id",
+"score", "p_value", "anomalous", "because"}: a high score is more anomalous; p_value is the
+conformal p-value among held-out trusted inputs; anomalous means p_value <= alpha; because lists the
+edges off the circuit that the score comes from. Any number of lines is scored in constant memory,
+and an interrupted run goes on where it stopped when it is run again. A bad line gives a line with
+"error"; the exit code is then 3. So does one that takes more than memory=; where only its
+explanation does, the result has "because_error" in place of "because".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Score:
     """Which inputs are scored against which circuit."""
 
     circuit: str = "???"  # the run folder that `madcap extract` wrote
-    inputs: str = "???"  # JSONL file of inputs
+    inputs: str = "???"  # JSONL file of inputs; - for standard input
     out: str = "???"  # JSONL file of results
     detector: Fitted = field(default_factory=Fitted)
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous

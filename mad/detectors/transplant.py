@@ -18,8 +18,10 @@ this library's own.
 A circuit that keeps an edge it does not need is blind to what comes over that edge, so `strict`
 finds more circuits in the same way on redrawn trusted prompts (`mad.redrawn`).
 
-x and a host of different lengths are aligned at their ends, the first token (an attention sink)
-with the first.
+x and a host are aligned at the last position that each is scored at (its last token, unless said
+otherwise), the first token (an attention sink) with the first.  So in a causal model a prompt that
+is scored at one position has the score of what it is up to there.  Where a host is scored at
+further positions, these take what stands before.
 
 An explanation shares the score out over the edges off the circuit (`mad.attribution`), from C(y; x)
 to M(y), where the score is 0.
@@ -46,6 +48,7 @@ from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.attribution import explanation_bytes, integrated, shares
 from mad.detector import Context, Explained
+from mad.detectors.alignment import aligned, check_positions, ends
 from mad.detectors.settings import check_at_least_one
 from mad.redrawn import further_circuits, stacked
 
@@ -94,7 +97,8 @@ class TransplantDetector:
 
         Raises:
             InputError: the circuit tells positions apart, and a prompt has another length than its
-                prompts.
+                prompts or is scored elsewhere than every host; or a prompt is scored at several
+                positions and every host at one, so that all but the last would be ignored.
         """
         moved = transplanted(
             self.engine, self.masks, self.hosts, prompts, self.reference, memory=memory
@@ -147,7 +151,9 @@ def transplanted(
         reference: the model's logits on the hosts, if they are known.
 
     Raises:
-        InputError: edges are told apart by position, and a prompt has another length than theirs.
+        InputError: edges are told apart by position, and a prompt has another length than theirs or
+            is scored elsewhere than every host; or it is scored at several positions, and every
+            host at one.
         TooLittleMemory: not even one prompt fits with one host.
     """
     hosts = hosts.to(engine.device)
@@ -174,27 +180,6 @@ def model_logits(
     return torch.cat(padded)
 
 
-def aligned(
-    writers: Float[Tensor, "W B S D"],
-    lengths: Int[Tensor, "B"],
-    host_lengths: Int[Tensor, "K"],
-    n_positions: int,
-) -> Float[Tensor, "W B own T D"]:
-    """Returns what writers write on prompts, at the place of each position of the hosts; own is 1
-    if all are alike.
-
-    Position p of a host of n tokens takes position p + m - n of a prompt of m tokens, within 1 to m
-    - 1, so that both end at the same place; position 0 takes position 0.
-    """
-    shift = lengths[:, None] - host_lengths  # [B, K]
-    if not shift.any():
-        return writers[:, :, None, :n_positions]
-    index = torch.arange(n_positions, device=writers.device) + shift[..., None]  # [B, K, T]
-    index = index.clamp(min=1).minimum((lengths - 1).clamp(min=0)[:, None, None])
-    index[..., 0] = 0
-    return writers[:, torch.arange(len(lengths), device=writers.device)[:, None, None], index]
-
-
 Pairs = Iterator[tuple[Int[Tensor, "k"], Ablated]]  # rows of hosts, and what removed edges carry
 
 
@@ -202,7 +187,7 @@ def _pairs(
     engine: Engine, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
 ) -> Iterator[tuple[Int[Tensor, "b"], Pairs]]:
     """Yields rows of prompts, and the pairs of them with hosts, as many at a time as fit."""
-    prompts.check_length(engine.graph.n_positions)
+    check_positions(engine, hosts, prompts)
     at_once = _pairs_at_once(engine, hosts, prompts, memory, cost)
     columns = torch.arange(len(hosts), device=engine.device).split(at_once)
     for rows in torch.arange(len(prompts)).split(max(1, at_once // len(hosts))):
@@ -215,10 +200,14 @@ def _with_hosts(
     engine: Engine, hosts: Prompts, columns: Sequence[Tensor], prompts: Prompts
 ) -> Pairs:
     """Yields what edges off the circuit carry in runs of some hosts, for all of some prompts."""
-    writers = engine.writers(prompts)
+    writers, per_position = engine.writers(prompts), engine.graph.n_positions is not None
+    # Without causality, what comes after the scored position is part of the input too.
+    own, reach = ends(prompts), ends(prompts) if engine.graph.causal else prompts.lengths
     for some in columns:
-        lengths = hosts.lengths[some]
-        values = aligned(writers, prompts.lengths, lengths, int(lengths.max()))
+        shift = own[:, None] - ends(hosts)[some]
+        if per_position:  # each edge has its own place
+            shift, reach = torch.zeros_like(shift), prompts.lengths
+        values = aligned(writers, reach, shift, int(hosts.lengths[some].max()))
         if len(prompts) > 1:  # one prompt's values are the same for all hosts, and stay one row
             values = values.expand(-1, -1, len(some), -1, -1)
         yield some, engine.ablated(values.flatten(1, 2))

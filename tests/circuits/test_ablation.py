@@ -14,7 +14,7 @@ from circuits.ablation.means import writer_means
 from circuits.ablation.runs import mixed
 from circuits.engine import Engine
 from circuits.engine.memory import footprint
-from circuits.prompts import Prompts, prompts_from_records
+from circuits.prompts import InputError, Prompts, prompts_from_records
 from tests import tiny
 
 ENGINES = {
@@ -235,6 +235,29 @@ def test_prompts_longer_than_every_donor_are_refused(engine):
         match=rf"a prompt has {int(PROMPTS.lengths.max())} tokens, but the longest donor",
     ):
         fitted(engine, "resample", short).values(engine, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+    "lengths", [[2, 5, 5], [2, 5, 7], [1, 1, 1], [7]], ids=lambda lengths: str(lengths)
+)
+def test_able_are_those_that_have_values_alone(name, lengths):
+    engine = ENGINES["gpt2"]
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(29, (2, n), generator=draw).tolist() for n in lengths + [4]]
+    records = [{"clean": clean, "corrupt": corrupt} for clean, corrupt in rows]
+    reference = prompts_from_records(records[:-1])
+    prompts = prompts_from_records([*records, records[0]])  # one of them twice, one new
+    ablation = fitted(engine, name, reference)
+
+    def has_values(row: int) -> bool:
+        try:
+            ablation.writers(engine, prompts.select([row]))
+        except InputError:
+            return False
+        return True
+
+    assert ablation.able(prompts).tolist() == [has_values(row) for row in range(len(prompts))]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from circuits.ablation import AblationConfig, fit_ablation
+from circuits.discovery import EAPIG
 from circuits.engine import Engine
+from circuits.extraction import extract
 from circuits.faithfulness import faithfulness_scale
 from circuits.metrics import METRICS
 from circuits.objective import Objective, prepare
-from circuits.prompts import prompts_from_records
+from circuits.prompts import Prompts, prompts_from_records
+from circuits.selection import Selection
 from tests import tiny
 from tests.budget import memory_for
 
@@ -20,6 +23,7 @@ ENGINES = {
     "gpt2": Engine(tiny.gpt2()),
     "bidirectional": Engine(tiny.native(attention_dir="bidirectional")),
 }
+ENGINE = ENGINES["gpt2"]
 RECORDS = tiny.records(7, seed=5)
 PROMPTS = prompts_from_records(RECORDS)
 REFERENCE = tiny.prompts(6, seed=6)
@@ -175,3 +179,56 @@ def test_prompts_that_lack_what_is_needed_are_refused(engine):
         ValueError, match=r"one prompt of 9 tokens takes up to \d+.* but memory=1kB; raise memory"
     ):
         prepare(engine, PROMPTS, METRICS["kl"], mean, memory="1kB")
+
+
+# ---- prompts without values ----------------------------------------------------------------------
+
+
+def with_long_ones(count: int) -> Prompts:
+    """A dozen short prompts, and so many longer ones, the longest last."""
+    long = [
+        record
+        for n in range(count)
+        for record in tiny.records(1, n, shortest=10 + n, longest=10 + n)
+    ]
+    return prompts_from_records([*tiny.records(12, 5, longest=7), *long])
+
+
+@pytest.mark.parametrize("ablation", ["resample", "positional_mean"])
+def test_prompts_without_values_are_left_out_with_one_warning(ablation, caplog):
+    prompts = with_long_ones(2)
+    reference = prompts if ablation == "resample" else prompts.select(slice(12))
+    fitted = fit_ablation(AblationConfig(ablation), ENGINE, reference)
+    objective = prepare(ENGINE, prompts, METRICS["kl"], fitted)
+    kept = len(prompts) - (1 if ablation == "resample" else 2)
+    assert objective.batches.whole.sequences() == prompts.sequences()[:kept]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert f"ablation={ablation}: {len(prompts) - kept} of 14 prompts" in message
+    assert "'1.0' (11 tokens)" in message and "use ablation=mean" in message
+    assert ("'0.0' (10 tokens)" in message) == (ablation == "positional_mean")
+    caplog.clear()
+    alone = prepare(ENGINE, prompts.select(slice(kept)), METRICS["kl"], fitted)
+    assert torch.equal(objective.empty(), alone.empty()) and not caplog.records
+
+
+def test_where_no_prompt_has_values_the_ablation_says_why():
+    long = with_long_ones(1).select([12])
+    for ablation, reason in (
+        ("resample", "no reference prompt but itself"),
+        ("positional_mean", ""),
+    ):
+        reference = long if ablation == "resample" else with_long_ones(0)
+        fitted = fit_ablation(AblationConfig(ablation), ENGINE, reference)
+        with pytest.raises(ValueError, match=f"ablation={ablation}: .*{reason}.*use ablation=mean"):
+            prepare(ENGINE, long, METRICS["kl"], fitted)
+
+
+def test_one_long_prompt_does_not_stop_an_extraction(caplog):
+    long, short = with_long_ones(1), prompts_from_records(tiny.records(8, 6, longest=7))
+    options = {"metric": "kl", "ablation": "resample", "random_draws": 0}
+    found = extract(ENGINE, long, short, EAPIG(), selection=Selection(edges=20), **options)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    splits = found.circuit.about["splits"]
+    assert splits["discovery"] == {"prompts": 12, "hash": long.select(slice(12)).hash()}
+    assert splits["evaluation"] == {"prompts": 8, "hash": short.hash()}
+    assert len(found.used["discovery"]) == 13, "what was given may not calibrate"

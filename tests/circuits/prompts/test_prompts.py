@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from circuits.model.load import load_model
 from circuits.prompts import Prompts, collate, prompts_from_records
 from circuits.prompts.encoding import encode_record
-from circuits.prompts.files import parse_line, read_records, write_jsonl
 
 
 class Words:
@@ -25,12 +23,16 @@ class Words:
     pieces = ["<unk>", "<s>", "▁", "▁so", "▁he", "▁she", "he", "▁play", "ing", "▁was", "▁it", ","]
     unk_token_id = 0
 
-    def __init__(self, bos: int | None = 1) -> None:
-        self.bos_token_id = bos
+    def __init__(self, bos: int | None = 1, begins: bool = False) -> None:
+        self.bos_token_id, self.begins = bos, begins
+
+    def __len__(self) -> int:
+        return len(self.pieces)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        assert not add_special_tokens
         rest, tokens = "▁" + text.replace(" ", "▁") if text else "", []
+        if add_special_tokens and self.begins:
+            tokens.append(self.bos_token_id)
         while rest:
             piece = max((p for p in self.pieces[2:] if rest.startswith(p)), key=len, default=None)
             tokens.append(0 if piece is None else self.pieces.index(piece))
@@ -73,6 +75,42 @@ def test_text_gets_bos_once():
         3,
         4,
     )
+
+
+def test_bos_and_vocabulary_are_the_tokenizers_own_unless_said_otherwise():
+    begins = Words(begins=True)
+    assert encode_record({"clean": "so he"}, tokenizer=begins).clean == (1, 3, 4)
+    assert encode_record({"clean": "so"}, tokenizer=begins, prepend_bos=False).clean == (3,)
+    prompts = prompts_from_records([{"clean": "so he"}, {"clean": [1, 11]}], tokenizer=begins)
+    assert prompts.sequences() == [(1, 3, 4), (1, 11)]
+    with pytest.raises(ValueError, match="^record 1: clean begins with token 3.* begin with BOS"):
+        prompts_from_records([{"clean": [3, 4]}], tokenizer=begins)
+    with pytest.raises(ValueError, match="^record 1: clean holds token 12.* from 0 to 11$"):
+        prompts_from_records([{"clean": [1, 12]}], tokenizer=begins)
+    wider = prompts_from_records([{"clean": [1, 12]}], tokenizer=begins, vocabulary=16)
+    assert wider.sequences() == [(1, 12)]
+
+
+def test_a_model_and_its_tokenizer_alone_read_the_same(stories, cases):
+    model = load_model(str(cases / "stories260K"))
+    records = [{"clean": "The boy was sad, so", "answers": [" he"]}, {"clean": "She ran"}]
+    for record in records:
+        assert equal(
+            model.prompts([record]), prompts_from_records([record], tokenizer=model.tokenizer)
+        )
+    with pytest.raises(ValueError, match="token ids run from 0 to 511"):
+        prompts_from_records([{"clean": [1, 512]}], tokenizer=stories)
+
+
+def test_answers_at_one_position_may_be_flat_and_wrong_answers_empty():
+    for positions in ({}, {"positions": [0]}):
+        for answers in ([5, 6], [[5, 6]] if positions else [5, 6]):
+            encoded = encode_record({"clean": [1, 2], **positions, "answers": answers})
+            assert encoded.answers == ((5, 6),)
+    for empty in ([], [[]], [[], []]):
+        record = {"clean": [1, 2], "positions": [0, 1], "answers": [[5], [6]]}
+        encoded = encode_record({**record, "wrong_answers": empty})
+        assert encoded.wrong_answers is None and encoded.answers == ((5,), (6,))
 
 
 def test_clean_may_be_called_text_and_null_means_absent():
@@ -145,6 +183,14 @@ def test_answers_of_real_tokenizers(stories, gpt2):
         15496,
         995,
     )
+
+
+def nested(levels: int) -> list:
+    """A list in a list in a list."""
+    made: list = []
+    for _ in range(levels):
+        made = [made]
+    return made
 
 
 BAD_RECORDS = [
@@ -234,6 +280,7 @@ BAD_RECORDS = [
         "answers=5 is no list of answers; list at least one, or leave answers out",
     ),
     ({"clean": [1], "answers": []}, {}, r"answers=\[\] is no list of answers"),
+    ({"clean": [1], "wrong_answers": {}}, {}, "wrong_answers={} is no list of answers"),
     ({"clean": [1], "wrong_answers": "he"}, {}, "wrong_answers='he' is no list of answers"),
     ({"clean": [1], "answers": [[5]]}, {}, r"answers holds \[5\], which is no token id"),
     (
@@ -247,10 +294,24 @@ BAD_RECORDS = [
         r"answers=\[\[5\]\] does not fit 2 positions",
     ),
     (
-        {"clean": [1, 2], "positions": [0], "answers": [5]},
+        {"clean": [1, 2], "positions": [0, 1], "answers": [5, 6]},
         {},
-        r"answers=\[5\] does not fit 1 positions",
+        r"answers=\[5, 6\] does not fit 2 positions",
     ),
+    (
+        {"clean": [1, 2], "positions": [0], "answers": [5, [6]]},
+        {},
+        r"answers=\[5, \[6\]\] does not fit 1 positions",
+    ),
+    (
+        {"clean": [1, 2], "positions": [0, 1], "wrong_answers": [[], [5]]},
+        {},
+        r"wrong_answers=\[\[\], \[5\]\] does not fit 2 positions; .* not empty",
+    ),
+    ({"clean": [10**4000]}, {}, r"clean holds token 10{56}\.\.\., but token ids"),
+    ({"clean": [1], "positions": [-(10**4000)]}, {}, r"positions holds -10{55}\.\.\., but"),
+    ({"clean": [1], "id": nested(100_000)}, {}, "id=list too large to show is neither"),
+    ({"clean": [12]}, {"tokenizer": Words()}, "token 12, but token ids run from 0 to 11"),
     (
         {"clean": [1, 2], "positions": [0], "answers": [[]]},
         {},
@@ -500,153 +561,3 @@ def test_to_moves_every_tensor():
     tensors = [getattr(moved, field.name) for field in fields(moved) if field.name != "ids"]
     assert len(tensors) == 7 and all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.key_mask.device.type == "meta"
-
-
-# --------------------------------------------------------------------------------------------------
-# files
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-text_records = st.dictionaries(
-    st.sampled_from(["clean", "corrupt", "id"]),
-    st.text(max_size=8) | st.lists(st.integers(0, 9)),
-    min_size=1,
-)
-
-
-@given(st.lists(text_records, min_size=1, max_size=5))
-@settings(max_examples=40)
-def test_jsonl_round_trip(tmp_path_factory, given_records):
-    path = tmp_path_factory.mktemp("jsonl") / "prompts.jsonl"
-    write_jsonl(given_records, path)
-    assert read_records(path) == given_records
-    assert [parse_line(line) for line in path.read_text().splitlines()] == given_records
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"clean": [1]}\n{"clean": "a\u2028b"}\n\n \n',
-        '\ufeff{"clean": [1]}\r\n{"clean": "a\u2028b"}\r\n',
-        '[{"clean": [1]},\n {"clean": "a\u2028b"}]',
-        '{"prompts": [{"clean": [1]}, {"clean": "a\u2028b"}], "seq_labels": ["x"], "word_idxs": '
-        '{"x": 0}}',
-    ],
-)
-def test_json_of_all_kinds(tmp_path, text):
-    assert read_records(write(tmp_path / "p.json", text)) == [{"clean": [1]}, {"clean": "a\u2028b"}]
-
-
-def test_one_record_over_several_lines(tmp_path):
-    assert read_records(write(tmp_path / "p.json", '{\n "clean": [1]\n}\n')) == [{"clean": [1]}]
-
-
-def test_feature_circuits_lines(tmp_path):
-    line = {
-        "clean_prefix": "The boy",
-        "patch_prefix": "The boys",
-        "clean_answer": " is",
-        "patch_answer": " are",
-    }
-    path = write(tmp_path / "sva.json", json.dumps({**line, "case": "singular"}) + "\n")
-    record = {
-        "clean": "The boy",
-        "corrupt": "The boys",
-        "answers": [" is"],
-        "wrong_answers": [" are"],
-    }
-    assert read_records(path) == [{**record, "case": "singular"}]
-
-
-def test_csv_of_token_ids(tmp_path):
-    text = 'clean,corrupted,correct_idx,incorrect_idx\n"a, b","a, c",5,"[6, 7]"\n'
-    record = {"clean": "a, b", "corrupt": "a, c", "answers": [5], "wrong_answers": [6, 7]}
-    assert read_records(write(tmp_path / "ioi.csv", text)) == [record]
-
-
-def test_csv_of_years(tmp_path):
-    (record,) = read_records(
-        write(tmp_path / "years.csv", "clean,corrupted,label\n1796 to 17,1701 to 17,96\n")
-    )
-    assert record["answers"] == ["97", "98", "99"]
-    assert (
-        len(record["wrong_answers"]),
-        record["wrong_answers"][0],
-        record["wrong_answers"][-1],
-    ) == (97, "00", "96")
-
-
-BAD_FILES = [
-    ("p.jsonl", "", "is empty; give at least one prompt"),
-    ("p.jsonl", " \n\n", "is empty"),
-    ("p.json", "[]", "holds no prompts; give at least one"),
-    ("p.json", '{"prompts": []}', "holds no prompts"),
-    ("p.json", '{"prompts": 5}', "prompts is no list; give a list of objects"),
-    ("p.json", '{"prompts": [5]}', "prompt 1: no object"),
-    (
-        "p.jsonl",
-        '{"clean": [1]}\n{"clean": [1}\n',
-        r"line 2: no JSON at column 13 \(.*\); write one object a line",
-    ),
-    ("p.jsonl", '{"clean": [1]}\n\n{"clean": [1]}', "line 2: blank line; remove it"),
-    ("p.jsonl", '{"clean": [1]}\n[1]\n', 'line 2: no object; write {"clean": ...}'),
-    ("p.jsonl", "[" * 100_000, "line 1: (JSON nested too deeply|no JSON)"),
-    (
-        "p.csv",
-        "clean,label\na,5\n",
-        "columns clean, label; EAP-IG's are clean, corrupted and either label or",
-    ),
-    ("p.csv", "clean,corrupted,correct_idx\na,b,5\n", "correct_idx and incorrect_idx"),
-    ("p.csv", "clean,corrupted,label\n", "holds no prompts"),
-    (
-        "p.csv",
-        "clean,corrupted,label\na,b,5\na,b,99\n",
-        "row 2: label='99', but a year that others can follow",
-    ),
-    ("p.csv", "clean,corrupted,label\na,b\n", "row 1: label='', but a year"),
-    (
-        "p.csv",
-        "clean,corrupted,correct_idx,incorrect_idx\na,b,5,x\n",
-        "row 1: incorrect_idx='x' is no token id",
-    ),
-    ("p.csv", "clean,corrupted,label\na,b," + "5" * 200_000 + "\n", "after line 1: no CSV"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "message"), BAD_FILES)
-def test_bad_files_are_refused_in_one_line(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        read_records(write(tmp_path / name, text))
-    assert name in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.jsonl"):
-        with pytest.raises(ValueError, match="is no file; give the path of a prompt file"):
-            read_records(path)
-    with pytest.raises(ValueError, match="byte 11 is not UTF-8"):
-        read_records(write(tmp_path / "latin.jsonl", '{"clean": "é"}', encoding="latin-1"))
-
-
-def test_published_prompt_files(gpt2, cases):
-    folder = cases / "prompts"
-    years = read_records(folder / "eap_ig_greater_than_data.csv")
-    assert (
-        len(years) == 1000
-        and len(years[0]["answers"]) == 47
-        and years[0]["wrong_answers"][-1] == "52"
-    )
-    prompts = prompts_from_records(years[:20], tokenizer=gpt2)
-    assert prompts.answers.shape[:2] == (20, 1) and prompts.corrupt is not None
-    agreement = read_records(folder / "sva_simple_test.json")
-    same_length = []
-    for record in agreement:
-        try:
-            same_length.append(encode_record(record, tokenizer=gpt2))
-        except ValueError as refused:
-            assert "corrupt has" in str(refused)
-    assert len(same_length) > len(agreement) / 2

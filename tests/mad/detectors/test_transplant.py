@@ -17,16 +17,16 @@ from circuits.discovery import EAPIG
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory, footprint
 from circuits.extraction import extract
-from circuits.prompts import Prompts, prompts_from_records
+from circuits.prompts import InputError, Prompts, prompts_from_records
 from circuits.selection import Selection, random_circuits
 from mad import redrawn
 from mad.attribution import explanation_bytes
 from mad.detector import Context, Explained, ExplainingDetector
 from mad.detectors import DETECTORS, transplant
+from mad.detectors.alignment import aligned
 from mad.detectors.transplant import (
     Fast,
     Strict,
-    aligned,
     fit_transplant,
     model_logits,
     restore_transplant,
@@ -80,6 +80,8 @@ def some(
         length = engine.graph.n_positions or length
         count = min((n_scored or [1, 2])[row % len(n_scored or [1, 2])], length)
         positions = torch.randperm(length, generator=draw)[:count].tolist()
+        if engine.graph.n_positions is not None and length - 1 not in positions:
+            positions[-1] = length - 1  # where edges have places, so has what is scored
         records.append(
             {"clean": torch.randint(29, (length,), generator=draw).tolist(), "positions": positions}
         )
@@ -131,12 +133,18 @@ def place(position: int, host: int, donor: int) -> int:
 
 
 def slow(engine: Engine, mask: Tensor, hosts: Prompts, prompts: Prompts) -> Tensor:
+    """Prompts up to their last scored position, where that makes no difference to what is before;
+    the others whole.
+    """
     result = torch.zeros(len(prompts), len(hosts))
     for row, tokens in enumerate(prompts.sequences()):
+        end = int(prompts.positions[row].max()) + 1
+        tokens = tokens[:end] if engine.graph.causal else tokens
         _, writers = everything(engine, tokens)
         for column, host in enumerate(hosts.sequences()):
             model, _ = everything(engine, host)
-            places = [place(position, len(host), len(tokens)) for position in range(len(host))]
+            host_end = int(hosts.positions[column].max()) + 1 + len(tokens) - end
+            places = [place(position, host_end, len(tokens)) for position in range(len(host))]
             given = torch.stack([writers[:, there] for there in places], 1)[:, None]  # [W, 1, T, D]
             made = through_hooks(engine, torch.tensor([host]), mask.double(), given)[0]
             scored = [position for position in hosts.positions[column].tolist() if position >= 0]
@@ -209,14 +217,47 @@ def test_nothing_is_put_in_through_a_complete_circuit(engine):
     assert found.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("n_scored", [1, 2])
+@pytest.mark.parametrize("n_scored", [(1, 1), (2, 1), (2, 2)])
 def test_hosts_with_one_and_with_two_scored_positions(context, n_scored):
-    engine = context.engine
-    hosts, new = some(engine, [6, 8, 5], 3, [n_scored]), some(engine, [7, 6, 4], 4, [3 - n_scored])
-    mask = circuit(engine)
+    engine, mask = context.engine, circuit(context.engine)
+    hosts, new = (
+        some(engine, lengths, seed, [count])
+        for lengths, seed, count in zip([[6, 8, 5], [7, 6, 4]], (3, 4), n_scored)
+    )
     torch.testing.assert_close(
         transplanted(engine, mask, hosts, new), slow(engine, mask, hosts, new), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("config", [Fast(hosts=3), Strict(hosts=3, circuits=1)], ids=str)
+def test_scored_at_a_position_a_prompt_has_the_score_of_what_it_is_up_to_there(context, config):
+    trusted = prompts_from_records(
+        [{"clean": record["clean"]} for record in tiny.records(3, 1, shortest=5, longest=9)]
+    )
+    detector, record = fit_transplant(config, context, trusted), tiny.records(1, 2, shortest=9)[0]
+    places = range(len(record["clean"]))
+    inside = [{"clean": record["clean"], "positions": [place]} for place in places]
+    cut = [{"clean": record["clean"][: place + 1]} for place in places]
+    found, expected = (prompts_from_records(records) for records in (inside, cut))
+    scores = detector.score(found)
+    assert len({round(score, 4) for score in scores.tolist()}) > 5
+    torch.testing.assert_close(scores, detector.score(expected), atol=1e-6, rtol=1e-5)
+    ours, theirs = explain(detector, found), explain(detector, expected)
+    torch.testing.assert_close(ours.shares, theirs.shares, atol=1e-4, rtol=1e-3)
+
+
+def test_positions_that_hosts_cannot_honour_are_refused(context):
+    engine = context.engine
+    one = fit_transplant(Fast(hosts=3), context, some(engine, [6, 8, 5], 3, [1]))
+    several = some(engine, [7, 6], 4, [1, 2])
+    for work in (one.score, partial(explain, one)):
+        with pytest.raises(InputError, match="positions names several tokens, but .* at one each"):
+            work(several)
+    placed = of("gpt2, positions")
+    detector = fit_transplant(Fast(), placed, hosts_of(placed.engine))
+    elsewhere = prompts_from_records([{"clean": [1] * LENGTH, "positions": [3]}])
+    with pytest.raises(InputError, match=r"positions ends at 3, but .* end at \[6\]; score there"):
+        detector.score(elsewhere)
 
 
 def test_scores_are_the_same_each_time(context):
@@ -243,7 +284,7 @@ def test_scores_are_the_same_each_time(context):
 )
 def test_ends_are_aligned_and_first_tokens_are(donor, host, places):
     writers = torch.arange(donor).float().view(1, 1, donor, 1)
-    found = aligned(writers, torch.tensor([donor]), torch.tensor([host]), host)
+    found = aligned(writers, torch.tensor([donor]), torch.tensor([[donor - host]]), host)
     assert found.shape == (1, 1, 1, host, 1) and found.flatten().tolist() == places
     assert [place(position, host, donor) for position in range(host)] == places
 
@@ -251,7 +292,7 @@ def test_ends_are_aligned_and_first_tokens_are(donor, host, places):
 def test_prompts_and_hosts_of_all_lengths_are_aligned_at_once():
     lengths, hosts = torch.tensor([5, 1, 3, 9]), torch.tensor([4, 9, 1, 5, 3])
     writers = torch.randn(6, 4, 9, 2, generator=torch.Generator().manual_seed(0))
-    found = aligned(writers, lengths, hosts, 9)
+    found = aligned(writers, lengths, lengths[:, None] - hosts, 9)
     assert found.shape == (6, 4, 5, 9, 2)
     for row, donor in enumerate(lengths.tolist()):
         for column, host in enumerate(hosts.tolist()):
@@ -263,8 +304,11 @@ def test_prompts_and_hosts_of_all_lengths_are_aligned_at_once():
 def test_what_all_hosts_share_stays_one_row():
     writers = torch.randn(6, 2, 7, 3, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([7, 7])
-    found = aligned(writers, lengths, torch.tensor([7, 7, 7]), 7)
+    found = aligned(writers, lengths, torch.zeros(2, 3, dtype=torch.long), 7)
     assert found.shape == (6, 2, 1, 7, 3) and torch.equal(found[:, :, 0], writers)
+    short = aligned(writers, torch.tensor([7, 5]), torch.zeros(2, 3, dtype=torch.long), 7)
+    assert short.shape == (6, 2, 3, 7, 3) and torch.equal(short[:, 0, 2], writers[:, 0])
+    assert torch.equal(short[:, 1, 0, 4:], writers[:, 1, 4:5].expand(-1, 3, -1))
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -601,6 +645,8 @@ def test_a_transplant_is_the_counterfactual_ablation_of_the_host(context):
     expected = [
         kl(engine.logits(tiny.from_tokens(twins.clean))[row, 4], made[row]) for row in range(3)
     ]
-    donors = prompts_from_records([{"clean": record["corrupt"]} for record in records])
+    donors = prompts_from_records(
+        [{"clean": record["corrupt"], "positions": [4]} for record in records]
+    )
     found = transplanted(engine, mask, twins, donors).diagonal()
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-5)
