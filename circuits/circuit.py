@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.files import own_file, read_json, read_tensors, write_json, write_tensors
+from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
 from circuits.graph import Graph
 from circuits.names import edge_name
@@ -138,7 +138,8 @@ class Circuit:
             "graph": self.graph.to_json(),
             "edges": [{"edge": name, "score": score} for name, score in self.edges],
         } | {"format": FORMAT}  # whatever `about` says
-        write_json(folder / "circuit.json", data)
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        write_text(folder / "circuit.json", text)
         write_tensors(folder / "scores.safetensors", {"scores": self.scores})
 
     @classmethod

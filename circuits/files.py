@@ -101,8 +101,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes data that people may read; ValueError for NaN and infinities."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Writes data that people may read."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

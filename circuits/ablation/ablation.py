@@ -29,6 +29,10 @@ class Ablation(ABC):
         """Returns the ablation fitted on reference prompts; of some there is nothing to fit."""
         return cls()
 
+    @classmethod
+    def require(cls, prompts: Prompts) -> None:
+        """Raises ValueError where prompts lack what the ablation needs of each."""
+
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """What writers write on these prompts, B and S 1 where rows are equal, or ValueError."""
