@@ -161,7 +161,8 @@ class Circuit:
                 f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
             )
         try:
-            circuit = cls._from_json(read_json(path))
+            data = read_json(path)
+            foreign, circuit = is_eap_ig(data), cls._from_json(data)
         except KeyError as error:
             raise ValueError(
                 f"{path} is no circuit file that can be read: it lacks {error}"
@@ -169,7 +170,7 @@ class Circuit:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
         tensors = own_file(path.parent, "scores.safetensors")
-        if circuit.about.get("read_from") == EAP_IG or not tensors.is_file():
+        if foreign or not tensors.is_file():
             return circuit
         return replace(circuit, scores=_scores(tensors, path, circuit))
 

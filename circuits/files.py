@@ -28,7 +28,8 @@ def own_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{path} is a link to {path.resolve()}, outside of the folder; put the file itself there"
+            f"{path} is a link to {path.resolve()}, which is not in the folder; put the file "
+            "itself there"
         )
     return path
 
@@ -75,9 +76,9 @@ def restored(schema: type[Config], data: Any, where: str) -> Config:
     for name, value in data.items():
         if name not in known:
             raise ValueError(f"{where}.{name} is unknown; the fields are {', '.join(known)}")
-        hint = hints[name]
-        if is_dataclass(hint) and isinstance(hint, type):
-            value = restored(hint, value, f"{where}.{name}")
+        if isinstance(nested := hints[name], type) and is_dataclass(nested):
+            value = restored(nested, value, f"{where}.{name}")
+        hint: Any = hints[name]
         if not is_bearable(value, hint, conf=tower):
             declared = hint.__name__ if isinstance(hint, type) else str(hint)
             raise ValueError(f"{where}.{name} is {_short(value)}, but it must be {declared}")

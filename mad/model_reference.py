@@ -1,8 +1,8 @@
 """How a run folder says which model its circuit was found on, and finding that model again.
 
-    path, dtype, prepend_bos, split_input, head    how it was loaded
-    weight_hash                                    of its tensors
-    architecture                                   what a changed copy of it has in common with it
+path, dtype, prepend_bos, split_input, head    how it was loaded
+weight_hash                                    of its tensors
+architecture                                   what a changed copy of it has in common with it
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,11 @@ class Reference:
         Raises:
             ValueError: the folder names a model that the user has never named.
         """
-        told = vars(self.config) | {"device": device}
-        given = {"path": model, "head": head}
-        refuse_unknown(source, *(told[name] for name, value in given.items() if value is None))
-        return ModelConfig(**told | {n: value for n, value in given.items() if value is not None})
+        told = self.config
+        refuse_unknown(
+            source, told.path if model is None else None, told.head if head is None else None
+        )
+        return replace(told, path=model or told.path, head=head or told.head, device=device)
 
     def check_architecture(self, model: LoadedModel, allow_other_weights: bool) -> None:
         """Raises ValueError for a model that is no copy of the one that the circuit is of.

@@ -124,7 +124,9 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
     """The circuit, for which there is room on the disk, and which is written when it is found."""
     reserved = place.folder / RESERVED
     exists = prepared.engine.graph.exists
-    reserved.write_bytes(bytes(4 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24)))
+    reserved.write_bytes(
+        bytes(4 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
+    )
 
     def keep(circuit: Circuit) -> None:
         reserved.unlink()

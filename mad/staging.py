@@ -74,11 +74,16 @@ def staged(
     target = target.resolve()
     if target.is_mount():
         raise FileExistsError(f"{target} is where a disk is mounted; name a folder in it")
+    if _replaced(target).exists():
+        raise FileExistsError(
+            f"{_replaced(target)} is a run that was being replaced when it was interrupted; move it "
+            "away"
+        )
     folder = target.with_name(f"{target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        _claim(lock, folder, target, ours, keep, overwrite)
+        _claim(lock, folder, ours, keep, overwrite)
         try:
             yield Staged(folder, target, ours)
         except BaseException:
@@ -86,36 +91,39 @@ def staged(
                 log.warning("what was found is in %s", folder)
             raise
         finally:
-            if folder.exists() and not (folder / keep).exists():
+            if _is_at(lock, folder) and not (folder / keep).exists():
                 shutil.rmtree(folder)
     finally:
         os.close(lock)
 
 
-def _claim(
-    lock: int, folder: Path, target: Path, ours: Collection[str], keep: str, overwrite: bool
-) -> None:
-    """Takes an unfinished folder, empty; FileExistsError where it is another's, or worth keeping."""
+def _claim(lock: int, folder: Path, ours: Collection[str], keep: str, overwrite: bool) -> None:
+    """Takes an unfinished folder, and empties it; FileExistsError where it is not to be had."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), folder.stat()):
+        if not _is_at(lock, folder):
             raise BlockingIOError  # it was published in between, and another one made
     except BlockingIOError:
         raise FileExistsError(f"another run is writing {folder}; choose another out=") from None
-    if others := [path.name for path in folder.iterdir() if not _is_ours(path.name, ours)]:
-        raise FileExistsError(
-            f"{folder} is needed for writing, but holds {min(others)}; choose another out="
-        )
-    if (folder / keep).exists() and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds what an interrupted run had found; move it away, or overwrite=true"
-        )
-    if _replaced(target).exists():
-        raise FileExistsError(
-            f"{_replaced(target)} is what a run that was interrupted had replaced; move it away"
-        )
+    problem = _problem(folder, ours, None if overwrite else keep)
+    if problem is not None:
+        raise FileExistsError(problem)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _problem(folder: Path, ours: Collection[str], keep: str | None) -> str | None:
+    """Why an unfinished folder may not be emptied; None: it may."""
+    if others := [path.name for path in folder.iterdir() if not _is_ours(path.name, ours)]:
+        return f"{folder} is needed for writing, but holds {min(others)}; choose another out="
+    if keep is not None and (folder / keep).exists():
+        return f"{folder} holds what an interrupted run had found; move it away, or overwrite=true"
+    return None
+
+
+def _is_at(lock: int, folder: Path) -> bool:
+    """Whether the folder that is locked is there, and not yet moved to its place."""
+    return folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
 
 
 def _is_ours(name: str, ours: Collection[str]) -> bool:
@@ -124,4 +132,4 @@ def _is_ours(name: str, ours: Collection[str]) -> bool:
 
 
 def _replaced(target: Path) -> Path:
-    return target.with_name(f"{target.name}.old")
+    return target.with_name(f".{target.name}.replaced")

@@ -31,7 +31,8 @@ class Ablation(ABC):
 
     @classmethod
     def require(cls, prompts: Prompts) -> None:
-        """Raises ValueError where prompts lack what the ablation needs of each."""
+        """Raises ValueError where prompts lack what the ablation needs of each; most need none."""
+        return
 
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:

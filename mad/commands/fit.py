@@ -55,9 +55,7 @@ def run(config: Fit) -> None:
     target = folder / "detector" / name
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"{target} exists; overwrite=true replaces it")
-    opened = open_run(
-        folder, model=config.model.path, head=config.model.head, device=config.device
-    )
+    opened = open_run(folder, model=config.model.path, head=config.model.head, device=config.device)
     parts = _parts(config, opened)
     usable_alpha(config.alpha, len(parts["calibration"]), "fit_share")
     with staged(target, ours=FILES, keep=FILES[0], overwrite=config.overwrite) as place:
