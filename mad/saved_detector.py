@@ -110,7 +110,7 @@ def _config(told: Any, path: Path) -> tuple[DetectorKind, Any]:
     return DETECTORS[name], restored(DETECTORS[name].schema, told, f"{path}: config")
 
 
-def _read_tensors(folder: Path, expected: str | None) -> tuple[dict[str, Tensor], Calibration]:
+def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Calibration]:
     path = own_file(folder, "detector.safetensors")
     try:
         if expected is not None and _file_hash(path) != expected:

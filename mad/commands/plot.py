@@ -87,7 +87,7 @@ def _figures(folder: Path) -> dict[str, Any] | None:
         detail = {**{key: detail[key] for key in DETAIL}, "value": float(detail["value"])}
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; extract again, or delete it") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({error}); extract again, or delete it") from error
     return {**curves, "faithfulness_detail": detail}
 
