@@ -107,22 +107,28 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file as a whole, with the permissions that new files have here."""
+    """Writes a safetensors file as a whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = _beside(path)
     try:
-        partial.touch()
-        permissions = partial.stat().st_mode
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, partial)  # which makes it readable for its owner alone
-        partial.chmod(permissions)
+        save_file(plain, partial)
+        follow_umask(partial)
         partial.replace(path)
     except SafetensorError as error:  # no space, no permission
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file the permissions that new files have here: safetensors makes them private."""
+    new = path.with_name(f"{path.name}.new")
+    new.touch()
+    path.chmod(new.stat().st_mode)
+    new.unlink()
 
 
 def _beside(path: Path) -> Path:
