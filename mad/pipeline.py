@@ -10,7 +10,6 @@ from typing import Any
 
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.circuit import Circuit
-from circuits.discovery import default_metric
 from circuits.engine import Engine
 from circuits.extraction import Extraction, extract
 from circuits.faithfulness import faithfulness_scale
@@ -25,7 +24,7 @@ from mad.detector import Context
 from mad.detectors import Fast
 from mad.folder import RESERVED, staged_run, write_config
 from mad.model_reference import model_reference
-from mad.preparation import Prepared, check_settings, prepare_run
+from mad.preparation import Prepared, check_settings, metric_of, prepare_run
 from mad.saved_detector import save_detector
 from mad.staging import Staged
 from mad.trusted import Splits
@@ -137,7 +136,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         prepared.splits["discovery"],
         prepared.splits["evaluation"],
         config.method,
-        metric=config.metric or default_metric(config.method.name),
+        metric=metric_of(config),
         ablation=config.ablation,
         selection=config.selection,
         memory=config.memory,

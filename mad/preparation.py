@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from circuits.ablation import ABLATIONS
+from circuits.discovery import default_metric
 from circuits.engine import Engine
 from circuits.engine.memory import parse_memory
 from circuits.metrics import metric_named
@@ -57,11 +58,16 @@ def check_settings(config: RunConfig) -> None:
         check_alpha(config.alpha)
     parse_memory(config.memory)
     config.detector.check()
-    metric_named(config.metric)
+    metric_named(metric_of(config))
     if config.ablation.name not in ABLATIONS:
         raise ValueError(
             f"ablation={config.ablation.name!r}, but the ablations are {', '.join(ABLATIONS)}"
         )
+
+
+def metric_of(config: RunConfig) -> str:
+    """What the circuit has to keep: what is asked for, or the method's own."""
+    return config.metric or default_metric(config.method.name)
 
 
 def prepare_run(config: RunConfig) -> Prepared:
@@ -77,7 +83,7 @@ def prepare_run(config: RunConfig) -> Prepared:
     splits = trusted_splits(config.task, model, config.splits, config.seed)
     alpha = usable_alpha(config.alpha, len(splits["calibration"]), "splits.calibration")
     for name in ("discovery", "evaluation"):
-        metric_named(config.metric).require(splits[name])
+        metric_named(metric_of(config)).require(splits[name])
         ABLATIONS[config.ablation.name].require(splits[name])
     engine = Engine(model, n_positions=one_length(splits) if config.positions else None)
     return Prepared(model, engine, splits, alpha)

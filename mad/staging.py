@@ -76,8 +76,8 @@ def staged(
         raise FileExistsError(f"{target} is where a disk is mounted; name a folder in it")
     if _replaced(target).exists():
         raise FileExistsError(
-            f"{_replaced(target)} is a run that was being replaced when it was interrupted; move it "
-            "away"
+            f"{_replaced(target)} is a run that was being replaced when that was interrupted; move "
+            "it away"
         )
     folder = target.with_name(f"{target.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def staged(
             yield Staged(folder, target, ours)
         except BaseException:
             if (folder / keep).exists():
-                log.warning("what was found is in %s", folder)
+                log.warning("what was found is in %s, until overwrite=true", folder)
             raise
         finally:
             if _is_at(lock, folder) and not (folder / keep).exists():

@@ -218,10 +218,10 @@ def words(run, tmp_path) -> list[str]:  # noqa: F811
 
 
 def test_a_dry_check_tells_what_would_be_run_on_and_leaves_nothing(
-    run,
+    run,  # noqa: F811
     tmp_path,
     capsys,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     monkeypatch.setattr(pipeline_module, "extract", no_work)
     assert main([*words(run, tmp_path), "alpha=0.2"]) == 0

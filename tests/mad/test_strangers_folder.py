@@ -104,10 +104,10 @@ def refused(capsys, *words: str) -> str:
 )
 def test_a_model_that_the_user_has_not_named_is_neither_read_nor_fetched(
     stranger,
-    run,
+    run,  # noqa: F811
     tmp_path,
     capsys,
-    path,  # noqa: F811
+    path,
 ):
     outside = tmp_path / "outside"
     shutil.copytree(run[0] / "model", outside)  # with the very weights of the circuit
@@ -394,7 +394,7 @@ def test_tensors_that_a_detector_lacks_are_refused(stranger, run, left_out):  # 
     ],
 )
 def test_other_weights_have_the_architecture_of_the_circuits_model(
-    run,
+    run,  # noqa: F811
     tmp_path,
     changes,
     fact,  # noqa: F811
