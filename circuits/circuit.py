@@ -1,7 +1,8 @@
 """A circuit: the kept edges of a graph, the scores of all of them, and how they were found.
 
 On disk a circuit is a folder: `circuit.json`, readable and diffable, with the kept edges; and
-`scores.safetensors` with the scores of all edges.  Nothing in either can run code.
+`scores.safetensors` with the scores of all edges.  Nothing in either can run code, and where the
+two disagree the circuit is refused.
 
 Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
+from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
 from circuits.graph import Graph
 from circuits.names import edge_name
 
 FORMAT = 1
+MOST_CELLS = 2**31  # of a mask of readers by writers (by positions)
+MOST_SCORE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +56,15 @@ class Circuit:
     def __repr__(self) -> str:
         parts = [f"{len(self)} of {self.graph.n_edges} edges"]
         for field_name in ("method", "metric", "ablation"):
-            value = self.about.get(field_name)
-            name = value.get("name") if isinstance(value, Mapping) else value
+            name = self.says(field_name)
             parts += [f"{field_name}={name}"] if name else []
         return f"Circuit({', '.join(parts)})"
+
+    def says(self, field_name: str) -> str:
+        """The name of its task, method, metric or ablation; empty where it does not say."""
+        value = self.about.get(field_name)
+        name = value.get("name") if isinstance(value, Mapping) else value
+        return name if isinstance(name, str) else ""
 
     def draw(self, path: str | Path) -> Path:
         """Draws into an .svg, .png or .pdf file; ValueError as `circuits.draw_circuit`."""
@@ -110,9 +120,10 @@ class Circuit:
         return view
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder, made if need be; ValueError where a kept edge's score is not finite."""
-        from safetensors.torch import save_file
+        """Writes a folder, made if need be; ValueError where a kept edge's score is not finite.
 
+        `circuit.json` comes first: if there is no room for the other file, the circuit is there.
+        """
         for name, score in self.edges:
             if not math.isfinite(score):
                 raise ValueError(
@@ -127,56 +138,107 @@ class Circuit:
             "graph": self.graph.to_json(),
             "edges": [{"edge": name, "score": score} for name, score in self.edges],
         } | {"format": FORMAT}  # whatever `about` says
-        save_file({"scores": self.scores.contiguous()}, folder / "scores.safetensors")
-        (folder / "circuit.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        write_text(folder / "circuit.json", text)
+        write_tensors(folder / "scores.safetensors", {"scores": self.scores})
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Reads a circuit from its folder or from its `circuit.json`; scores left out there are 0.
 
+        A graph file of EAP-IG or MIB is read too; it names no model, so that it can be drawn and
+        measured, but not opened with `mad.open_run`.
+
         Raises:
             FileNotFoundError: there is no circuit.json.
-            ValueError: it is broken, of another format, or names edges that its graph lacks.
+            ValueError: it is broken, of another format, names edges that its graph lacks, or
+                `scores.safetensors` beside it has other scores.
         """
         path = Path(path)
-        path = path / "circuit.json" if path.is_dir() else path
+        path = own_file(path, "circuit.json") if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(
                 f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
             )
         try:
-            circuit = cls._from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
-        tensors = path.with_name("scores.safetensors")
-        if not tensors.is_file():
-            return circuit
-        scores = _read_scores(tensors)
-        if scores.shape != circuit.kept.shape:
+            data = read_json(path)
+            foreign, circuit = is_eap_ig(data), cls._from_json(data)
+        except KeyError as error:
             raise ValueError(
-                f"{tensors} has shape {tuple(scores.shape)}, but the graph of {path} is "
-                f"{tuple(circuit.kept.shape)}"
-            )
-        return replace(circuit, scores=scores)
+                f"{path} is no circuit file that can be read: it lacks {error}"
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
+        tensors = own_file(path.parent, "scores.safetensors")
+        if foreign or not tensors.is_file():
+            return circuit
+        return replace(circuit, scores=_scores(tensors, path, circuit))
 
     @classmethod
-    def _from_json(cls, data: dict[str, Any]) -> Circuit:
+    def _from_json(cls, data: Any) -> Circuit:
+        if is_eap_ig(data):
+            graph, entries = from_eap_ig(data)
+            return cls._of(graph, entries, {"read_from": EAP_IG})
+        if not isinstance(data, dict):
+            raise TypeError("it holds no mapping")
         version = data.pop("format")
         if version != FORMAT:
             raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
         graph = Graph.from_json(data.pop("graph"))
+        entries = [(entry["edge"], entry["score"], True) for entry in data.pop("edges")]
+        return cls._of(graph, entries, data)
+
+    @classmethod
+    def _of(
+        cls, graph: Graph, entries: Iterable[tuple[str, float, bool]], about: Mapping[str, Any]
+    ) -> Circuit:
+        """A circuit from names, scores and whether they are kept."""
+        _check_size(graph)
         kept, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape)
-        for entry in data.pop("edges"):
-            index = graph.edge_index(entry["edge"])
-            kept[index], scores[index] = True, entry["score"]
-        return cls(graph, kept, scores, data)
+        told = set()
+        for name, score, keep in entries:
+            index = graph.edge_index(name)
+            if index in told:
+                raise ValueError(f"edge {name!r} is there twice")
+            if not abs(score) <= MOST_SCORE:
+                raise ValueError(f"edge {name!r} has score {score!r}; scores must be finite")
+            kept[index], scores[index] = keep, score
+            told.add(index)
+        return cls(graph, kept, scores, about)
 
 
-def _read_scores(path: Path) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _check_size(graph: Graph) -> None:
+    """Refuses a graph whose masks nobody could hold, before any is made."""
+    writers = graph.first_writer(graph.n_layers)
+    readers = graph.first_reader(graph.n_layers) + 1
+    cells = writers * readers * (graph.n_positions or 1)
+    if cells > MOST_CELLS:
+        raise ValueError(
+            f"its graph has {readers} readers and {writers} writers at {graph.n_positions or 1} "
+            f"positions, more than the {MOST_CELLS} pairs that can be held"
+        )
 
+
+def _scores(path: Path, beside: Path, circuit: Circuit) -> Tensor:
+    """The scores of all edges, which are those of `circuit.json` where an edge is kept."""
     try:
-        return load_file(path)["scores"]
-    except (SafetensorError, KeyError) as error:
+        scores = read_tensors(path)["scores"]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no scores: {error}") from error
+    if not scores.is_floating_point():
+        raise ValueError(f"{path} holds no scores: they are {scores.dtype}, but must be float")
+    if scores.shape != circuit.kept.shape:
+        raise ValueError(
+            f"{path} has shape {tuple(scores.shape)}, but the graph of {beside} is "
+            f"{tuple(circuit.kept.shape)}"
+        )
+    differ = (scores.to(circuit.scores.dtype) != circuit.scores) & circuit.kept
+    if differ.any():
+        first = tuple(differ.nonzero()[0].tolist())
+        raise ValueError(
+            f"{beside} says that {circuit.graph.edge_name(*first)} scores "
+            f"{circuit.scores[first].item():g}, but {path.name} says {scores[first].item():g} "
+            f"({int(differ.sum())} of {len(circuit)} kept edges differ); if the former is right, "
+            f"delete {path.name} (edges off the circuit then score 0), else restore circuit.json"
+        )
+    return scores

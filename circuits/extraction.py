@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found
 from circuits.engine import Engine
 from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
+from circuits.files import restored
 from circuits.graph import Graph
 from circuits.metrics import METRICS, Metric, metric_named
 from circuits.objective import Objective, prepare
@@ -59,6 +60,7 @@ def extract(
     accept_worse: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    keep: Callable[[Circuit], object] | None = None,
 ) -> Extraction:
     """Finds the circuit of a behaviour and measures it on prompts that discovery has not seen.
 
@@ -76,6 +78,7 @@ def extract(
         accept_worse: even a circuit that is worse than the empty one by another metric.
         seed: of the random circuits.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
+        keep: called with the circuit as soon as it is found, before it is measured.
 
     >>> from circuits.discovery import EAPIG
     >>> from circuits.model.load import load_model
@@ -98,10 +101,20 @@ def extract(
     fitted = fit_ablation(ablation, engine, discovery, memory=memory)
     objective = prepare(engine, discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
-    splits = {"discovery": _split(objective.batches.whole)}
+    splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
+    used = {"discovery": discovery, "evaluation": evaluation}
+    how = {
+        "method": asdict(method),
+        "metric": metric,
+        "ablation": asdict(ablation),
+        "selection": None if found.kept is not None else asdict(selection),
+        "splits": splits,
+    }
+    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how})
+    if keep is not None:
+        keep(circuit)
     held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
-    splits["evaluation"] = _split(held_out.batches.whole)
     metrics = evaluate(
         faithfulness_scale(held_out),
         kept,
@@ -113,15 +126,8 @@ def extract(
     if not accept_worse:
         _refuse_worse_than_none(metrics)
     _warn_of_poor_circuits(metrics)
-    used = {"discovery": discovery, "evaluation": evaluation}
-    how = {
-        "method": asdict(method),
-        "metric": metric,
-        "ablation": asdict(ablation),
-        "selection": None if found.kept is not None else asdict(selection),
-        "splits": splits,
-    }
-    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how})
+    splits = {**splits, "evaluation": _split(held_out.batches.whole)}
+    circuit = replace(circuit, about={**circuit.about, "splits": splits})
     return Extraction(circuit, metrics, fitted, used)
 
 
@@ -173,20 +179,24 @@ def rediscover(
         ValueError: the circuit does not say how it was found.
     """
     about = circuit.about
-    if about.get("method", {}).get("name") == RANDOM:
+    if circuit.says("method") == RANDOM:
         seed = int(prompts.hash()[:8], 16)
         return random_circuits(engine.graph, len(circuit), 1, seed)[0]
     if missing := [name for name in ("method", "metric", "ablation") if name not in about]:
         raise ValueError(
             f"the circuit does not say by which {missing[0]} it was found, so that no other can be"
         )
-    method = METHODS[about["method"]["name"]].schema(**about["method"])
-    config = AblationConfig(**about["ablation"])
+    name = circuit.says("method")
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} of the circuit is none of {', '.join(METHODS)}")
+    method = restored(METHODS[name].schema, about["method"], "method of the circuit")
+    config = restored(AblationConfig, about["ablation"], "ablation of the circuit")
     ablation = fit_ablation(config, engine, prompts, memory=memory)
     able = ablation.able(prompts)
     prompts = prompts.select(able) if able.any() else prompts
-    metric = metric_named(about["metric"])
-    selection = with_signs(Selection(**(about.get("selection") or {})), metric, method)
+    metric = metric_named(circuit.says("metric"))
+    told = restored(Selection, about.get("selection") or {}, "selection of the circuit")
+    selection = with_signs(told, metric, method)
     objective = prepare(engine, prompts, metric, ablation, memory=memory)
     return _discover(objective, method, selection)[1]
 

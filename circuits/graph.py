@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from circuits.files import restored
 from circuits.names import (
     INPUT,
     INPUT_PARTS,
@@ -296,4 +297,5 @@ class Graph:
 
     @classmethod
     def from_json(cls, data: Mapping) -> Graph:
-        return cls(**data)
+        """The graph that `to_json` told; ValueError, or TypeError where a size is missing."""
+        return restored(cls, data, "graph")

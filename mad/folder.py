@@ -4,17 +4,18 @@ DIR/circuit.json, scores.safetensors    the circuit
 DIR/metrics.json                        its figures
 DIR/splits.json                         a hash of every trusted prompt, by its part
 DIR/config.yaml                         the full configuration, overrides, seeds, versions and
-                                        git commit
+                                        git commit; never read back
 DIR/detector/NAME/                      calibrated detectors
+
+A folder may be a stranger's: docs/run-folders.md says what is and is not done for it.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +23,20 @@ from typing import Any
 
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.model.load import LoadedModel, ModelConfig, load_model, local_path
+from circuits.files import own_file, read_json
+from circuits.model.load import LoadedModel, load_model
 from mad.calibration import Calibrated
 from mad.detector import Context
-from mad.saved_detector import check_weights, load_detector
+from mad.known_models import remember
+from mad.model_reference import Reference
+from mad.saved_detector import check_weights, detectors_in, load_detector
+from mad.staging import Staged, staged
 
 _PICTURES = {"circuit": "svg png pdf", "positions": "svg png pdf", "curve": "png svg"}
 PICTURES = [f"{stem}.{form}" for stem, forms in _PICTURES.items() for form in forms.split()]
 RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
+RESERVED = "reserved"  # room on the disk for the circuit, held while it is looked for
+DEFAULT_DETECTOR = "fast"  # where a run has several, and none is named
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -49,11 +56,16 @@ def check_folder(folder: Path, overwrite: bool) -> None:
             )
 
 
-def clear(folder: Path) -> None:
-    """Removes what an earlier run wrote, once there is something to put in its place."""
-    for name in (*RUN_FILES, *PICTURES):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "detector", ignore_errors=True)
+def staged_run(folder: Path, overwrite: bool) -> AbstractContextManager[Staged]:
+    """A run folder to be written, that takes the place of what is there once it is complete.
+
+    Raises:
+        FileExistsError: as `check_folder`, or another run writes there.
+        OSError: it cannot be written.
+    """
+    check_folder(folder, overwrite)
+    ours = (*RUN_FILES, *PICTURES, "detector", RESERVED)
+    return staged(folder, ours=ours, keep="circuit.json", overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,23 @@ class Opened:
     engine: Engine
     circuit: Circuit
 
+    @property
+    def detectors(self) -> list[str]:
+        """The names of the run's calibrated detectors."""
+        return detectors_in(self.folder / "detector")
+
     def detector(
-        self, name: str, *, allow_other_weights: bool = False, memory: str = "2GB"
+        self, name: str | None = None, *, allow_other_weights: bool = False, memory: str = "2GB"
     ) -> Calibrated:
-        """The run's calibrated detector of that name."""
+        """The run's calibrated detector of that name; None: its only one, or `fast` of several.
+
+        Raises:
+            FileNotFoundError: it has none of that name, or several and no name is given.
+            ValueError: it cannot be read, or was fitted on other weights.
+        """
+        if name is None:
+            name = self._usual_detector()
+        own_file(self.folder, f"detector/{name}/detector.json")
         return load_detector(
             self.folder / "detector" / name,
             Context(self.engine, self.circuit),
@@ -77,15 +102,49 @@ class Opened:
             memory=memory,
         )
 
+    def _usual_detector(self) -> str:
+        names = self.detectors
+        if len(names) > 1 and DEFAULT_DETECTOR not in names:
+            raise FileNotFoundError(
+                f"{self.folder} has several detectors; choose detector={'|'.join(names)}"
+            )
+        return names[0] if len(names) == 1 else DEFAULT_DETECTOR
+
+    def used(self) -> dict[str, list[str]]:
+        """Hashes of the prompts that the circuit was found and measured on.
+
+        Raises:
+            FileNotFoundError: the folder does not say.
+            ValueError: `splits.json` cannot be read.
+        """
+        splits = own_file(self.folder, "splits.json")
+        if not splits.is_file():
+            raise FileNotFoundError(
+                f"no {splits}, which tells what the circuit was found and measured on; without it "
+                "false alarms could not be bounded: extract again"
+            )
+        try:
+            data = read_json(splits)
+            used = {name: list(data[name]) for name in ("discovery", "evaluation")}
+            if not all(isinstance(hashed, str) for part in used.values() for hashed in part):
+                raise TypeError("a hash is no text")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
+        return used
+
 
 def open_run(
     folder: Path,
     *,
     model: str | None = None,
+    head: str | None = None,
     device: str = "cpu",
     allow_other_weights: bool = False,
 ) -> Opened:
     """Reads a run folder and loads the model that its circuit names.
+
+    Nothing outside of the folder is read, and nothing is fetched, for a model that the user has not
+    named to madcap before (`mad.known_models`); say `model=` then.
 
     >>> from circuits import EAP, ModelConfig, Selection
     >>> from circuits.tasks.recall import Recall
@@ -100,50 +159,25 @@ def open_run(
     Args:
         folder: what `madcap extract` wrote.
         model: another place to load the model from.
+        head: another place to load its head from, where it has one of its own.
         device: where to run it.
         allow_other_weights: accept a model with other weights than the circuit was found on.
 
     Raises:
         FileNotFoundError: no circuit there, or its model is gone.
-        ValueError: the model has other weights, or another shape.
+        ValueError: the folder names a model that the user has never named, or the model has other
+            weights, or another shape.
     """
-    circuit = Circuit.load(folder)
-    reference = dict(circuit.about.get("model") or {})
-    if "weight_hash" not in reference:
-        raise ValueError(
-            f"the circuit in {folder} does not say which model it was found on; extract it again"
-        )
-    found_on = reference.pop("weight_hash")
-    if model is not None:
-        reference["path"] = model
-    loaded = load_model(ModelConfig(**{**reference, "device": device}))
-    check_weights(found_on, loaded.weight_hash, "circuit", allow_other_weights)
+    circuit, source = Circuit.load(folder), folder / "circuit.json" if folder.is_dir() else folder
+    reference = Reference.of(circuit, source)
+    loaded = load_model(reference.named(source, model, head, device))
+    remember(model, head)
+    reference.check_architecture(loaded, allow_other_weights)
+    check_weights(reference.weight_hash, loaded.weight_hash, "circuit", allow_other_weights)
     engine = Engine(loaded, n_positions=circuit.graph.n_positions)
     if engine.graph != circuit.graph:
         raise ValueError(f"the circuit is of {circuit.graph}, but this model is {engine.graph}")
     return Opened(folder, loaded, engine, circuit)
-
-
-def model_reference(config: ModelConfig, model: LoadedModel) -> dict[str, Any]:
-    """How to load the same model again."""
-
-    def absolute(path: str) -> str:
-        here = not path.startswith("pkg://") and local_path(path).exists()
-        return str(local_path(path).resolve()) if here else path
-
-    return {
-        "path": absolute(config.path),
-        "dtype": config.dtype,
-        "prepend_bos": model.prepend_bos,
-        "split_input": config.split_input,
-        "head": None if config.head is None else absolute(config.head),
-        "weight_hash": model.weight_hash,
-    }
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes data that people may read."""
-    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

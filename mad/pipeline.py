@@ -10,22 +10,24 @@ from typing import Any
 
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.circuit import Circuit
-from circuits.discovery import default_metric
 from circuits.engine import Engine
-from circuits.engine.memory import parse_memory
 from circuits.extraction import Extraction, extract
 from circuits.faithfulness import faithfulness_scale
+from circuits.files import write_json
 from circuits.metrics import metric_named
-from circuits.model.load import LoadedModel, load_model
+from circuits.model.load import LoadedModel
 from circuits.objective import prepare
 from circuits.prompts import Prompts
 from circuits.selection import Selection
-from mad.calibration import Calibrated, check_alpha, fit, sequence_hashes
+from mad.calibration import Calibrated, fit, sequence_hashes
 from mad.detector import Context
 from mad.detectors import Fast
-from mad.folder import check_folder, clear, model_reference, write_config, write_json
+from mad.folder import RESERVED, staged_run, write_config
+from mad.model_reference import model_reference
+from mad.preparation import Prepared, check_settings, metric_of, prepare_run
 from mad.saved_detector import save_detector
-from mad.trusted import Splits, one_length, trusted_splits
+from mad.staging import Staged
+from mad.trusted import Splits
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,9 @@ class RunConfig:
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
     # tell edges apart by position; for prompts that all have the same length
     positions: bool = False
-    alpha: float = 0.01  # the false-alarm rate that calibration should allow
+    # the false-alarm rate that calibration should allow, or there is no run; null: 0.01, or what
+    # it allows
+    alpha: float | None = None
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     memory: str = "2GB"
     random_draws: int = 20  # random circuits of the same size to compare with
@@ -77,8 +81,9 @@ class Run:
 def make_run(config: RunConfig) -> Run:
     """Extracts a circuit, measures it, fits a detector, and writes all into `config.out`.
 
-    The circuit is written as soon as it is found, so that nothing is lost if the detector cannot be
-    fitted.
+    The circuit is written as soon as it is found, before it is measured, into OUT.partial, which
+    takes the place of OUT when all is done: until then what was there stays.  If the detector
+    cannot be fitted, the circuit is kept all the same.
 
     >>> from circuits import EAP, ModelConfig, Selection
     >>> from circuits.tasks.recall import Recall
@@ -93,64 +98,85 @@ def make_run(config: RunConfig) -> Run:
         FileExistsError: the folder is in use.
         ValueError: see `circuits.extract` and `mad.fit`.
     """
-    check_alpha(config.alpha)
-    parse_memory(config.memory)
-    config.detector.check()
-    folder = Path(config.out)
-    check_folder(folder, config.overwrite)
-    model = load_model(config.model)
-    splits = trusted_splits(config.task, model, config.splits, config.seed)
-    engine = Engine(model, n_positions=one_length(splits) if config.positions else None)
-    extraction = _extracted(config, engine, splits)
-    clear(folder)
-    extraction.circuit.save(folder)
-    write_json(folder / "metrics.json", extraction.metrics)
-    hashes = {name: sequence_hashes(prompts) for name, prompts in splits.items()}
-    write_json(folder / "splits.json", hashes)
-    write_config(folder / "config.yaml", asdict(config))
-    try:
-        calibrated = fit(
-            config.detector,
-            Context(engine, extraction.circuit),
-            splits["fit"],
-            splits["calibration"],
-            used=extraction.used,
-            memory=config.memory,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"the circuit is saved in {folder}, but its detector could not be fitted: {error}"
-        ) from error
-    saved = folder / "detector" / config.detector.name
-    save_detector(calibrated, saved, weight_hash=model.weight_hash)
-    if problem := calibrated.calibration.problem(config.alpha):
-        log.warning("scores are not calibrated: %s", problem)
-    scoring = _scoring_faithfulness(engine, extraction, calibrated, splits, config)
-    metrics = {**extraction.metrics, "scoring": scoring}
-    write_json(folder / "metrics.json", metrics)
-    return Run(folder, model, engine, extraction.circuit, metrics, calibrated, splits)
+    check_settings(config)
+    with staged_run(Path(config.out), config.overwrite) as place:
+        prepared = prepare_run(config)
+        extraction = _extracted(config, prepared, place)
+        _write_figures(config, prepared, extraction, place.folder)
+        try:
+            calibrated = _calibrated(config, prepared, extraction, place.folder)
+        except ValueError as error:
+            saved = place.folder if place.replaces else place.publish()
+            raise ValueError(
+                f"the circuit is saved in {saved}, but its detector could not be fitted: {error}"
+            ) from error
+        engine, splits = prepared.engine, prepared.splits
+        scoring = _scoring_faithfulness(engine, extraction, calibrated, splits, config)
+        metrics = {**extraction.metrics, "scoring": scoring}
+        write_json(place.folder / "metrics.json", metrics)
+        place.publish()
+    folder, circuit = Path(config.out), extraction.circuit
+    return Run(folder, prepared.model, engine, circuit, metrics, calibrated, splits)
 
 
-def _extracted(config: RunConfig, engine: Engine, splits: Mapping[str, Prompts]) -> Extraction:
-    about = {
-        "model": model_reference(config.model, engine.model),
-        "task": asdict(config.task),
-        "seed": config.seed,
-    }
+def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extraction:
+    """The circuit, for which there is room on the disk, and which is written when it is found."""
+    reserved = place.folder / RESERVED
+    exists = prepared.engine.graph.exists
+    reserved.write_bytes(
+        bytes(4 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
+    )
+
+    def keep(circuit: Circuit) -> None:
+        reserved.unlink()
+        circuit.save(place.folder)
+
     return extract(
-        engine,
-        splits["discovery"],
-        splits["evaluation"],
+        prepared.engine,
+        prepared.splits["discovery"],
+        prepared.splits["evaluation"],
         config.method,
-        metric=config.metric or default_metric(config.method.name),
+        metric=metric_of(config),
         ablation=config.ablation,
         selection=config.selection,
         memory=config.memory,
         random_draws=config.random_draws,
         accept_worse=config.accept_worse,
         seed=config.seed,
-        about=about,
+        about={
+            "model": model_reference(config.model, prepared.model),
+            "task": asdict(config.task),
+            "seed": config.seed,
+        },
+        keep=keep,
     )
+
+
+def _write_figures(
+    config: RunConfig, prepared: Prepared, extraction: Extraction, folder: Path
+) -> None:
+    """Writes what is there before a detector is."""
+    write_json(folder / "metrics.json", extraction.metrics)
+    hashes = {name: sequence_hashes(prompts) for name, prompts in prepared.splits.items()}
+    write_json(folder / "splits.json", hashes)
+    write_config(folder / "config.yaml", asdict(config) | {"alpha": prepared.alpha})
+
+
+def _calibrated(
+    config: RunConfig, prepared: Prepared, extraction: Extraction, folder: Path
+) -> Calibrated:
+    """The detector, fitted and saved."""
+    calibrated = fit(
+        config.detector,
+        Context(prepared.engine, extraction.circuit),
+        prepared.splits["fit"],
+        prepared.splits["calibration"],
+        used=extraction.used,
+        memory=config.memory,
+    )
+    target = folder / "detector" / config.detector.name
+    save_detector(calibrated, target, weight_hash=prepared.model.weight_hash)
+    return calibrated
 
 
 def _scoring_faithfulness(

@@ -5,36 +5,43 @@ It remembers which weights, circuit and trusted prompts it was made with, and re
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from circuits.files import own_file, read_json, read_tensors, restored, write_json, write_tensors
 from mad.calibration import Calibrated, Calibration
-from mad.detector import Context, Detector
+from mad.detector import Context, Detector, DetectorKind
 from mad.detectors import DETECTORS
 
 FORMAT = 1
+FILES = ("detector.json", "detector.safetensors")
 
 
 def save_detector(calibrated: Calibrated, folder: Path, *, weight_hash: str) -> None:
     """Writes a detector into its folder."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = folder / "detector.safetensors"
+    state = {**calibrated.detector.state(), "calibration": calibrated.calibration.scores}
+    write_tensors(tensors, state)
     data = {
         "format": FORMAT,
         "config": asdict(calibrated.detector.config),
         "weight_hash": weight_hash,
         "circuit_hash": circuit_hash(calibrated.detector),
+        "tensors_hash": _file_hash(tensors),
         **calibrated.about,
     }
-    state = {**calibrated.detector.state(), "calibration": calibrated.calibration.scores}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / "detector.safetensors")
-    (folder / "detector.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(folder / "detector.json", data)
+
+
+def detectors_in(folder: Path) -> list[str]:
+    """The names of the detectors in a folder of detectors."""
+    found = folder.glob("*/detector.json")
+    return sorted(path.parent.name for path in found if path.parent.name in DETECTORS)
 
 
 def load_detector(
@@ -51,22 +58,19 @@ def load_detector(
         FileNotFoundError: there is none.
         ValueError: another format, an unknown detector, or one fitted on other weights.
     """
-    path = folder / "detector.json"
+    path = own_file(folder, "detector.json")
     data = _read(path)
-    config, found_on, expected = (
-        data.pop(key) for key in ("config", "weight_hash", "circuit_hash")
-    )
+    found_on, expected = data.pop("weight_hash"), data.pop("circuit_hash")
     check_weights(found_on, weight_hash, f"detector {folder.name}", allow_other_weights)
-    name = config.get("name")
-    if name not in DETECTORS:
-        raise ValueError(f"{path}: detector {name!r}, but the detectors are {', '.join(DETECTORS)}")
-    kind = DETECTORS[name]
+    kind, config = _config(data.pop("config"), path)
+    state, calibration = _read_tensors(folder, data.pop("tensors_hash", None))
     try:
-        config = kind.schema(**config)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    state, calibration = _read_tensors(folder / "detector.safetensors")
-    detector = kind.restore(config, context, state, memory=memory)
+        detector = kind.restore(config, context, state, memory=memory)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder}: detector.safetensors is not what a detector {config.name} keeps "
+            f"({type(error).__name__}: {error}); fit the detector again"
+        ) from error
     if expected != (found := circuit_hash(detector)):
         raise ValueError(
             f"detector {folder.name} was calibrated on circuit {str(expected)[:16]}, but the "
@@ -80,31 +84,46 @@ def _read(path: Path) -> dict[str, Any]:
     """What `detector.json` says."""
     folder = path.parent
     if not path.is_file():
-        there = sorted(found.parent.name for found in folder.parent.glob("*/detector.json"))
+        there = detectors_in(folder.parent)
         raise FileNotFoundError(
             f"no detector at {folder}: fit it with `madcap fit circuit=... detector={folder.name} "
             "trusted=FILE`" + (f", or use detector={'|'.join(there)}" if there else "")
         )
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         if (version := data.pop("format")) != FORMAT:
             raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
         if missing := {"config", "weight_hash", "circuit_hash"} - set(data):
-            raise KeyError(min(missing))
-    except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"it lacks {min(missing)!r}")
+        if not isinstance(data["weight_hash"], str):
+            raise ValueError(f"weight_hash is {data['weight_hash']!r}, but it must be text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no detector file that can be read: {error}") from error
     return data
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Calibration]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _config(told: Any, path: Path) -> tuple[DetectorKind, Any]:
+    """The kind of detector that `detector.json` names, and its configuration."""
+    name = told.get("name") if isinstance(told, dict) else None
+    if not isinstance(name, str) or name not in DETECTORS:
+        raise ValueError(f"{path}: detector {name!r}, but the detectors are {', '.join(DETECTORS)}")
+    return DETECTORS[name], restored(DETECTORS[name].schema, told, f"{path}: config")
 
+
+def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Calibration]:
+    path = own_file(folder, "detector.safetensors")
     try:
-        state = load_file(path)
+        if expected is not None and _file_hash(path) != expected:
+            raise ValueError("it was changed after detector.json was written")
+        state = read_tensors(path)
         return state, Calibration.of(state.pop("calibration"))
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fit the detector again") from error
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def circuit_hash(detector: Detector) -> str | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports a HuggingFace library, which reads these once.
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[variable] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+STATE = tempfile.TemporaryDirectory(prefix="madcap-state-")  # what madcap remembers between runs
+os.environ["XDG_STATE_HOME"] = STATE.name
 os.environ["MPLBACKEND"] = "agg"
 # Idle OpenMP threads sleep instead of spinning: five times faster where the cores are shared (read
 # once, by torch).

@@ -37,6 +37,11 @@ class Ablation(ABC):
         """Which prompts it has values for, on the CPU."""
         return torch.ones(len(prompts), dtype=torch.bool)
 
+    @classmethod
+    def require(cls, prompts: Prompts) -> None:
+        """Raises ValueError where prompts lack what the ablation needs of each; most need none."""
+        return
+
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """What writers write on these prompts, B and S 1 where rows are equal, or ValueError."""

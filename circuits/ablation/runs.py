@@ -25,13 +25,18 @@ class Counterfactual(Ablation):
     name = "counterfactual"
     per_prompt = True
 
-    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What is written on the corrupt prompts; ValueError where there are none."""
+    @classmethod
+    def require(cls, prompts: Prompts) -> None:
+        """Raises ValueError where there are no corrupt prompts."""
         if prompts.corrupt is None:
             raise ValueError(
                 "ablation=counterfactual needs a corrupt twin for each prompt; add `corrupt` to "
                 "the prompts, or use ablation=mean"
             )
+
+    def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
+        """What is written on the corrupt prompts; ValueError where there are none."""
+        self.require(prompts)
         return engine.writers(prompts.corrupted())
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.resources
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from circuits.model.state_dicts import DTYPES, read_bridge
 from circuits.prompts.collation import prompts_from_records
 from circuits.prompts.prompts import Prompts
 from circuits.prompts.tokens import begins_with_bos
+
+PACKAGES = ("circuits", "abstraction", "mad")  # that `pkg://` looks into
 
 
 @dataclass
@@ -140,11 +142,29 @@ def _check_device(name: str) -> None:
 
 
 def local_path(path: str) -> Path:
-    """A path with `~` resolved, and `pkg://PACKAGE/...`, a file inside an installed package."""
-    if path.startswith("pkg://"):
-        package, _, inside = path.removeprefix("pkg://").partition("/")
-        return Path(str(importlib.resources.files(package))) / inside
-    return Path(path).expanduser()
+    """A path with `~` resolved, and `pkg://PACKAGE/...`, a file that madcap brings along.
+
+    Nothing is imported, and no other package is looked into: paths come from files, too.
+
+    >>> local_path("pkg://mad/models/recall_redirect").name
+    'recall_redirect'
+
+    Raises:
+        ValueError: `pkg://` with another package, or that leads out of it.
+    """
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, inside = path.removeprefix("pkg://").partition("/")
+    spec = find_spec(package) if package in PACKAGES else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{path}: pkg:// is for what comes with madcap, in {', '.join(PACKAGES)}; give the "
+            "path of the file or folder instead"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / inside).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} leads out of the package {package}; give a path without pkg://")
+    return folder / inside
 
 
 @collector_paused()

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.extraction import random_controls
+from circuits.files import write_tensors
 from mad.benchmark.plan import Benchmark, Entry, entries
 from mad.benchmark.results import FOLDER, FOUND, NONE
 from mad.benchmark.subject import Subject, circuit_engine, find_circuit, load_subject
@@ -142,8 +143,6 @@ def _train(job: Job) -> bool:
 
 def _measure(benchmark: Benchmark, job: Job, out: Path) -> None:
     """Computes every score of one subject and writes them, unless they are there."""
-    from safetensors.torch import save_file
-
     about, tensors = job.files(out)
     if about.exists():
         return
@@ -151,7 +150,7 @@ def _measure(benchmark: Benchmark, job: Job, out: Path) -> None:
     subject = load_subject(job.task, job.seed, job.model, benchmark.sizes)
     measured = measure(subject, benchmark)
     tensors.parent.mkdir(parents=True, exist_ok=True)
-    save_file(measured.scores, tensors)
+    write_tensors(tensors, measured.scores)
     record = {
         "task": job.task,
         "seed": job.seed,

@@ -51,6 +51,7 @@ class Demo(RunConfig):
     method: Any = "???"  # how edges are judged
     ablation: Any = "???"  # what a removed edge carries during discovery
     detector: Any = "???"  # the detector that is fitted and calibrated
+    alpha: float = 0.01  # the false-alarm rate that calibration has to allow
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
     inputs: int = 300  # prompts of each group that are scored
     controls: int = 5  # random circuits of the same size that are scored too

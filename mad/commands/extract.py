@@ -8,12 +8,14 @@
 The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
 means that new inputs are scored under, one calibrates the detector. `out` then holds circuit.json,
 scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw it with `madcap
-plot`, score new inputs with `madcap score`.
+plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
+checked, and nothing is looked for or left.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mad.pipeline import RunConfig, make_run
@@ -25,10 +27,13 @@ class Extract(RunConfig):
 
     ablation: Any = "???"  # what a removed edge carries during discovery
     detector: Any = "???"  # the detector that is fitted and calibrated at the end
+    check: bool = False  # only check model, prompts, splits, alpha and `out`, and say what they are
 
 
 def run(config: Extract) -> None:
     """Extracts, and prints the figures that matter most."""
+    if config.check:
+        return _check(config)
     from rich.console import Console
     from rich.table import Table
 
@@ -65,3 +70,16 @@ def run(config: Extract) -> None:
     )
     console.print(table)
     console.print(f"wrote {done.folder}")
+
+
+def _check(config: Extract) -> None:
+    """A dry run: what would be refused before discovery is refused now; the rest is told."""
+    from mad.folder import staged_run
+    from mad.preparation import check_settings, prepare_run
+
+    check_settings(config)
+    with staged_run(Path(config.out), config.overwrite):  # left without a circuit, it is removed
+        told = prepare_run(config).about()
+    for name, value in told.items():
+        print(f"{name:8} {value}")
+    print(f"nothing was run or written; without check=true this writes {config.out}")

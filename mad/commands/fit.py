@@ -11,11 +11,15 @@ circuit was found or measured on are refused, because false alarms would not be 
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mad.commands.score import Place
+
+if TYPE_CHECKING:
+    from circuits.prompts import Prompts
+    from mad.folder import Opened
 
 
 @dataclass
@@ -26,67 +30,73 @@ class Fit:
     trusted: str = "???"  # trusted inputs: JSONL, auto-circuit JSON or EAP-IG CSV
     detector: Any = "???"  # which detector
     fit_share: float = 0.5  # share of the trusted inputs to fit on; the rest calibrate
-    alpha: float = 0.01  # the false-alarm rate that calibration should allow
+    # the false-alarm rate that calibration should allow, or nothing is fitted; null: 0.01, or what
+    # it allows
+    alpha: float | None = None
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     memory: str = "2GB"
     seed: int = 0  # of the split
+    model: Place = field(default_factory=Place)
     device: str = "cpu"  # any torch device
     overwrite: bool = False  # replace a detector of the same name
 
 
 def run(config: Fit) -> None:
     """Fits, calibrates and saves the detector."""
-    from circuits.engine.memory import parse_memory
-    from circuits.prompts import read_records
-    from mad.calibration import check_alpha, fit
+    from mad.calibration import fit
     from mad.detector import Context
     from mad.folder import open_run
-    from mad.saved_detector import save_detector
-    from mad.trusted import load_trusted
+    from mad.preparation import usable_alpha
+    from mad.saved_detector import FILES, save_detector
+    from mad.staging import staged
 
-    check_alpha(config.alpha)
-    parse_memory(config.memory)
-    config.detector.check()
-    folder = Path(config.circuit)
-    target = folder / "detector" / config.detector.name
+    _check_settings(config)
+    name, folder = config.detector.name, Path(config.circuit)
+    target = folder / "detector" / name
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"{target} exists; overwrite=true replaces it")
+    opened = open_run(folder, model=config.model.path, head=config.model.head, device=config.device)
+    parts = _parts(config, opened)
+    usable_alpha(config.alpha, len(parts["calibration"]), "fit_share")
+    with staged(target, ours=FILES, keep=FILES[0], overwrite=config.overwrite) as place:
+        calibrated = fit(
+            config.detector,
+            Context(opened.engine, opened.circuit),
+            parts["fit"],
+            parts["calibration"],
+            used=opened.used(),
+            memory=config.memory,
+        )
+        save_detector(calibrated, place.folder, weight_hash=opened.model.weight_hash)
+        place.publish()
+    sizes = {part: len(prompts) for part, prompts in parts.items()}
+    print(
+        f"detector {name}: fitted on {sizes['fit']} inputs, calibrated on {sizes['calibration']} "
+        f"-> {target}"
+    )
+
+
+def _check_settings(config: Fit) -> None:
+    from circuits.engine.memory import parse_memory
+    from mad.calibration import check_alpha
+
+    if config.alpha is not None:
+        check_alpha(config.alpha)
+    parse_memory(config.memory)
+    config.detector.check()
     if not 0 < config.fit_share < 1:
         raise ValueError(f"fit_share={config.fit_share}, but it must be above 0 and under 1")
-    opened = open_run(folder, device=config.device)
+
+
+def _parts(config: Fit, opened: Opened) -> dict[str, Prompts]:
+    """The trusted inputs to fit on, and those to calibrate on."""
+    from circuits.prompts import read_records
+    from mad.trusted import load_trusted
+
     prompts = load_trusted(read_records(Path(config.trusted)), opened.model)
     if len(prompts) < 2:
         raise ValueError(
             f"{config.trusted} has {len(prompts)} different inputs, but at least 2 are needed"
         )
     first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
-    parts = prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
-    calibrated = fit(
-        config.detector,
-        Context(opened.engine, opened.circuit),
-        parts["fit"],
-        parts["calibration"],
-        used=_used(folder / "splits.json"),
-        memory=config.memory,
-    )
-    save_detector(calibrated, target, weight_hash=opened.model.weight_hash)
-    print(
-        f"detector {config.detector.name}: fitted on {first} inputs, calibrated on "
-        f"{len(prompts) - first} -> {target}"
-    )
-    if problem := calibrated.calibration.problem(config.alpha):
-        logging.getLogger(__name__).warning("scores are not calibrated: %s", problem)
-
-
-def _used(splits: Path) -> dict[str, list[str]]:
-    """Hashes of the prompts that the circuit was found and measured on."""
-    if not splits.is_file():
-        raise FileNotFoundError(
-            f"no {splits}, which tells what the circuit was found and measured on; without it "
-            "false alarms could not be bounded: extract again"
-        )
-    try:
-        data = json.loads(splits.read_text())
-        return {name: list(data[name]) for name in ("discovery", "evaluation")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
+    return prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)

@@ -12,13 +12,16 @@ where in the text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from circuits.circuit import Circuit
+from circuits.files import own_file, read_json
+from circuits.foreign import EAP_IG
+
+DETAIL = ("metric", "ablation", "n_prompts")  # what the figures were measured with
 
 
 @dataclass
@@ -46,8 +49,7 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     source = source if source.is_dir() else source.parent
     folder = Path(out) if out else source
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = source / "metrics.json"
-    figures = json.loads(metrics.read_text()) if metrics.is_file() else None
+    figures = None if circuit.about.get("read_from") == EAP_IG else _figures(source)
     title, caption = _title(circuit), _caption(circuit, figures)
     paths = draw_circuit(
         circuit.edges_over_positions,
@@ -64,6 +66,32 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     return paths + (_draw_curve(circuit, figures, folder, title) if figures else [])
 
 
+def _figures(folder: Path) -> dict[str, Any] | None:
+    """What is drawn of `metrics.json`; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or something is missing.
+    """
+    path = own_file(folder, "metrics.json")
+    if not path.is_file():
+        return None
+    try:
+        data = read_json(path)
+        detail = data["faithfulness_detail"]
+        kinds = {"edges": int, "faithfulness": float, "low": float, "high": float}
+        columns = {"curve": ("edges", "faithfulness"), "random_curve": ("edges", "low", "high")}
+        curves = {
+            name: [{key: kinds[key](point[key]) for key in keys} for point in data[name]]
+            for name, keys in columns.items()
+        }
+        detail = {**{key: detail[key] for key in DETAIL}, "value": float(detail["value"])}
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}; extract again, or delete it") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); extract again, or delete it") from error
+    return {**curves, "faithfulness_detail": detail}
+
+
 def _draw_curve(
     circuit: Circuit, figures: Mapping[str, Any], folder: Path, title: str
 ) -> list[Path]:
@@ -73,7 +101,7 @@ def _draw_curve(
     points = [point for point in figures["curve"] if point["edges"]]
     if len(points) < 2:
         return []
-    name = circuit.about["method"]["name"]
+    name = circuit.says("method") or "circuit"
     curve = FaithfulnessCurve(name, *_columns(points, "edges", "faithfulness"))
     band = None
     if chance := figures["random_curve"]:
@@ -111,7 +139,9 @@ def _caption(circuit: Circuit, figures: Mapping[str, Any] | None) -> str:
 
 
 def _title(circuit: Circuit) -> str:
-    about = circuit.about
-    model = Path(about.get("model", {}).get("path", "")).name
-    parts = [about.get("task", {}).get("name", "circuit"), about.get("method", {}).get("name", "")]
-    return ", ".join(part for part in (*parts, model) if part)
+    model = circuit.about.get("model")
+    path = model.get("path") if isinstance(model, Mapping) else None
+    origin = circuit.about.get("read_from")
+    parts = [circuit.says("task") or (origin if isinstance(origin, str) else "circuit")]
+    parts += [circuit.says("method"), Path(path).name if isinstance(path, str) else ""]
+    return ", ".join(part for part in parts if part)

@@ -3,6 +3,7 @@
     madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl
     madcap score circuit=runs/pronoun inputs=new.jsonl out=scored.jsonl alpha=0.05 explain=all
     madcap score circuit=RUN inputs=new.jsonl out=scored.jsonl model=DIR allow_other_weights=true
+    madcap score circuit=FROM_ELSEWHERE inputs=new.jsonl out=scored.jsonl model=gpt2
 
 Inputs are JSONL, plain or packed by gzip, one object a line: {"text": "..."} or {"clean": [token
 ids]}, with "positions" and "id" if you like; inputs=- reads a pipe. Each result line is {"id",
@@ -25,15 +26,18 @@ from pathlib import Path
 class Fitted:
     """One of a run's detectors."""
 
-    name: str = "fast"  # detector=NAME: one of the run's detectors; `madcap fit` adds more
+    # detector=NAME: one of the run's detectors; null: its only one, or fast of several
+    name: str | None = None
 
 
 @dataclass
 class Place:
     """Where a model is."""
 
-    # model=PATH: load the model from here instead of where the circuit was found
+    # model=PATH: load the model from here instead of where the circuit was found; needed once for
+    # a folder from elsewhere, which names a model that you have not used here
     path: str | None = None
+    head: str | None = None  # the same of its head, where it has one of its own
 
 
 @dataclass
@@ -64,6 +68,7 @@ def run(config: Score) -> int:
     opened = open_run(
         Path(config.circuit),
         model=config.model.path,
+        head=config.model.head,
         device=config.device,
         allow_other_weights=config.allow_other_weights,
     )

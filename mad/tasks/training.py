@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from circuits.files import follow_umask
 from circuits.tasks import recall
 from circuits.training import check_gates, fit, gate_table, model_card, require_empty
 from mad.tasks import ANOMALY_TASKS
@@ -107,6 +108,8 @@ def run(config: Train) -> dict[str, Any]:
         "gates": gates,
     }
     model.save_pretrained(out)
+    for file in out.glob("*.safetensors"):
+        follow_umask(file)
     # it says nothing, for nothing is generated
     (out / "generation_config.json").unlink(missing_ok=True)
     (out / "README.md").write_text(card(config, report), encoding="utf-8")

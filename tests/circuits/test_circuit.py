@@ -211,3 +211,113 @@ def test_a_scores_file_without_scores_is_refused(tmp_path, saved):
     save_file({"other": torch.zeros(11, 7)}, tmp_path / "scores.safetensors")
     with pytest.raises(ValueError, match="scores.safetensors holds no scores"):
         Circuit.load(tmp_path)
+
+
+# ---- edited and hostile files --------------------------------------------------------------------
+
+
+def edited(path, **scores):
+    """Changes scores of kept edges in circuit.json, as one does in an editor."""
+    data = json.loads(path.read_text())
+    for number, score in scores.items():
+        data["edges"][int(number.removeprefix("edge"))]["score"] = score
+    path.write_text(json.dumps(data))
+
+
+def test_an_edited_score_is_refused_with_both_values_and_the_remedy(tmp_path):
+    circuit().save(tmp_path)
+    edited(tmp_path / "circuit.json", edge1=0.5)
+    name = circuit().edges[1][0]
+    with pytest.raises(ValueError) as error:
+        Circuit.load(tmp_path)
+    message = str(error.value)
+    assert f"circuit.json says that {name} scores 0.5" in message
+    assert "scores.safetensors says -0.285714 (1 of 5 kept edges differ)" in message
+    assert "delete scores.safetensors" in message and "\n" not in message
+    (tmp_path / "scores.safetensors").unlink()  # the remedy works
+    again = Circuit.load(tmp_path)
+    assert dict(again.edges)[name] == 0.5
+    assert again.scores[GRAPH.edge_index("input->m1")] == 0
+
+
+def test_an_edited_tensor_file_is_refused_as_well(tmp_path):
+    circuit().save(tmp_path)
+    scores = load_file(tmp_path / "scores.safetensors")["scores"]
+    scores[GRAPH.edge_index("m0->logits")] += 1e-6
+    save_file({"scores": scores}, tmp_path / "scores.safetensors")
+    with pytest.raises(ValueError, match="says that m0->logits scores .*1 of 5 kept edges differ"):
+        Circuit.load(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e39", "1" + "0" * 400])
+def test_scores_that_float32_cannot_hold_are_refused(saved, number):
+    folder = saved(edges=[{"edge": "m0->logits", "score": "NUMBER"}])
+    path = folder / "circuit.json"
+    path.write_text(path.read_text().replace('"NUMBER"', number))
+    with pytest.raises(ValueError, match="edge 'm0->logits' has score .*; scores must be finite"):
+        Circuit.load(folder)
+
+
+def test_an_edge_that_is_there_twice_is_refused(saved):
+    edges = [{"edge": "m0->logits", "score": score} for score in (0.1, 0.2)]
+    with pytest.raises(ValueError, match="edge 'm0->logits' is there twice"):
+        Circuit.load(saved(edges=edges))
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {"n_layers": 10**9, "n_heads": 10**9},
+        {"n_layers": 1000, "n_heads": 64},
+        {"n_layers": 2, "n_heads": 2, "n_positions": 10**9},
+    ],
+)
+def test_a_graph_that_nobody_could_hold_is_refused_before_it_is_built(saved, graph):
+    with pytest.raises(ValueError, match="more than the 2147483648 pairs that can be held"):
+        Circuit.load(saved(graph=graph))
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({"n_layers": "2", "n_heads": 2}, "graph.n_layers is '2', but it must be int"),
+        ({"n_layers": 2.0, "n_heads": 2}, "graph.n_layers is 2.0, but it must be int"),
+        ({"n_layers": 2, "n_heads": 2, "n_experts": 4}, "graph.n_experts is unknown"),
+    ],
+)
+def test_a_graph_of_other_fields_is_refused_by_name(saved, graph, message):
+    with pytest.raises(ValueError, match=message):
+        Circuit.load(saved(graph=graph))
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    (tmp_path / "circuit.json").write_text('{"format": 1, "graph": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep"):
+        Circuit.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["circuit.json", "scores.safetensors"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_not_read(tmp_path, name):
+    folder = tmp_path / "run"
+    circuit().save(folder)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a link to .*, which is not in the folder"):
+        Circuit.load(folder)
+    if name == "circuit.json":  # unless the user names it
+        assert same(
+            Circuit.load(tmp_path / name),
+            replace(circuit(), scores=circuit().scores * circuit().kept),
+        )
+
+
+def test_without_room_for_all_scores_the_circuit_is_there(tmp_path, monkeypatch):
+    import circuits.circuit as module
+
+    def full(path, tensors):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        circuit().save(tmp_path)
+    assert Circuit.load(tmp_path).edges == circuit().edges

@@ -1,0 +1,135 @@
+"""The files of a run folder, which may be a stranger's: read as data, written whole.
+
+Reading takes nothing from outside the folder and runs nothing: JSON and safetensors only, links
+that lead out are refused, and what becomes a configuration is checked field by field.  A file is
+written beside its place and then moved there, so that it is either the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from torch import Tensor
+
+Config = TypeVar("Config")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """The path of a file in a folder; ValueError where it is a link that leads out of the folder.
+
+    >>> own_file(Path("."), "circuit.json").name
+    'circuit.json'
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} is a link to {path.resolve()}, which is not in the folder; put the file "
+            "itself there"
+        )
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError where it is none, or nested too deep to be one of ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def restored(schema: type[Config], data: Any, where: str) -> Config:
+    """A dataclass from what a file says of it, each field of its declared type.
+
+    >>> from circuits import EAP
+    >>> restored(EAP, {"name": "eap"}, "circuit.json: method")
+    EAP(name='eap')
+
+    Raises:
+        ValueError: it is no mapping, names a field that there is not, or a value is of another
+            type.
+    """
+    from beartype import BeartypeConf
+    from beartype.door import is_bearable
+
+    tower = BeartypeConf(is_pep484_tower=True)  # 1 may stand where a float is declared
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is {_short(data)}, but it must be a mapping")
+    hints = get_type_hints(schema)
+    known = [field.name for field in fields(schema)]  # pyright: ignore[reportArgumentType]
+    values = {}
+    for name, value in data.items():
+        if name not in known:
+            raise ValueError(f"{where}.{name} is unknown; the fields are {', '.join(known)}")
+        if isinstance(nested := hints[name], type) and is_dataclass(nested):
+            value = restored(nested, value, f"{where}.{name}")
+        hint: Any = hints[name]
+        if not is_bearable(value, hint, conf=tower):
+            declared = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ValueError(f"{where}.{name} is {_short(value)}, but it must be {declared}")
+        values[name] = value
+    return schema(**values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as a whole."""
+    partial = _beside(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes data that people may read."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file as a whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = _beside(path)
+    try:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, partial)
+        follow_umask(partial)
+        partial.replace(path)
+    except SafetensorError as error:  # no space, no permission
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file the permissions that new files have here: safetensors makes them private."""
+    new = path.with_name(f"{path.name}.new")
+    new.touch()
+    path.chmod(new.stat().st_mode)
+    new.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
