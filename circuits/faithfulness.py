@@ -177,14 +177,21 @@ def under_each_metric(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> dic
 
 
 def worse_than_none(values: Mapping[str, Measured]) -> list[str]:
-    """The metrics by which a circuit is worse than the empty one, by over two standard errors."""
-    worse = []
-    for name, own in values.items():
-        loss = own.empty.double() - own.circuit.double()
-        error = loss.std().item() / len(loss) ** 0.5 if len(loss) > 1 else 0.0
-        if loss.mean().item() > 2 * error:
-            worse.append(name)
-    return worse
+    """The metrics by which the model is better than the empty circuit, and a circuit worse.
+
+    Both by over two standard errors of the mean.
+    """
+    return [
+        name
+        for name, own in values.items()
+        if _above(own.full, own.empty) and _above(own.empty, own.circuit)
+    ]
+
+
+def _above(higher: Float[Tensor, "N"], lower: Float[Tensor, "N"]) -> bool:
+    gap = higher.double() - lower.double()
+    error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
+    return gap.mean().item() > 2 * error
 
 
 def by_metric(scale: FaithfulnessScale, values: Mapping[str, Measured]) -> dict[str, Faithfulness]:

@@ -322,12 +322,15 @@ def test_ranking_goes_by_size_where_the_metric_is_best_at_the_model(method, metr
 def test_a_circuit_that_is_worse_than_none_by_another_metric_is_refused_unless_it_is_wanted():
     held_out = scale(EVALUATION, "prob_diff").objective
 
+    def t_of_the_gap(higher: torch.Tensor, lower: torch.Tensor) -> float:
+        gap = (higher - lower).double()
+        return (gap.mean() / (gap.std() / len(gap) ** 0.5)).item()
+
     def t_of_the_loss(kept: torch.Tensor) -> float:
-        loss = (held_out.empty() - held_out.measure(kept)).double()
-        return (loss.mean() / (loss.std() / len(loss) ** 0.5)).item()
+        return t_of_the_gap(held_out.empty(), held_out.measure(kept))
 
     worst = max(random_circuits(GRAPH, 3, 20, 0), key=t_of_the_loss)
-    assert t_of_the_loss(worst) > 2
+    assert t_of_the_loss(worst) > 2 and t_of_the_gap(held_out.full(), held_out.empty()) > 2
     found = Found(worst.float(), worst)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "eap_ig", Method(EAPIG, lambda *_: found, decides=True))
