@@ -232,7 +232,7 @@ def weight_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())  # as it lies there, no copy
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # without a copy
     return digest.hexdigest()
 
 
@@ -303,7 +303,8 @@ def _wrap(
         module, architecture=type(module).__name__, hf_config=config
     )
     bridge.eval().requires_grad_(False)
-    _give_tokenizer(bridge, tokenizer)
+    if tokenizer is not None:
+        _give_tokenizer(bridge, tokenizer)
     if prepend_bos is None:
         prepend_bos = begins_with_bos(tokenizer)
     return LoadedModel(bridge, config, tokenizer, path, digest, prepend_bos, tokens, logits)
@@ -324,17 +325,16 @@ def _probe(vocabulary: int, context: int, module: nn.Module) -> Int[Tensor, "B S
     return tokens.to(next(module.parameters()).device)
 
 
-def _give_tokenizer(bridge: Any, tokenizer: Any | None) -> None:
+def _give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     """For calls of the bridge with text, which need a token to pad with.
 
-    Its builder would read the tokenizer once more, from where it was first, and give ours the
-    special tokens that it lacks, so that prompts came to be encoded in another way.
+    The bridge's builder would read the tokenizer once more, from where it was first, and give ours
+    the special tokens that it lacks, so that prompts came to be encoded in another way.
     """
-    tokens = [] if tokenizer is None else tokenizer.encode("a")
-    framed = tokenizer is not None and len(tokens) > 1
+    tokens = tokenizer.encode("a")
     bridge.cfg.tokenizer_prepends_bos = begins_with_bos(tokenizer)
-    bridge.cfg.tokenizer_appends_eos = framed and tokens[-1] == tokenizer.eos_token_id
-    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+    bridge.cfg.tokenizer_appends_eos = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     bridge.tokenizer = tokenizer

@@ -315,7 +315,7 @@ def _refuse_layers(source: str, module: Any) -> None:
                 )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, on one line and not too long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:300]
