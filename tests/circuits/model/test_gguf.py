@@ -12,7 +12,7 @@ import torch
 
 from circuits.engine import Engine
 from circuits.model.load import from_module, load_model
-from tests import tiny
+from tests import modules, tiny
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
@@ -20,17 +20,17 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "max_positi
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 2.0**-7}
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 MODULES = {
-    "llama": lambda: tiny.llama_module(**SIZES, **WIDE, **PLAIN),
-    "llama, tied": lambda: tiny.llama_module(**SIZES, **WIDE, **PLAIN, tie_word_embeddings=True),
-    "llama, base": lambda: tiny.llama_module(
+    "llama": lambda: modules.llama_module(**SIZES, **WIDE, **PLAIN),
+    "llama, tied": lambda: modules.llama_module(**SIZES, **WIDE, **PLAIN, tie_word_embeddings=True),
+    "llama, base": lambda: modules.llama_module(
         **SIZES, **WIDE, **PLAIN, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
     ),
-    "qwen2": lambda: tiny.qwen2_module(
+    "qwen2": lambda: modules.qwen2_module(
         **{name: SIZES[name] for name in SIZES if name != "head_dim"},
         **WIDE,
         use_sliding_window=False,
     ),
-    "qwen3": lambda: tiny.qwen3_module(
+    "qwen3": lambda: modules.qwen3_module(
         **SIZES, **WIDE, attention_bias=False, use_sliding_window=False
     ),
 }
