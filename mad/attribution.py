@@ -8,6 +8,9 @@ circuit (alpha = 0) to the model (alpha = 1):
 (Sundararajan et al. 2017, arXiv 1703.01365).  By completeness the parts sum to the score; the
 integral is a midpoint sum, and what it misses is the residual.
 
+What is 0 is computed as a difference of nearly equal numbers: the score with every edge kept says
+how much of a score is rounding, and a score of that size has no parts.
+
 Shapes: rows n (prompts, or pairs of a prompt and a host), readers R, writers W; `*S` positions,
 where edges are told apart by position.
 """
@@ -57,8 +60,20 @@ def explanation_bytes(size: Footprint) -> int:
     return size.explanation + size.mask
 
 
-def shares(parts: Float[Tensor, "B R W *S"], scores: Float[Tensor, "B"]) -> Explained:
+def rounding(engine: Engine, measured: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Returns how much of a score is rounding, given what is measured with every edge kept.
+
+    That is 0 but for rounding, and may be so by chance: at least the spacing of numbers at 1, in
+    the precision that scores are computed in, is rounding.
+    """
+    wide = torch.float64 if engine.dtype == torch.float64 else torch.float32
+    return measured.abs().clamp(min=torch.finfo(wide).eps)
+
+
+def shares(
+    parts: Float[Tensor, "B R W *S"], scores: Float[Tensor, "B"], noise: Float[Tensor, "B"]
+) -> Explained:
     """Returns the parts as shares of their scores, on the CPU; a score of 0 has none."""
     least = torch.finfo(scores.dtype).tiny
     flat = parts.flatten(1) / scores.clamp(min=least)[:, None]
-    return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu())
+    return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu(), noise.float().cpu())

@@ -46,7 +46,7 @@ from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, shares
+from mad.attribution import explanation_bytes, integrated, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
 from mad.detectors.settings import check_at_least_one
@@ -105,6 +105,15 @@ class TransplantDetector:
         )
         return moved.mean((0, 2))
 
+    @torch.no_grad()
+    def noise(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How far the hosts' outputs move when all that is put into them is left out again."""
+        every = self.engine.graph.exists.to(self.masks)[None]
+        moved = transplanted(
+            self.engine, every, self.hosts, prompts, self.reference, memory=memory
+        )
+        return rounding(self.engine, moved.abs().mean((0, 2)))
+
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
         """Yields shares of the score by edge, for prompts that are run at once.
 
@@ -112,6 +121,7 @@ class TransplantDetector:
         """
         engine, steps = self.engine, self.config.explain_steps
         scores = self.score(prompts, memory=memory).to(engine.device)
+        noise = self.noise(prompts, memory=memory).to(engine.device)
         for rows, pairs in _pairs(engine, self.hosts, prompts, memory, explanation_bytes):
             total = torch.zeros(len(rows), *engine.graph.exists.shape, device=engine.device)
             for columns, ablated in pairs:
@@ -123,7 +133,7 @@ class TransplantDetector:
                     parts = integrated(engine, mask, len(run), steps, moved)
                     of_prompts = parts.unflatten(0, (len(rows), -1)).sum(1)
                     total += of_prompts / len(self.hosts) / len(self.masks)
-            yield shares(total, scores[rows])
+            yield shares(total, scores[rows], noise[rows])
 
     def state(self) -> dict[str, Tensor]:
         """The hosts and the further circuits; the first is saved beside the detector."""
