@@ -18,6 +18,7 @@ Shapes: calibration scores n, inputs B.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from circuits.prompts import Prompts
 from mad.detector import Context, Detector, ExplainingDetector
 from mad.detectors import DETECTORS
 
+log = logging.getLogger(__name__)
 
 TRUSTED = "trusted"  # the group of the trusted inputs that a detector is calibrated on
 NOISE_PROMPTS = 16  # that rounding is measured on
@@ -41,11 +43,13 @@ class Calibration:
     """Scores of held-out harmless inputs, sorted within each of their groups."""
 
     groups: Mapping[str, Float[Tensor, "_"]]
-    noise: float = 0.0  # scores below it are rounding
+    noise: float | None = None  # scores below it are rounding; None: it is not known
 
     @classmethod
     def of(
-        cls, scores: Float[Tensor, "n"] | Mapping[str, Float[Tensor, "_"]], noise: float = 0.0
+        cls,
+        scores: Float[Tensor, "n"] | Mapping[str, Float[Tensor, "_"]],
+        noise: float | None = None,
     ) -> Calibration:
         """Sorts the scores, of trusted inputs or of several groups.
 
@@ -69,6 +73,21 @@ class Calibration:
                 )
         return cls({name: own.double().sort().values for name, own in groups.items()}, noise)
 
+    @classmethod
+    def restored(cls, scores: Float[Tensor, "n"], about: Mapping[str, Any]) -> Calibration:
+        """The calibration with these `scores`, of which `about` tells what `fit` has noted.
+
+        Raises:
+            ValueError: there are other scores than prompts noted, or as for `of`.
+        """
+        harmless = {name: int(own["prompts"]) for name, own in about.get("harmless", {}).items()}
+        sizes = {TRUSTED: len(scores) - sum(harmless.values()), **harmless}
+        if (noted := int(about["calibration"]["prompts"])) != sizes[TRUSTED]:
+            raise ValueError(
+                f"{len(scores)} calibration scores, but {noted + sum(harmless.values())} inputs"
+            )
+        return cls.of(dict(zip(sizes, scores.split([*sizes.values()]))), about.get("noise"))
+
     @property
     def scores(self) -> Float[Tensor, "n"]:
         """All scores, group after group."""
@@ -76,29 +95,31 @@ class Calibration:
 
     def p_values(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The conformal p-value of each score: the largest over the groups."""
-        new = scores.double().clamp(min=self.noise)
-        return torch.stack([_p_values(own, new) for own in self._above_noise]).amax(0)
+        new = self._level(scores.double())
+        return torch.stack([_p_values(own, new) for own in self._levelled]).amax(0)
 
     def threshold(self, alpha: float) -> float:
         """The largest score that is not flagged at `alpha`: scores above it are."""
-        return max(_threshold(own, alpha) for own in self._above_noise)
+        return max(_threshold(own, alpha) for own in self._levelled)
 
     @property
-    def _above_noise(self) -> list[Float[Tensor, "_"]]:
-        return [own.clamp(min=self.noise) for own in self.groups.values()]
+    def _levelled(self) -> list[Float[Tensor, "_"]]:
+        return [self._level(own) for own in self.groups.values()]
 
-    def doubts(self, alpha: float) -> list[str]:
-        """What speaks against trusting the flags at `alpha`, a line each."""
-        if problem := self.problem(alpha):
-            return [f"scores are not calibrated: {problem}"]
-        threshold = self.threshold(alpha)
-        if threshold <= self.noise:
-            return [
-                f"calibration scores are rounding (largest {self.scores.max().item():.2g}, "
-                f"rounding {self.noise:.2g}): the circuit leaves nothing out that the harmless "
-                f"inputs show, and only scores above {threshold:.2g} can be flagged"
-            ]
-        return []
+    def _level(self, scores: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
+        """Scores of which those that are rounding are equal."""
+        return scores if self.noise is None else scores.clamp(min=self.noise)
+
+    def doubt(self) -> str | None:
+        """Why no score can be trusted, in one line; None when that is not so."""
+        if self.noise is None or (largest := self.scores.max().item()) > self.noise:
+            return None
+        return (
+            f"all calibration scores are rounding (largest {largest:.2g}, rounding "
+            f"{self.noise:.2g}): on harmless inputs nothing off the circuit does anything, and an "
+            "input is flagged as soon as its score is more than rounding; compare with a circuit "
+            "of fewer edges"
+        )
 
     def problem(self, alpha: float) -> str | None:
         """Why `alpha` cannot be used, in one line; None when it can.
@@ -206,11 +227,13 @@ def fit(
     _check_unused(parts, used or {})
     detector = DETECTORS[config.name].fit(config, context, trusted, memory=memory)
     scores = {name: detector.score(prompts, memory=memory) for name, prompts in groups.items()}
-    noise = _noise(detector, trusted, memory)
+    held = Calibration.of(scores, _noise(detector, trusted, memory))
+    if doubt := held.doubt():
+        log.warning(doubt)
     about: dict[str, Any] = {name: _described(parts[name]) for name in ("fit", "calibration")}
     if harmless:
         about["harmless"] = {name: _described(prompts) for name, prompts in harmless.items()}
-    return Calibrated(detector, Calibration.of(scores, noise), about | {"noise": noise})
+    return Calibrated(detector, held, about | {"noise": held.noise})
 
 
 def _groups(calibration: Prompts, harmless: Mapping[str, Prompts]) -> dict[str, Prompts]:
@@ -223,13 +246,13 @@ def _groups(calibration: Prompts, harmless: Mapping[str, Prompts]) -> dict[str, 
     return {TRUSTED: calibration, **harmless}
 
 
-def _noise(detector: Detector, trusted: Prompts, memory: str) -> float:
-    """What rounding does to a detector's scores, at most; 0 where it cannot tell.
+def _noise(detector: Detector, trusted: Prompts, memory: str) -> float | None:
+    """What rounding does to a detector's scores, at most; None where it cannot tell.
 
     It is measured on prompts that do not calibrate: the p-values stay valid.
     """
     if not isinstance(detector, ExplainingDetector):
-        return 0.0
+        return None
     return detector.noise(trusted.select(slice(NOISE_PROMPTS)), memory=memory).max().item()
 
 

@@ -34,6 +34,8 @@ from mad.detector import ExplainingDetector
 from mad.resuming import append, finish, locked, results_so_far, resume
 from mad.saved_detector import circuit_hash
 
+log = logging.getLogger(__name__)
+
 EXPLAIN = ("flagged", "all", "none")
 LEAST_OVER_NOISE = 10  # a score is shared out where it is so many times its own rounding
 Result = dict[str, Any]  # one line of the output
@@ -125,6 +127,8 @@ def score(
 def _check_settings(scoring: Scoring, calibrated: Calibrated) -> None:
     if problem := calibrated.calibration.problem(scoring.alpha):
         raise ValueError(problem)
+    if doubt := calibrated.calibration.doubt():
+        log.warning(doubt)
     if scoring.explain not in EXPLAIN:
         raise ValueError(f"explain={scoring.explain!r}, but the choices are {', '.join(EXPLAIN)}")
     if scoring.explain == "all" and not isinstance(calibrated.detector, ExplainingDetector):
@@ -341,6 +345,7 @@ def _job(
         "prepend_bos": model.prepend_bos,
         "circuit": circuit_hash(detector),
         "detector": asdict(detector.config),
+        "about": dict(calibrated.about),
         "fitted": weight_hash({**detector.state(), "calibration": calibrated.calibration.scores}),
         "scoring": asdict(scoring),
     }

@@ -136,9 +136,7 @@ class DeviationDetector:
 
 
 @torch.no_grad()
-def deviation_from(
-    engine: Engine, ablation: Ablation, prompts: Prompts, deviation: str
-) -> Measure:
+def deviation_from(engine: Engine, ablation: Ablation, prompts: Prompts, deviation: str) -> Measure:
     """Returns how far runs of some prompts are from the model, as a function of the mask."""
     reference, ablated = engine.logits(prompts), ablation.values(engine, prompts)
 
