@@ -229,6 +229,8 @@ def _encode(line: bytes, number: int, model: LoadedModel, result: Result) -> Enc
     record = parse_line(decode(line))
     if type(record.get("id")) in (str, int):  # any other id is refused
         result["id"] = record["id"]
+    if record.get("label") in (0, 1, "normal", "anomaly"):  # for `madcap plot scored=FILE`
+        result["label"] = record["label"]
     if {"clean", "text"} & set(record):
         # Scoring needs no more than this; the rest may be there for some lines only.
         needed = ("clean", "text", "positions", "id")
