@@ -358,7 +358,7 @@ def test_every_detector_is_fitted_and_scores_from_the_command_line(run, tmp_path
     assert all(0 < result["p_value"] <= 1 for result in read_results(out))
 
 
-# ---- rounding, labels, and harmless inputs of one's own --------------------------------------------
+# ---- rounding, labels, and harmless inputs of one's own ----------------------------------------
 
 
 def test_a_score_of_rounding_is_not_shared_out(run, tmp_path, monkeypatch):
@@ -394,7 +394,7 @@ def test_labels_are_passed_on_for_the_picture(run, tmp_path):
     assert passed == [0, 1, "normal", "anomaly", None, None, None]
 
 
-def test_harmless_inputs_of_ones_own_calibrate_too(run, tmp_path, capsys):
+def test_harmless_inputs_of_ones_own_calibrate_too(run, tmp_path, capsys, caplog):
     from mad.commands.main import main
 
     folder, _ = run
@@ -410,7 +410,7 @@ def test_harmless_inputs_of_ones_own_calibrate_too(run, tmp_path, capsys):
     assert main([*fitting, f"calibration={tmp_path / 'hard.jsonl'}"]) == 0
     said = capsys.readouterr()
     assert "and 1 of group harmless and 15 of group near and 14 of group far" in said.out
-    assert "there are 1 of group harmless" in said.err
+    assert "there are 1 of group harmless" in caplog.text
     again = open_run(folder / "run")
     calibrated = again.detector("max_probability")
     about = json.loads((folder / "run/detector/max_probability/detector.json").read_text())
