@@ -105,6 +105,8 @@ def score(
             `out.partial` is of another job or being written by another run.
     """
     _check_settings(scoring, calibrated)
+    if doubt := calibrated.calibration.doubt():
+        log.warning(doubt)
     parse_memory(memory)
     _check_files(inputs, out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,6 @@ def score(
 def _check_settings(scoring: Scoring, calibrated: Calibrated) -> None:
     if problem := calibrated.calibration.problem(scoring.alpha):
         raise ValueError(problem)
-    if doubt := calibrated.calibration.doubt():
-        log.warning(doubt)
     if scoring.explain not in EXPLAIN:
         raise ValueError(f"explain={scoring.explain!r}, but the choices are {', '.join(EXPLAIN)}")
     if scoring.explain == "all" and not isinstance(calibrated.detector, ExplainingDetector):
