@@ -18,6 +18,7 @@ where edges are told apart by position.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from circuits.engine import Engine
 from circuits.engine.memory import Footprint
+from circuits.graph import Graph
 from mad.detector import Explained
 
 
@@ -77,3 +79,16 @@ def shares(
     least = torch.finfo(scores.dtype).tiny
     flat = parts.flatten(1) / scores.clamp(min=least)[:, None]
     return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu(), noise.float().cpu())
+
+
+def largest_shares(
+    shares: Float[Tensor, "R W *S"], graph: Graph, count: int, least: float
+) -> list[dict[str, Any]]:
+    """Returns the edges with the largest |share|, of those above `least`, and their shares."""
+    order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
+    edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
+    return [
+        {"edge": graph.edge_name(*edge), "share": shares[edge].item()}
+        for edge in edges
+        if abs(shares[edge].item()) > least
+    ]

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.engine.memory import TooLittleMemory, parse_memory
-from circuits.graph import Graph
 from circuits.model.load import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, InputError, collate, encode_record, parse_line
 from circuits.prompts.files import decode
 from circuits.prompts.sources import is_source, opened
+from mad.attribution import largest_shares
 from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
 from mad.resuming import append, finish, locked, results_so_far, resume
@@ -308,19 +307,8 @@ def _explain(lines: Sequence[_Line], detector: ExplainingDetector, edges: int, m
                 raise InputError(
                     "the explanation is not finite; the model's numbers overflow on this input"
                 )
-            because = _because(shares, graph, edges, noise / score)
+            because = largest_shares(shares, graph, edges, noise / score)
             line.result.update({"because": because, "because_residual": residual})
-
-
-def _because(shares: Tensor, graph: Graph, count: int, least: float) -> list[Result]:
-    """The edges with the largest |share|, of those above `least`."""
-    order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
-    edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
-    return [
-        {"edge": graph.edge_name(*edge), "share": shares[edge].item()}
-        for edge in edges
-        if abs(shares[edge].item()) > least
-    ]
 
 
 # ---- files ---------------------------------------------------------------------------------------

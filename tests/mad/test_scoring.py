@@ -406,11 +406,14 @@ def test_harmless_inputs_of_ones_own_calibrate_too(run, tmp_path, capsys, caplog
     for name, own in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
     circuit, trusted = f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}"
-    fitting = ["fit", circuit, trusted, "detector=max_probability", "overwrite=true", "alpha=0.2"]
-    assert main([*fitting, f"calibration={tmp_path / 'hard.jsonl'}"]) == 0
-    said = capsys.readouterr()
-    assert "and 1 of group harmless and 15 of group near and 14 of group far" in said.out
-    assert "there are 1 of group harmless" in caplog.text
+    fitting = ["fit", circuit, trusted, "detector=max_probability", "overwrite=true"]
+    fitting.append(f"calibration={tmp_path / 'hard.jsonl'}")
+    assert main([*fitting, "alpha=0.2"]) == 1, "too few of one group"
+    assert "there will be 1 (group harmless)" in capsys.readouterr().err
+    assert main(fitting) == 0
+    said = capsys.readouterr().out
+    assert "and 1 of group harmless and 15 of group near and 14 of group far" in said
+    assert "there will be 1 (group harmless)" in caplog.text
     again = open_run(folder / "run")
     calibrated = again.detector("max_probability")
     about = json.loads((folder / "run/detector/max_probability/detector.json").read_text())
