@@ -8,6 +8,9 @@ circuit (alpha = 0) to the model (alpha = 1):
 (Sundararajan et al. 2017, arXiv 1703.01365).  By completeness the parts sum to the score; the
 integral is a midpoint sum, and what it misses is the residual.
 
+What is 0 is computed as a difference of nearly equal numbers: the score with every edge kept says
+how much of a score is rounding, and a score of that size has no parts.
+
 Shapes: rows n (prompts, or pairs of a prompt and a host), readers R, writers W; `*S` positions,
 where edges are told apart by position.
 """
@@ -15,6 +18,7 @@ where edges are told apart by position.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from circuits.engine import Engine
 from circuits.engine.memory import Footprint
+from circuits.graph import Graph
 from mad.detector import Explained
 
 
@@ -57,8 +62,33 @@ def explanation_bytes(size: Footprint) -> int:
     return size.explanation + size.mask
 
 
-def shares(parts: Float[Tensor, "B R W *S"], scores: Float[Tensor, "B"]) -> Explained:
+def rounding(engine: Engine, measured: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Returns how much of a score is rounding, given what is measured with every edge kept.
+
+    That is 0 but for rounding, and may be so by chance: at least the spacing of numbers at 1, in
+    the precision that scores are computed in, is rounding.
+    """
+    wide = torch.float64 if engine.dtype == torch.float64 else torch.float32
+    return measured.abs().clamp(min=torch.finfo(wide).eps)
+
+
+def shares(
+    parts: Float[Tensor, "B R W *S"], scores: Float[Tensor, "B"], noise: Float[Tensor, "B"]
+) -> Explained:
     """Returns the parts as shares of their scores, on the CPU; a score of 0 has none."""
     least = torch.finfo(scores.dtype).tiny
     flat = parts.flatten(1) / scores.clamp(min=least)[:, None]
-    return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu())
+    return Explained(flat.view(parts.shape).cpu(), (1 - flat.sum(1)).cpu(), noise.float().cpu())
+
+
+def largest_shares(
+    shares: Float[Tensor, "R W *S"], graph: Graph, count: int, least: float
+) -> list[dict[str, Any]]:
+    """Returns the edges with the largest |share|, of those above `least`, and their shares."""
+    order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
+    edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
+    return [
+        {"edge": graph.edge_name(*edge), "share": shares[edge].item()}
+        for edge in edges
+        if abs(shares[edge].item()) > least
+    ]

@@ -5,12 +5,20 @@
 (Vovk et al. 2005; Papadopoulos et al. 2002): on inputs that are exchangeable with the n calibration
 inputs, which neither found nor tuned anything, P(p <= alpha) <= alpha for every alpha, at any n.
 
+Calibration inputs may come in groups (ordinary ones, hard ones).  Which group a new input is like
+is not known when it is scored, so its p-value is the largest over the groups: it is at least that
+of its own group, whichever that is, and the bound holds in each of them (Vovk et al. 2005, ch. 4,
+on conformal prediction by category).
+
+Scores below `noise` are rounding and count as equal, so that rounding alone is never flagged.
+
 Shapes: calibration scores n, inputs B.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,43 +29,97 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.prompts import Prompts
-from mad.detector import Context, Detector
+from mad.detector import Context, Detector, ExplainingDetector
 from mad.detectors import DETECTORS
+
+log = logging.getLogger(__name__)
+
+TRUSTED = "trusted"  # the group of the trusted inputs that a detector is calibrated on
+NOISE_PROMPTS = 16  # that rounding is measured on
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sorted scores of held-out trusted inputs."""
+    """Scores of held-out harmless inputs, sorted within each of their groups."""
 
-    scores: Float[Tensor, "n"]
+    groups: Mapping[str, Float[Tensor, "_"]]
+    noise: float | None = None  # scores below it are rounding; None: it is not known
 
     @classmethod
-    def of(cls, scores: Float[Tensor, "n"]) -> Calibration:
-        """Sorts the scores.
+    def of(
+        cls,
+        scores: Float[Tensor, "n"] | Mapping[str, Float[Tensor, "_"]],
+        noise: float | None = None,
+    ) -> Calibration:
+        """Sorts the scores, of trusted inputs or of several groups.
+
+        >>> hard = Calibration.of({"trusted": torch.arange(99.0), "hard": torch.arange(199.0)})
+        >>> hard.p_values(torch.tensor([150.0])).tolist(), hard.threshold(0.01)
+        ([0.25], 197.0)
 
         Raises:
-            ValueError: there are none, or some are not finite.
+            ValueError: a group has none, or some are not finite.
         """
-        if not len(scores):
+        groups = scores if isinstance(scores, Mapping) else {TRUSTED: scores}
+        for name, own in groups.items():
+            if not len(own):
+                raise ValueError(
+                    f"0 calibration scores of {name} inputs; give at least one to calibrate on"
+                )
+            if not torch.isfinite(own).all():
+                raise ValueError(
+                    "calibration scores are not finite; check the model's logits on the "
+                    "calibration inputs"
+                )
+        return cls({name: own.double().sort().values for name, own in groups.items()}, noise)
+
+    @classmethod
+    def restored(cls, scores: Float[Tensor, "n"], about: Mapping[str, Any]) -> Calibration:
+        """The calibration with these `scores`, of which `about` tells what `fit` has noted.
+
+        Raises:
+            ValueError: there are other scores than prompts noted, or as for `of`.
+        """
+        harmless = {name: int(own["prompts"]) for name, own in about.get("harmless", {}).items()}
+        sizes = {TRUSTED: len(scores) - sum(harmless.values()), **harmless}
+        if (noted := int(about["calibration"]["prompts"])) != sizes[TRUSTED]:
             raise ValueError(
-                "0 calibration scores; give at least one trusted input to calibrate on"
+                f"{len(scores)} calibration scores, but {noted + sum(harmless.values())} inputs"
             )
-        if not torch.isfinite(scores).all():
-            raise ValueError(
-                "calibration scores are not finite; check the model's logits on the calibration "
-                "inputs"
-            )
-        return cls(scores.double().sort().values)
+        return cls.of(dict(zip(sizes, scores.split([*sizes.values()]))), about.get("noise"))
+
+    @property
+    def scores(self) -> Float[Tensor, "n"]:
+        """All scores, group after group."""
+        return torch.cat([*self.groups.values()])
 
     def p_values(self, scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The conformal p-value of each score."""
-        at_least = len(self.scores) - torch.searchsorted(self.scores, scores.double(), side="left")
-        return (1 + at_least).double() / (len(self.scores) + 1)
+        """The conformal p-value of each score: the largest over the groups."""
+        new = self._level(scores.double())
+        return torch.stack([_p_values(own, new) for own in self._levelled]).amax(0)
 
     def threshold(self, alpha: float) -> float:
-        """The largest calibration score that is not flagged at `alpha`: scores above it are."""
-        most = math.floor(alpha * (len(self.scores) + 1) + 1e-9) - 1  # calibration scores >= s
-        return self.scores[len(self.scores) - 1 - most].item()
+        """The largest score that is not flagged at `alpha`: scores above it are."""
+        return max(_threshold(own, alpha) for own in self._levelled)
+
+    @property
+    def _levelled(self) -> list[Float[Tensor, "_"]]:
+        return [self._level(own) for own in self.groups.values()]
+
+    def _level(self, scores: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
+        """Scores of which those that are rounding are equal."""
+        return scores if self.noise is None else scores.clamp(min=self.noise)
+
+    def doubt(self) -> str | None:
+        """Why no score can be trusted, in one line; None when that is not so."""
+        if self.noise is None or (largest := self.scores.max().item()) > self.noise:
+            return None
+        return (
+            f"all calibration scores are rounding (largest {largest:.2g}, rounding "
+            f"{self.noise:.2g}): on harmless inputs nothing off the circuit does anything, and an "
+            "input is flagged as soon as its score is more than rounding; compare with a circuit "
+            "of fewer edges"
+        )
 
     def problem(self, alpha: float) -> str | None:
         """Why `alpha` cannot be used, in one line; None when it can.
@@ -67,13 +129,25 @@ class Calibration:
         """
         check_alpha(alpha)
         needed = math.ceil(1 / alpha - 1 - 1e-9)
-        if len(self.scores) >= needed:
+        fewest, name = min((len(own), name) for name, own in self.groups.items())
+        if fewest >= needed:
             return None
+        where = "" if name == TRUSTED else f" of group {name}"
         return (
             f"alpha={alpha:g} needs at least {needed} calibration inputs, but there are "
-            f"{len(self.scores)}: the smallest possible p-value is "
-            f"{1 / (len(self.scores) + 1):.3g}; calibrate on more trusted inputs or raise alpha"
+            f"{fewest}{where}: the smallest possible p-value is {1 / (fewest + 1):.3g}; calibrate "
+            f"on more {'trusted inputs' if name == TRUSTED else 'of these'} or raise alpha"
         )
+
+
+def _p_values(held: Float[Tensor, "n"], scores: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    at_least = len(held) - torch.searchsorted(held, scores, side="left")
+    return (1 + at_least).double() / (len(held) + 1)
+
+
+def _threshold(held: Float[Tensor, "n"], alpha: float) -> float:
+    most = math.floor(alpha * (len(held) + 1) + 1e-9) - 1  # calibration scores >= s
+    return held[len(held) - 1 - most].item()
 
 
 def check_alpha(alpha: float) -> None:
@@ -105,6 +179,7 @@ def fit(
     trusted: Prompts,
     calibration: Prompts,
     *,
+    harmless: Mapping[str, Prompts] | None = None,
     used: Mapping[str, Prompts | Sequence[str]] | None = None,
     memory: str = "2GB",
 ) -> Calibrated:
@@ -127,6 +202,8 @@ def fit(
         context: the model, and the circuit where the detector needs one.
         trusted: prompts to fit on.
         calibration: prompts to calibrate on, exchangeable with the normal inputs to come.
+        harmless: further groups to calibrate on, by name, such as near misses that should not be
+            flagged; false alarms are bounded in each of them.
         used: the prompts that found or measured the circuit (or their `sequence_hashes`), by what
             they were used for; {} where no prompts were.  Needed when there is a circuit.
         memory: working memory beside the model's own weights, such as 500MB.
@@ -135,11 +212,13 @@ def fit(
         ValueError: the sets overlap each other or those that the circuit was found or evaluated
             on, or it is not said which these were.
     """
-    if shared := trusted.overlap(calibration):
-        raise ValueError(
-            f"{shared} prompts are in both the fit and the calibration split; they must be disjoint"
-        )
-    parts = {"fit": trusted, "calibration": calibration}
+    groups = _groups(calibration, harmless or {})
+    parts = {"fit": trusted, "calibration": calibration, **(harmless or {})}
+    for name, prompts in parts.items():
+        if name != "fit" and (shared := trusted.overlap(prompts)):
+            raise ValueError(
+                f"{shared} prompts are in both the fit and the {name} split; they must be disjoint"
+            )
     if used is None and context.circuit is not None:
         raise ValueError(
             "used=None, but prompts that found or measured the circuit may not calibrate it: give "
@@ -147,11 +226,38 @@ def fit(
         )
     _check_unused(parts, used or {})
     detector = DETECTORS[config.name].fit(config, context, trusted, memory=memory)
-    scores = detector.score(calibration, memory=memory)
-    about = {
-        name: {"prompts": len(prompts), "hash": prompts.hash()} for name, prompts in parts.items()
-    }
-    return Calibrated(detector, Calibration.of(scores), about)
+    scores = {name: detector.score(prompts, memory=memory) for name, prompts in groups.items()}
+    held = Calibration.of(scores, _noise(detector, trusted, memory))
+    if doubt := held.doubt():
+        log.warning(doubt)
+    about: dict[str, Any] = {name: _described(parts[name]) for name in ("fit", "calibration")}
+    if harmless:
+        about["harmless"] = {name: _described(prompts) for name, prompts in harmless.items()}
+    return Calibrated(detector, held, about | {"noise": held.noise})
+
+
+def _groups(calibration: Prompts, harmless: Mapping[str, Prompts]) -> dict[str, Prompts]:
+    """The calibration prompts of each group."""
+    if taken := {TRUSTED, "fit", "calibration"} & set(harmless):
+        raise ValueError(
+            f"a group of harmless inputs is called {min(taken)}, which names trusted ones; give it "
+            "another name"
+        )
+    return {TRUSTED: calibration, **harmless}
+
+
+def _noise(detector: Detector, trusted: Prompts, memory: str) -> float | None:
+    """What rounding does to a detector's scores, at most; None where it cannot tell.
+
+    It is measured on prompts that do not calibrate: the p-values stay valid.
+    """
+    if not isinstance(detector, ExplainingDetector):
+        return None
+    return detector.noise(trusted.select(slice(NOISE_PROMPTS)), memory=memory).max().item()
+
+
+def _described(prompts: Prompts) -> dict[str, Any]:
+    return {"prompts": len(prompts), "hash": prompts.hash()}
 
 
 def _check_unused(

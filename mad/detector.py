@@ -14,6 +14,7 @@ from torch import Tensor
 
 from circuits.circuit import Circuit
 from circuits.engine import Engine
+from circuits.engine.live_nodes import live_nodes
 from circuits.prompts import Prompts
 
 
@@ -58,11 +59,19 @@ class Explained:
 
     shares: Float[Tensor, "B R W *S"]  # share = the edge's part / the score
     residual: Float[Tensor, "B"]  # 1 - sum of the shares
+    noise: Float[Tensor, "B"]  # how much of the score is rounding: smaller parts mean nothing
 
 
 @runtime_checkable
 class ExplainingDetector(Detector, Protocol):
-    """A detector that can also say which edges of its circuit's graph a score comes from."""
+    """A detector that can also say which edges of its circuit's graph a score comes from.
+
+    Its score is 0, but for rounding, where every edge is kept.
+    """
+
+    def noise(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How much of each prompt's score is rounding, in units of the score; above 0."""
+        ...
 
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
         """Yields the explanations of as many prompts at a time as fit in `memory`, in order.
@@ -85,13 +94,33 @@ class Context:
         """The circuit, for a detector that cannot do without.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it is no ground to score on: no kept edge leads from the
+                input to the logits, or nothing is off it.
         """
         if self.circuit is None:
             raise ValueError(
                 f"detector {detector} scores against a circuit; run `madcap extract` first"
             )
+        kept, edges = len(self.circuit), self.circuit.graph.n_edges
+        found = f"the circuit keeps {kept} of {edges} edges"
+        if kept == edges:
+            raise ValueError(
+                f"{found}: nothing is off it, so that every score of detector {detector} would be "
+                "rounding; extract one with fewer edges (a higher method.tau, or selection.edges)"
+            )
+        if not _reads_the_input(self.circuit):
+            raise ValueError(
+                f"{found}, and none leads from the input to the logits, so that detector "
+                f"{detector} would compare with a run that knows nothing of it; extract one with "
+                "more edges (a lower method.tau, or selection.edges)"
+            )
         return self.circuit
+
+
+def _reads_the_input(circuit: Circuit) -> bool:
+    """Whether some path of kept edges leads from the input to the logits."""
+    living = live_nodes(circuit.graph, circuit.mask[None]).writers.tolist()
+    return any(circuit.graph.writers[writer].startswith("input") for writer in living)
 
 
 @dataclass(frozen=True)

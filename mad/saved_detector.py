@@ -63,7 +63,13 @@ def load_detector(
     found_on, expected = data.pop("weight_hash"), data.pop("circuit_hash")
     check_weights(found_on, weight_hash, f"detector {folder.name}", allow_other_weights)
     kind, config = _config(data.pop("config"), path)
-    state, calibration = _read_tensors(folder, data.pop("tensors_hash", None))
+    state, scores = _read_tensors(folder, data.pop("tensors_hash", None))
+    try:
+        calibration = Calibration.restored(scores, data)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: its calibration cannot be read ({error}); fit the detector again"
+        ) from error
     try:
         detector = kind.restore(config, context, state, memory=memory)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
@@ -110,13 +116,13 @@ def _config(told: Any, path: Path) -> tuple[DetectorKind, Any]:
     return DETECTORS[name], restored(DETECTORS[name].schema, told, f"{path}: config")
 
 
-def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Calibration]:
+def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Tensor]:
     path = own_file(folder, "detector.safetensors")
     try:
         if expected is not None and _file_hash(path) != expected:
             raise ValueError("it was changed after detector.json was written")
         state = read_tensors(path)
-        return state, Calibration.of(state.pop("calibration"))
+        return state, state.pop("calibration")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fit the detector again") from error
 

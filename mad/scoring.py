@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,21 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.engine.memory import TooLittleMemory, parse_memory
-from circuits.graph import Graph
 from circuits.model.load import LoadedModel, weight_hash
 from circuits.prompts import EncodedPrompt, InputError, collate, encode_record, parse_line
 from circuits.prompts.files import decode
 from circuits.prompts.sources import is_source, opened
+from mad.attribution import largest_shares
 from mad.calibration import Calibrated
 from mad.detector import ExplainingDetector
 from mad.resuming import append, finish, locked, results_so_far, resume
 from mad.saved_detector import circuit_hash
 
+log = logging.getLogger(__name__)
+
 EXPLAIN = ("flagged", "all", "none")
+LEAST_OVER_NOISE = 10  # a score is shared out where it is so many times its own rounding
 Result = dict[str, Any]  # one line of the output
 
 progress_log = logging.getLogger("mad.progress")  # where there is no progress bar
@@ -78,7 +81,8 @@ def score(
     A chunk is run in as many parts as `memory` asks for (working memory beside the model's own
     weights).  It is no part of the job, so that a run can go on with another `memory`; results may
     then differ in the last digit.  A line that does not fit by itself is a bad one; where only its
-    explanation does not, the result has `because_error`.
+    explanation does not, or where the score is rounding and shares of it would be noise, the result
+    has `because_error`.
 
     >>> from circuits import Engine, load_model
     >>> from circuits.prompts import write_jsonl
@@ -100,6 +104,8 @@ def score(
             `out.partial` is of another job or being written by another run.
     """
     _check_settings(scoring, calibrated)
+    if doubt := calibrated.calibration.doubt():
+        log.warning(doubt)
     parse_memory(memory)
     _check_files(inputs, out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +195,7 @@ class _Line:
         self.result.clear()
         self.result.update({"id": identifier, "error": f"line {self.number}: {error}"})
 
-    def leave_unexplained(self, error: Exception) -> None:
+    def leave_unexplained(self, error: Exception | str) -> None:
         """Says why there is no explanation."""
         self.result["because_error"] = str(error)
 
@@ -222,6 +228,8 @@ def _encode(line: bytes, number: int, model: LoadedModel, result: Result) -> Enc
     record = parse_line(decode(line))
     if type(record.get("id")) in (str, int):  # any other id is refused
         result["id"] = record["id"]
+    if record.get("label") in (0, 1, "normal", "anomaly"):  # for `madcap plot scored=FILE`
+        result["label"] = record["label"]
     if {"clean", "text"} & set(record):
         # Scoring needs no more than this; the rest may be there for some lines only.
         needed = ("clean", "text", "positions", "id")
@@ -286,24 +294,21 @@ def _explain(lines: Sequence[_Line], detector: ExplainingDetector, edges: int, m
     graph, left = detector.circuit.graph, iter(lines)
     prompts = collate([line.prompt for line in lines])
     for explained in detector.explain(prompts, memory=memory):
-        if not torch.isfinite(explained.residual).all():
-            raise InputError(
-                "the explanation is not finite; the model's numbers overflow on this input"
-            )
-        for shares, residual in zip(explained.shares, explained.residual.tolist(), strict=True):
-            because = _because(shares, graph, edges)
-            next(left).result.update({"because": because, "because_residual": residual})
-
-
-def _because(shares: Tensor, graph: Graph, count: int) -> list[Result]:
-    """The edges with the largest |share|."""
-    order = shares.flatten().abs().argsort(descending=True, stable=True)[:count]
-    edges = zip(*(axis.tolist() for axis in torch.unravel_index(order, shares.shape)), strict=True)
-    return [
-        {"edge": graph.edge_name(*edge), "share": shares[edge].item()}
-        for edge in edges
-        if shares[edge] != 0
-    ]
+        columns = explained.residual.tolist(), explained.noise.tolist()
+        for shares, residual, noise in zip(explained.shares, *columns, strict=True):
+            line = next(left)
+            if (score := line.result["score"]) < noise * LEAST_OVER_NOISE:
+                line.leave_unexplained(
+                    f"score {score:.2g} is not {LEAST_OVER_NOISE} times the rounding of its own "
+                    f"arithmetic, {noise:.2g}: shares of it would be noise"
+                )
+                continue
+            if not math.isfinite(residual):
+                raise InputError(
+                    "the explanation is not finite; the model's numbers overflow on this input"
+                )
+            because = largest_shares(shares, graph, edges, noise / score)
+            line.result.update({"because": because, "because_residual": residual})
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -330,6 +335,7 @@ def _job(
         "prepend_bos": model.prepend_bos,
         "circuit": circuit_hash(detector),
         "detector": asdict(detector.config),
+        "about": dict(calibrated.about),
         "fitted": weight_hash({**detector.state(), "calibration": calibrated.calibration.scores}),
         "scoring": asdict(scoring),
     }

@@ -92,8 +92,8 @@ class Entry:
 # name -> (registered detector, settings)
 TRANSPLANTS = {
     "strict": ("strict", {}),
-    "strict, 1 circuit": ("strict", {"circuits": 1}),
     "fast": ("fast", {}),
+    "fast, 4 hosts": ("fast", {"hosts": 4}),
 }
 DEPARTURES = {
     "deviation": ("deviation", {}),

@@ -21,7 +21,7 @@ from circuits.plot.style import FAINT_INK, NEGATIVE, POSITIVE, SERIES_COLOURS, S
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FALSE_ALARM_RATE = 0.01  # the operating point that every ROC panel marks
+FALSE_ALARM_RATE = 0.01  # the operating point that ROC panels mark, unless told otherwise
 PANEL, PANEL_GAP = 220.0, 34.0  # points
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 STRIP_LIMIT = 40  # groups of at most so many scores are drawn one mark a score
@@ -44,11 +44,18 @@ def detection_rate(curve: RocCurve, false_alarm_rate: float = FALSE_ALARM_RATE) 
     return max((true for false, true in pairs if false <= false_alarm_rate), default=0.0)
 
 
-def draw_roc(curves: Sequence[RocCurve], path: Path, title: str = "", caption: str = "") -> Path:
+def draw_roc(
+    curves: Sequence[RocCurve],
+    path: Path,
+    title: str = "",
+    caption: str = "",
+    *,
+    alpha: float = FALSE_ALARM_RATE,
+) -> Path:
     """Return the file drawn: one panel per group, each detector in the same colour everywhere.
 
-    Dots mark where 1 % of normal inputs raise an alarm; each legend gives AUROC and the share of
-    anomalies caught there.
+    Dots mark where a share `alpha` of normal inputs raises an alarm; each legend gives AUROC and
+    the share of anomalies caught there.
 
     Raises:
         ValueError: no curves, a detector twice in one group, fewer than two points, lengths that
@@ -66,7 +73,7 @@ def draw_roc(curves: Sequence[RocCurve], path: Path, title: str = "", caption: s
         for index, (group, drawn) in enumerate(groups.items()):
             left = 46 + index * (PANEL + PANEL_GAP)
             axes = figure.add_axes((left / width, below / height, PANEL / width, PANEL / height))
-            _draw_roc_panel(axes, drawn, names)
+            _draw_roc_panel(axes, drawn, names, alpha)
             axes.set_title(group, size=9.5, loc="left")
         figure.axes[0].set_ylabel("anomalies caught")
     return Path(path)
@@ -102,24 +109,26 @@ def _check_rates(curve: RocCurve) -> None:
         )
 
 
-def _draw_roc_panel(axes: Axes, curves: Sequence[RocCurve], names: Sequence[str]) -> None:
+def _draw_roc_panel(
+    axes: Axes, curves: Sequence[RocCurve], names: Sequence[str], alpha: float
+) -> None:
     axes.plot([0, 1], [0, 1], color="#B5B5B5", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axes.axvline(FALSE_ALARM_RATE, color="#B5B5B5", linewidth=0.8, linestyle=":", zorder=1)
+    axes.axvline(alpha, color="#B5B5B5", linewidth=0.8, linestyle=":", zorder=1)
     for curve in curves:
-        _draw_roc_curve(axes, curve, names.index(curve.name))
+        _draw_roc_curve(axes, curve, names.index(curve.name), alpha)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false alarms", xticks=QUARTERS, yticks=QUARTERS)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "borderaxespad": 0.0}
     sizes = {"fontsize": 8, "title_fontsize": 8, "handlelength": 1.6}
-    legend = axes.legend(title="AUROC, caught at 1 % false alarms", **sizes, **place)
+    legend = axes.legend(title=f"AUROC, caught at {100 * alpha:g} % false alarms", **sizes, **place)
     legend.set_alignment("left")
 
 
-def _draw_roc_curve(axes: Axes, curve: RocCurve, index: int) -> None:
+def _draw_roc_curve(axes: Axes, curve: RocCurve, index: int, alpha: float) -> None:
     colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
     dash = ("-", "--", ":")[index // len(SERIES_COLOURS) % 3]
-    caught = detection_rate(curve)
+    caught = detection_rate(curve, alpha)
     # Steps: between two thresholds nothing can be reached, so a straight join would flatter.
     axes.plot(
         curve.false_positive_rate,
@@ -131,7 +140,7 @@ def _draw_roc_curve(axes: Axes, curve: RocCurve, index: int) -> None:
         gid=f"curve:{curve.group}:{curve.name}",
     )
     dot = {"marker": "o", "markersize": 4.5, "clip_on": False, "zorder": 5}
-    axes.plot([FALSE_ALARM_RATE], [caught], color=colour, **dot)
+    axes.plot([alpha], [caught], color=colour, **dot)
 
 
 def draw_score_distributions(

@@ -236,5 +236,5 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
             EAPIG(), prepare(engine, prompts, metric, counterfactual)
         ),
         f"output deviation, circuit of {circuit_share:.0%}": score,
-        f"transplant into 4 prompts, circuit of {circuit_share:.0%}": lambda: transplant(4),
+        f"transplant into 16 prompts, circuit of {circuit_share:.0%}": lambda: transplant(16),
     }

@@ -3,14 +3,21 @@
     madcap fit circuit=runs/pronoun detector=mahalanobis trusted=trusted.jsonl
     madcap fit circuit=runs/pronoun detector=strict trusted=trusted.jsonl
     madcap fit circuit=runs/pronoun detector=nodes detector.summary=max trusted=trusted.jsonl
+    madcap fit circuit=RUN detector=fast trusted=trusted.jsonl calibration=hard.jsonl overwrite=true
 
 The trusted inputs are split into two parts, one to fit on and one to calibrate on; inputs that the
 circuit was found or measured on are refused, because false alarms would not be bounded. Score with
 `madcap score ... detector=NAME`.
+
+calibration=FILE adds harmless inputs of your own that should not be flagged either, such as near
+misses: a line's "group" names its group ("harmless" without), a p-value is the largest over the
+groups and the trusted inputs, and false alarms are bounded in each. Each group needs 1 / alpha - 1
+inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
     from circuits.prompts import Prompts
     from mad.folder import Opened
 
+UNNAMED = "harmless"  # the group of lines that name none
+
 
 @dataclass
 class Fit:
@@ -28,6 +37,8 @@ class Fit:
 
     circuit: str = "???"  # the run folder that `madcap extract` wrote
     trusted: str = "???"  # trusted inputs: JSONL, auto-circuit JSON or EAP-IG CSV
+    # harmless inputs to calibrate on besides; a line's `group` names its group
+    calibration: str | None = None
     detector: Any = "???"  # which detector
     fit_share: float = 0.5  # share of the trusted inputs to fit on; the rest calibrate
     # the false-alarm rate that calibration should allow, or nothing is fitted; null: 0.01, or what
@@ -56,23 +67,26 @@ def run(config: Fit) -> None:
     if target.exists() and not config.overwrite:
         raise FileExistsError(f"{target} exists; overwrite=true replaces it")
     opened = open_run(folder, model=config.model.path, head=config.model.head, device=config.device)
-    parts = _parts(config, opened)
-    usable_alpha(config.alpha, len(parts["calibration"]), "fit_share")
+    parts, harmless = _parts(config, opened), _harmless(config.calibration, opened)
+    sizes = {"fit_share": len(parts["calibration"])}
+    sizes |= {f"group {group}": len(prompts) for group, prompts in harmless.items()}
+    fewest = min(sizes, key=lambda setting: sizes[setting])
+    usable_alpha(config.alpha, sizes[fewest], fewest)
     with staged(target, ours=FILES, keep=FILES[0], overwrite=config.overwrite) as place:
         calibrated = fit(
             config.detector,
             Context(opened.engine, opened.circuit),
             parts["fit"],
             parts["calibration"],
+            harmless=harmless,
             used=opened.used(),
             memory=config.memory,
         )
         save_detector(calibrated, place.folder, weight_hash=opened.model.weight_hash)
         place.publish()
-    sizes = {part: len(prompts) for part, prompts in parts.items()}
     print(
-        f"detector {name}: fitted on {sizes['fit']} inputs, calibrated on {sizes['calibration']} "
-        f"-> {target}"
+        f"detector {name}: fitted on {len(parts['fit'])} inputs, calibrated on "
+        f"{len(parts['calibration'])}{_listed(harmless)} -> {target}"
     )
 
 
@@ -100,3 +114,29 @@ def _parts(config: Fit, opened: Opened) -> dict[str, Prompts]:
         )
     first = min(max(1, round(config.fit_share * len(prompts))), len(prompts) - 1)
     return prompts.split({"fit": first, "calibration": len(prompts) - first}, config.seed)
+
+
+def _harmless(path: str | None, opened: Opened) -> dict[str, Prompts]:
+    """The inputs of each group of a calibration file."""
+    from circuits.prompts import read_records
+    from mad.trusted import load_trusted
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for number, record in enumerate(read_records(Path(path)) if path else [], start=1):
+        name = record.pop("group", None)
+        if not isinstance(name, str | None) or name == "":
+            raise ValueError(
+                f"{path}, prompt {number}: group={name!r}, but the name of a group is text"
+            )
+        groups.setdefault(name or UNNAMED, []).append(record)
+    found = {}
+    for name, records in groups.items():
+        try:
+            found[name] = load_trusted(records, opened.model)
+        except ValueError as error:
+            raise ValueError(f"{path}, group {name}: {error}") from error
+    return found
+
+
+def _listed(harmless: Mapping[str, Prompts]) -> str:
+    return "".join(f" and {len(prompts)} of group {name}" for name, prompts in harmless.items())

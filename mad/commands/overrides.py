@@ -26,7 +26,7 @@ OPEN_GROUPS = {"model": "path", "task": "file"}
 PLAIN = {"model": "path", "detector": "name"}
 
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
-PATHS = {"circuit", "inputs", "out", "trusted", "model.path", "task.path"}
+PATHS = {"calibration", "circuit", "inputs", "out", "scored", "trusted", "model.path", "task.path"}
 
 Presets = Callable[[str], list[str]]  # the names of a group's presets
 

@@ -1,13 +1,17 @@
-"""Draw a circuit and its faithfulness curve.
+"""Draw a circuit and its faithfulness curve, or what a scored file shows.
 
     madcap plot circuit=runs/pronoun
     madcap plot circuit=runs/pronoun formats=[svg] out=figures
+    madcap plot scored=scored.jsonl alpha=0.05
 
 Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the bottom; blue edges
 support the behaviour, red ones work against it; width and opacity show |score|), and curve.png and
 curve.svg: faithfulness against the number of edges kept, with random circuits of the same size.
 Where edges are told apart by position, also positions.svg, .png and .pdf: what each node reads
 where in the text.
+
+scored=FILE draws what `madcap score` wrote: FILE.scores, the scores with those flagged at alpha in
+red and, where inputs had a "label", FILE.roc; it prints the shares flagged, and AUROC.
 """
 
 from __future__ import annotations
@@ -28,16 +32,33 @@ DETAIL = ("metric", "ablation", "n_prompts")  # what the figures were measured w
 class Plot:
     """What is drawn, and where to."""
 
-    circuit: str = "???"  # a run folder, or a circuit.json
-    out: str | None = None  # folder for the pictures; null: the run folder
+    circuit: str | None = None  # a run folder, or a circuit.json
+    scored: str | None = None  # a file that `madcap score` wrote, instead of a circuit
+    alpha: float = 0.01  # inputs of a scored file with p_value <= alpha are flagged
+    out: str | None = None  # folder for the pictures; null: the run folder, or that of the file
     formats: list[str] = field(default_factory=lambda: ["svg", "png", "pdf"])  # svg, png, pdf
     maximum_edges: int = 800  # more than this is refused: no picture of it can be read
 
 
 def run(config: Plot) -> None:
     """Draws the pictures and names them."""
-    for path in draw(Path(config.circuit), config.out, config.formats, config.maximum_edges):
+    if (config.circuit is None) == (config.scored is None):
+        raise ValueError("give circuit=FOLDER or scored=FILE, one of the two: what is to be drawn")
+    if config.scored is not None:
+        paths = _draw_scored(Path(config.scored), config)
+    else:
+        assert config.circuit is not None
+        paths = draw(Path(config.circuit), config.out, config.formats, config.maximum_edges)
+    for path in paths:
         print(path)
+
+
+def _draw_scored(scored: Path, config: Plot) -> list[Path]:
+    from mad.scored import draw_scored, read_scored
+
+    shown = read_scored(scored, config.alpha)
+    print(shown.summary())
+    return draw_scored(shown, Path(config.out) if config.out else scored.parent, config.formats)
 
 
 def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) -> list[Path]:

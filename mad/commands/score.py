@@ -12,7 +12,9 @@ conformal p-value among held-out trusted inputs; anomalous means p_value <= alph
 edges off the circuit that the score comes from. Any number of lines is scored in constant memory,
 and an interrupted run goes on where it stopped when it is run again. A bad line gives a line with
 "error"; the exit code is then 3. So does one that takes more than memory=; where only its
-explanation does, the result has "because_error" in place of "because".
+explanation does, the result has "because_error" in place of "because". So it has where the score is
+no more than rounding, whose shares would be noise. An input's "label" (0 or "normal", 1 or
+"anomaly") is passed on, for `madcap plot scored=FILE`.
 """
 
 from __future__ import annotations

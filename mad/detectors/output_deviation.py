@@ -28,10 +28,13 @@ from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, shares
+from mad.attribution import explanation_bytes, integrated, rounding, shares
 from mad.detector import Context, Explained
+from mad.detectors.measured import chosen_or_means
 from mad.detectors.settings import check_ablation, check_at_least_one
 from mad.redrawn import further_circuits, stacked
+
+Measure = Callable[..., Float[Tensor, "B"]]  # how far runs of some prompts are, given the mask
 
 
 @dataclass
@@ -41,8 +44,9 @@ class Deviation:
     name: str = "deviation"
     # kl: of the output distributions; logit_diff: of the model's first against second choice
     deviation: str = "kl"
-    # what removed edges carry: mean or positional_mean over the fit split, or zero
-    ablation: str = "mean"
+    # what removed edges carry: mean or positional_mean over the fit split, or zero; null: means, by
+    # position if edges are
+    ablation: str | None = None
     # the first is the one that was extracted, the others are found by its method on redrawn prompts
     circuits: int = 1
     explain_steps: int = 16  # points of the integral when a score is explained
@@ -72,11 +76,20 @@ class DeviationDetector:
         """The ablation's name."""
         return self.ablation.name
 
-    @torch.no_grad()
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """The mean over circuits of how far the model is from them."""
+        return self._measured(self._scores, prompts, memory)
+
+    def noise(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How far the model is from itself, run as a circuit that keeps every edge."""
+        return self._measured(self._noise, prompts, memory)
+
+    @torch.no_grad()
+    def _measured(
+        self, of: Callable[[Measure], Tensor], prompts: Prompts, memory: str
+    ) -> Float[Tensor, "B"]:
         return over_batches(
-            lambda batch: self._scores(self._deviation(batch)).cpu(),
+            lambda batch: of(self._deviation(batch)).cpu(),
             self.engine,
             prompts,
             lambda size: size.plain + size.masked(),
@@ -98,19 +111,23 @@ class DeviationDetector:
     def _explained(self, prompts: Prompts) -> Explained:
         with torch.no_grad():
             measure = self._deviation(prompts)
-            scores = self._scores(measure)
+            scores, noise = self._scores(measure), self._noise(measure)
         measure_each = partial(measure, per_example=True)
         total = torch.zeros(len(prompts), *self.circuit.kept.shape, device=self.engine.device)
         for mask in self.masks:
             steps = self.config.explain_steps
             total += integrated(self.engine, mask, len(prompts), steps, measure_each)
-        return shares(total / len(self.masks), scores)
+        return shares(total / len(self.masks), scores, noise)
 
-    def _deviation(self, prompts: Prompts) -> Callable[..., Float[Tensor, "B"]]:
+    def _deviation(self, prompts: Prompts) -> Measure:
         return deviation_from(self.engine, self.ablation, prompts, self.config.deviation)
 
-    def _scores(self, measure: Callable[[Tensor], Tensor]) -> Float[Tensor, "B"]:
+    def _scores(self, measure: Measure) -> Float[Tensor, "B"]:
         return torch.stack([measure(mask).float() for mask in self.masks]).mean(0)
+
+    def _noise(self, measure: Measure) -> Float[Tensor, "B"]:
+        every = self.engine.graph.exists.to(self.masks)
+        return rounding(self.engine, measure(every).float())
 
     def state(self) -> Mapping[str, Tensor]:
         """The means, and the further circuits; the first is saved beside the detector."""
@@ -119,9 +136,7 @@ class DeviationDetector:
 
 
 @torch.no_grad()
-def deviation_from(
-    engine: Engine, ablation: Ablation, prompts: Prompts, deviation: str
-) -> Callable[..., Float[Tensor, "B"]]:
+def deviation_from(engine: Engine, ablation: Ablation, prompts: Prompts, deviation: str) -> Measure:
     """Returns how far runs of some prompts are from the model, as a function of the mask."""
     reference, ablated = engine.logits(prompts), ablation.values(engine, prompts)
 
@@ -159,7 +174,8 @@ def fit_deviation(
     """
     circuit, engine = context.circuit_for(config.name), context.engine
     config.check()
-    ablation = fit_ablation(AblationConfig(config.ablation), engine, trusted, memory=memory)
+    chosen = AblationConfig(chosen_or_means(config, engine))
+    ablation = fit_ablation(chosen, engine, trusted, memory=memory)
     further = further_circuits(circuit, engine, trusted, config.circuits - 1, memory=memory)
     return DeviationDetector(config, engine, circuit, stacked(circuit, further), ablation)
 
@@ -170,6 +186,6 @@ def restore_deviation(
     """Returns a saved detector."""
     config.check()
     circuit, engine = context.circuit_for(config.name), context.engine
-    ablation = restore_ablation(config.ablation, engine, state)
+    ablation = restore_ablation(chosen_or_means(config, engine), engine, state)
     masks = stacked(circuit, list(state.get("masks", [])))
     return DeviationDetector(config, engine, circuit, masks, ablation)

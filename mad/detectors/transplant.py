@@ -32,8 +32,9 @@ Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, read
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -46,21 +47,25 @@ from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, shares
+from mad.attribution import explanation_bytes, integrated, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
 from mad.detectors.settings import check_at_least_one
 from mad.redrawn import further_circuits, stacked
+
+log = logging.getLogger(__name__)
 
 MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
 
 
 @dataclass
 class Fast:
-    """The input's off-circuit part in a few trusted prompts."""
+    """The input's off-circuit part in some trusted prompts, by the extracted circuit."""
 
     name: str = "fast"
-    hosts: int = 4  # trusted prompts that parts of an input are put into
+    # trusted prompts that parts of an input are put into, at most: with four of them a single one
+    # that trusted inputs move a lot can hide a whole backdoor (docs/does-it-work.md)
+    hosts: int = 16
     circuits: int = 1  # the first is the one that was extracted
     explain_steps: int = 16  # points of the integral when a score is explained
 
@@ -71,10 +76,9 @@ class Fast:
 
 @dataclass
 class Strict(Fast):
-    """The same in more trusted prompts and by several circuits: no edge too many hides anything."""
+    """The same by several circuits: no edge too many hides anything."""
 
     name: str = "strict"
-    hosts: int = 16  # trusted prompts that parts of an input are put into
     # the first is the one that was extracted, the others are found by its method on redrawn prompts
     circuits: int = 3
 
@@ -105,6 +109,13 @@ class TransplantDetector:
         )
         return moved.mean((0, 2))
 
+    @torch.no_grad()
+    def noise(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
+        """How far the hosts' outputs move when all that is put into them is left out again."""
+        every = self.engine.graph.exists.to(self.masks)[None]
+        moved = transplanted(self.engine, every, self.hosts, prompts, self.reference, memory=memory)
+        return rounding(self.engine, moved.abs().mean((0, 2)))
+
     def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
         """Yields shares of the score by edge, for prompts that are run at once.
 
@@ -112,6 +123,7 @@ class TransplantDetector:
         """
         engine, steps = self.engine, self.config.explain_steps
         scores = self.score(prompts, memory=memory).to(engine.device)
+        noise = self.noise(prompts, memory=memory).to(engine.device)
         for rows, pairs in _pairs(engine, self.hosts, prompts, memory, explanation_bytes):
             total = torch.zeros(len(rows), *engine.graph.exists.shape, device=engine.device)
             for columns, ablated in pairs:
@@ -123,7 +135,7 @@ class TransplantDetector:
                     parts = integrated(engine, mask, len(run), steps, moved)
                     of_prompts = parts.unflatten(0, (len(rows), -1)).sum(1)
                     total += of_prompts / len(self.hosts) / len(self.masks)
-            yield shares(total, scores[rows])
+            yield shares(total, scores[rows], noise[rows])
 
     def state(self) -> dict[str, Tensor]:
         """The hosts and the further circuits; the first is saved beside the detector."""
@@ -252,25 +264,36 @@ def fit_transplant(
     """Returns the detector whose hosts are the first trusted prompts; further circuits are found on
     the others.
 
+    Where there are fewer trusted prompts than `hosts`, all are hosts, as a warning and the
+    detector's configuration say.
+
     Raises:
         ValueError: no circuit, fewer trusted prompts than it takes, or a setting out of range.
     """
     config.check()
-    if len(trusted) < config.hosts:
-        raise ValueError(
-            f"hosts={config.hosts}, but there are {len(trusted)} trusted prompts to fit on; give "
-            "more, or lower hosts"
-        )
     circuit, engine = context.circuit_for(config.name), context.engine
-    if config.circuits > 1 and len(trusted) < config.hosts + 2:
-        raise ValueError(
-            f"circuits={config.circuits} and hosts={config.hosts} need at least {config.hosts + 2} "
-            f"trusted prompts to fit on, but there are {len(trusted)}; give more, or lower "
-            "circuits and hosts"
-        )
+    config = _with_hosts_that_are_there(config, len(trusted))
     hosts, rest = trusted.select(slice(config.hosts)), trusted.select(slice(config.hosts, None))
     further = further_circuits(circuit, engine, rest, config.circuits - 1, memory=memory)
     return _build(config, context, hosts.bare(), further, memory)
+
+
+def _with_hosts_that_are_there(config: Fast, n_trusted: int) -> Fast:
+    least = config.hosts + 2 if config.circuits > 1 else 1
+    if n_trusted < least:
+        raise ValueError(
+            f"circuits={config.circuits} and hosts={config.hosts} need at least {least} trusted "
+            f"prompts to fit on, but there are {n_trusted}; give more, or lower circuits and hosts"
+        )
+    if n_trusted >= config.hosts:
+        return config
+    log.warning(
+        "hosts=%d, but there are %d trusted prompts to fit on, and all are hosts: few hosts can "
+        "hide an anomaly; give more",
+        config.hosts,
+        n_trusted,
+    )
+    return replace(config, hosts=n_trusted)
 
 
 def restore_transplant(

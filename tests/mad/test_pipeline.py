@@ -161,7 +161,7 @@ def test_a_detector_knows_its_circuit(run, tmp_path):  # noqa: F811
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run" / "circuit.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "edges": data["edges"][:5]}))
+    path.write_text(json.dumps({**data, "edges": data["edges"][:-1]}))
     with pytest.raises(ValueError, match="was calibrated on circuit"):
         open_run(tmp_path / "run").detector("fast")
 
@@ -205,7 +205,11 @@ def test_a_failed_run_leaves_the_old_one_whole(run, tmp_path):  # noqa: F811
 def test_a_circuit_that_says_nothing_is_said_to(run, tmp_path, caplog):  # noqa: F811
     _, config = run
     everything = dataclasses.replace(config.selection, edges=75)
-    make_run(dataclasses.replace(config, selection=everything, out=str(tmp_path / "all")))
+    whole = dataclasses.replace(
+        config, selection=everything, accept_worse=True, out=str(tmp_path / "all")
+    )
+    with pytest.raises(ValueError, match="75 of 75 edges: nothing is off it.*selection.edges"):
+        make_run(whole)
     assert "all 75 edges are kept" in caplog.text
     for changes, message in (
         ({"selection": dataclasses.replace(config.selection, edges=0)}, "edges=0"),

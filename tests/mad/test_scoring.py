@@ -356,3 +356,110 @@ def test_every_detector_is_fitted_and_scores_from_the_command_line(run, tmp_path
     words = ["score", circuit, f"inputs={source}", f"out={out}", detector, "alpha=0.2"]
     assert main(words) == 0
     assert all(0 < result["p_value"] <= 1 for result in read_results(out))
+
+
+# ---- rounding, labels, and harmless inputs of one's own ----------------------------------------
+
+
+def test_a_score_of_rounding_is_not_shared_out(run, tmp_path, monkeypatch):
+    again, calibrated = opened(run)
+    detector, source = calibrated.detector, tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in records(6, 5)))
+    scores = detector.score(again.model.prompts(records(6, 5)))
+    between = scores.median().item() / 10  # of six, the three lowest are not ten times it
+    monkeypatch.setattr(
+        type(detector), "noise", lambda self, prompts, **_: torch.full((len(prompts),), between)
+    )
+    scoring = Scoring(alpha=ALPHA, explain="all", edges=10**6)
+    score(source, tmp_path / "out.jsonl", calibrated, again.model, scoring)
+    results = list(read_results(tmp_path / "out.jsonl"))
+    for result in results:
+        if result["score"] < 10 * between:
+            assert "because" not in result and "because_residual" not in result
+            assert "is not 10 times the rounding" in result["because_error"]
+        else:
+            parts = [abs(part["share"]) * result["score"] for part in result["because"]]
+            assert parts and min(parts) > between and "because_error" not in result
+    assert 0 < sum("because" in result for result in results) < 6
+
+
+def test_labels_are_passed_on_for_the_picture(run, tmp_path):
+    again, calibrated = opened(run)
+    labels = [0, 1, "normal", "anomaly", None, "odd", [1]]
+    lines = [{"clean": r["clean"], "label": label} for r, label in zip(records(7, 6), labels)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scoring = Scoring(alpha=ALPHA)
+    score(tmp_path / "in.jsonl", tmp_path / "out.jsonl", calibrated, again.model, scoring)
+    passed = [result.get("label") for result in read_results(tmp_path / "out.jsonl")]
+    assert passed == [0, 1, "normal", "anomaly", None, None, None]
+
+
+def test_harmless_inputs_of_ones_own_calibrate_too(run, tmp_path, capsys, caplog):
+    from mad.commands.main import main
+
+    folder, _ = run
+    rows = {"trusted": records(40, 77), "hard": records(30, 78), "new": records(9, 79)}
+    rows["hard"] = [
+        {**row, "group": "near" if index % 2 else "far"} for index, row in enumerate(rows["hard"])
+    ]
+    del rows["hard"][0]["group"]
+    for name, own in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    circuit, trusted = f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}"
+    fitting = ["fit", circuit, trusted, "detector=max_probability", "overwrite=true"]
+    fitting.append(f"calibration={tmp_path / 'hard.jsonl'}")
+    assert main([*fitting, "alpha=0.2"]) == 1, "too few of one group"
+    assert "there will be 1 (group harmless)" in capsys.readouterr().err
+    assert main(fitting) == 0
+    said = capsys.readouterr().out
+    assert "and 1 of group harmless and 15 of group near and 14 of group far" in said
+    assert "there will be 1 (group harmless)" in caplog.text
+    again = open_run(folder / "run")
+    calibrated = again.detector("max_probability")
+    about = json.loads((folder / "run/detector/max_probability/detector.json").read_text())
+    assert {name: own["prompts"] for name, own in about["harmless"].items()} == {
+        "harmless": 1,
+        "near": 15,
+        "far": 14,
+    }
+    new = calibrated.detector.score(again.model.prompts(rows["new"])).tolist()
+    held = {"far": [r for r in rows["hard"] if r.get("group") == "far"]}
+    held["near"] = [r for r in rows["hard"] if r.get("group") == "near"]
+    held["harmless"] = rows["hard"][:1]
+    slow = [0.0] * 9
+    for own in held.values():
+        scores = calibrated.detector.score(again.model.prompts(own)).tolist()
+        p = [(1 + sum(s >= value for s in scores)) / (len(scores) + 1) for value in new]
+        slow = [max(pair) for pair in zip(slow, p, strict=True)]
+    of_trusted = calibrated.calibration.groups["trusted"].tolist()
+    assert len(of_trusted) == 20
+    p = [(1 + sum(s >= value for s in of_trusted)) / 21 for value in new]
+    found = calibrated.p_values(again.model.prompts(rows["new"])).tolist()
+    assert found == pytest.approx([max(pair) for pair in zip(slow, p, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": 3}, "prompt 2: group=3, but the name of a group is text"),
+        ({"group": "trusted"}, "called trusted, which names trusted ones"),
+        ({"label": 1}, "group harmless: 1 of 3 trusted prompts are labelled anomalous"),
+        ({"clean": records(40, 77)[0]["clean"]}, ""),
+    ],
+)
+def test_harmless_inputs_that_cannot_calibrate_are_refused(run, tmp_path, capsys, change, message):
+    from mad.commands.main import main
+
+    folder, _ = run
+    (tmp_path / "trusted.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(40, 77)))
+    hard = [{"clean": r["clean"], "label": 0} for r in records(3, 78)]
+    if not message:  # one that the detector is fitted on, or one of both calibrations
+        hard += [{"clean": r["clean"], "label": 0} for r in records(40, 77)]
+        message = "prompts are in both the fit and the harmless split"
+    else:
+        hard[1] |= change
+    (tmp_path / "hard.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hard))
+    words = [f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}"]
+    words += ["detector=token_count", f"calibration={tmp_path / 'hard.jsonl'}", "overwrite=true"]
+    assert main(["fit", *words]) == 1
+    assert message in capsys.readouterr().err

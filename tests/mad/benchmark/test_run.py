@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Executor, Future
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
 import configs
@@ -21,7 +22,9 @@ from mad.benchmark.plan import Benchmark, CircuitRecipe, Sizes, entries
 from mad.benchmark.results import read
 from mad.benchmark.run import Job, model_folder, run_benchmark
 from mad.benchmark.subject import circuit_engine, find_circuit, load_subject, stratum
+from mad.commands import config, demo, extract
 from mad.detectors import DETECTORS
+from mad.pipeline import RunConfig
 
 SHIPPED = Path(mad.__file__).parent / "models" / "recall_redirect"
 SIZES = Sizes(
@@ -77,6 +80,23 @@ def test_the_recipe_is_that_of_mode_detect():
         "positions": mode["positions"],
         "tau": mode["method"]["tau"],
     }
+    assert mode["splits"] == {"discovery": Sizes().discovery}
+
+
+def test_the_demo_and_mode_detect_have_one_setting():
+    found = []
+    for command, schema, words in (
+        ("demo", demo.Demo, []),
+        ("extract", extract.Extract, ["model=recall_redirect", "task=recall", "mode=detect"]),
+    ):
+        config.register(None, command, schema)
+        for group in config.groups(command):
+            if group in config.SCHEMAS:
+                config.register_group(group)
+        with initialize_config_module(config.CONFIGS, version_base="1.3"):
+            composed = compose(command, [*words, "out=somewhere"])
+        found.append({name: composed[name] for name in (field.name for field in fields(RunConfig))})
+    assert found[0] == found[1]
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -164,7 +184,7 @@ def test_every_score_of_every_model_is_written_and_kept(quick, monkeypatch):
         assert values.dtype == torch.float32 and values.isfinite().all()
     about = json.loads(files[0].read_text())
     assert about["circuit"]["edges"] > 0 and about["circuit"]["tau"] == 0.3
-    assert about["detectors"]["fast"]["hosts"] == 4 and about["seconds"]["all"] > 0
+    assert about["detectors"]["fast"]["hosts"] == 16 and about["seconds"]["all"] > 0
     assert len(read(out).subjects) == 2
 
     monkeypatch.setattr(benchmark_run, "measure", lambda *arguments: 1 / 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,27 @@ def test_memory_for_nothing_is_refused(fitted, contexts, name):
         kind_of(config).fit(config, contexts["edges"], new, memory="1kB").score(new, memory="1kB")
 
 
-@pytest.mark.parametrize("name", [name for name, own in CONFIGS.items() if own.name != "strict"])
-def test_a_circuit_without_edges_has_scores(contexts, name):
-    engine, config = contexts["edges"].engine, CONFIGS[name]
-    nothing = torch.zeros_like(engine.graph.exists)
-    context = Context(engine, Circuit(engine.graph, nothing, nothing.float()))
-    detector = kind_of(config).fit(config, context, prompts_of(engine, 12, 0))
-    assert detector.score(prompts_of(engine, 3, 1)).isfinite().all()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_circuits_that_say_nothing_are_no_ground_to_score_on(fitted, contexts, name):
+    engine, config, detector = contexts["edges"].engine, CONFIGS[name], fitted[name]
+    graph, exists = engine.graph, engine.graph.exists
+    from_input = torch.zeros_like(exists)
+    from_input[graph.readers.index("a0.h0<q>"), graph.writers.index("input")] = True
+    to_logits = torch.zeros_like(exists)
+    to_logits[graph.readers.index("logits"), graph.writers.index("m0")] = True
+    remedies = {"0": "more", "1": "more", str(graph.n_edges): "fewer"}
+    for kept in (torch.zeros_like(exists), from_input, to_logits, exists):
+        context = Context(engine, Circuit(graph, kept, kept.float()))
+        fitting = partial(kind_of(config).fit, config, context, prompts_of(engine, 12, 0))
+        restoring = partial(kind_of(config).restore, config, context, detector.state())
+        for work in (fitting, restoring):
+            if detector.circuit is None:
+                work()
+                continue
+            count = str(int(kept.sum()))
+            message = f"the circuit keeps {count} of .* with {remedies[count]} edges .*selection"
+            with pytest.raises(ValueError, match=message):
+                work()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from circuits.batches import joined
-from circuits.circuit import Circuit
 from circuits.engine.memory import footprint
 from circuits.prompts import InputError, Prompts, prompts_from_records
 from circuits.selection import random_circuits
 from mad.attribution import explanation_bytes
-from mad.detector import Context, Explained, ExplainingDetector
+from mad.detector import Explained, ExplainingDetector
 from mad.detectors.output_deviation import Deviation, fit_deviation
 from mad.redrawn import stacked
 from tests import tiny
@@ -48,9 +47,23 @@ def test_the_score_is_the_deviation_of_model_and_circuit(context, draw, deviatio
 
 def test_a_complete_circuit_never_departs(context, draw):
     engine = context.engine
-    complete = Circuit(engine.graph, engine.graph.exists, engine.graph.exists.float())
-    detector = fit_deviation(Deviation(), Context(engine, complete), draw(20, 0))
-    assert detector.score(draw(6, 1)).abs().max() < 1e-6
+    detector, new = fit_deviation(Deviation(), context, draw(20, 0)), draw(6, 1)
+    complete = replace(detector, masks=engine.graph.exists.to(detector.masks)[None])
+    assert complete.score(new).abs().max() < 1e-6
+    least = torch.finfo(engine.dtype).eps
+    torch.testing.assert_close(
+        detector.noise(new), complete.score(new).abs().clamp(min=least), atol=least, rtol=0
+    )
+    assert torch.equal(explain(detector, new).noise, detector.noise(new))
+
+
+def test_means_are_by_position_where_edges_are(context, draw):
+    detector, new = fit_deviation(Deviation(), context, draw(20, 0)), draw(6, 1)
+    by_position = context.engine.graph.n_positions is not None
+    expected = "positional_mean" if by_position else "mean"
+    assert detector.scores_under == expected
+    same = fit_deviation(Deviation(ablation=expected), context, draw(20, 0))
+    assert torch.equal(detector.score(new), same.score(new))
 
 
 @pytest.mark.parametrize("deviation", ["kl", "logit_diff"])

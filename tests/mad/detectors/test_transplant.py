@@ -188,7 +188,7 @@ def test_transplants_are_slow_runs_of_the_hosts(engine):
 def test_the_score_is_the_mean_over_the_first_trusted_prompts(context):
     trusted, new, engine = hosts_of(context.engine), prompts_of(context.engine), context.engine
     expected = slow(engine, circuit(engine), trusted, new)
-    for config, count in ((Fast(), 4), (Strict(hosts=5, circuits=1), 5), (Fast(hosts=1), 1)):
+    for config, count in ((Fast(hosts=4), 4), (Strict(hosts=5, circuits=1), 5), (Fast(hosts=1), 1)):
         score = fit_transplant(config, context, trusted).score(new)
         torch.testing.assert_close(score, expected[:, :count].mean(1), atol=2e-5, rtol=1e-4)
         assert score.dtype == torch.float32 and score.device.type == "cpu"
@@ -456,10 +456,25 @@ def test_explanations_do_not_depend_on_the_memory(name, pairs):
 
 def test_a_score_of_nothing_has_no_shares(context):
     engine = context.engine
-    complete = Circuit(engine.graph, engine.graph.exists, engine.graph.exists.float())
-    detector = fit_transplant(Fast(), Context(engine, complete), hosts_of(engine))
+    detector = fit_transplant(Fast(), context, hosts_of(engine))
+    detector = replace(detector, masks=engine.graph.exists.to(detector.masks)[None])
     explained = explain(detector, prompts_of(engine))
     assert not explained.shares.any() and explained.residual.isfinite().all()
+
+
+def test_noise_is_the_score_with_every_edge_kept(context):
+    engine, new = context.engine, prompts_of(context.engine)
+    detector = fit_transplant(Fast(hosts=3), context, hosts_of(engine))
+    least = torch.finfo(torch.float64 if engine.dtype == torch.float64 else torch.float32).eps
+    of_hosts = [
+        transplanted(engine, engine.graph.exists, detector.hosts.select([host]), new).abs()
+        for host in range(3)
+    ]
+    slow = torch.cat(of_hosts, 1).mean(1)
+    noise = detector.noise(new)
+    torch.testing.assert_close(noise, slow.clamp(min=least), atol=least, rtol=0)
+    assert (noise < 1e-3 * detector.score(new)).all()
+    assert torch.equal(explain(detector, new).noise, noise.float())
 
 
 # ---- several circuits ----------------------------------------------------------------------------
@@ -543,9 +558,11 @@ def test_further_circuits_are_those_that_its_method_finds_on_redrawn_prompts(
     new = tiny.prompts(3, 24)
     assert torch.equal(detector.score(new), fit_transplant(config, extracted, trusted).score(new))
     assert not torch.equal(
-        detector.score(new), fit_transplant(Fast(), extracted, trusted).score(new)
+        detector.score(new), fit_transplant(Fast(hosts=4), extracted, trusted).score(new)
     )
-    assert torch.equal(detector.hosts.clean, fit_transplant(Fast(), extracted, trusted).hosts.clean)
+    assert torch.equal(
+        detector.hosts.clean, fit_transplant(Fast(hosts=4), extracted, trusted).hosts.clean
+    )
 
 
 def test_circuits_that_cannot_be_found_again_are_refused(extracted, context):
@@ -589,7 +606,7 @@ def test_fast_and_strict_differ_in_their_hosts_and_circuits_alone(context):
     ]
     assert settings[0] == settings[1] != {}
     assert (fast().name, strict().name) == ("fast", "strict")
-    assert fast().hosts < strict().hosts and fast().circuits < strict().circuits
+    assert fast().hosts == strict().hosts and fast().circuits < strict().circuits
     new, trusted = prompts_of(context.engine), hosts_of(context.engine)
     one, other = (
         fit_transplant(config(hosts=3, circuits=1), context, trusted) for config in (fast, strict)
@@ -608,12 +625,22 @@ def test_settings_out_of_range_and_too_few_trusted_prompts_are_refused(context, 
             with pytest.raises(ValueError, match=f"{setting}={value}, but at least 1"):
                 fit_transplant(config(**{setting: value}), context, trusted)
         config(**{setting: 1}).check()  # the bound itself
-    with pytest.raises(
-        ValueError, match="hosts=6, but there are 5 trusted prompts to fit on; give more, or lower"
-    ):
-        fit_transplant(config(hosts=6), context, trusted)
+    with pytest.raises(ValueError, match="hosts=4 need at least 6 trusted prompts.*there are 5;"):
+        fit_transplant(config(hosts=4, circuits=2), context, trusted)
+    with pytest.raises(ValueError, match="need at least 1 trusted prompts"):
+        fit_transplant(config(circuits=1), context, trusted.select(slice(0)))
     with pytest.raises(ValueError, match=f"detector {config.name} .*run `madcap extract` first"):
         fit_transplant(config(hosts=2, circuits=1), Context(context.engine), trusted)
+
+
+def test_all_trusted_prompts_are_hosts_where_there_are_too_few(context, caplog):
+    trusted, new = hosts_of(context.engine), prompts_of(context.engine)
+    detector = fit_transplant(Fast(), context, trusted)
+    assert "hosts=16, but there are 5 trusted prompts" in caplog.text
+    assert detector.config == Fast(hosts=5), "what is saved says so"
+    assert torch.equal(
+        detector.score(new), fit_transplant(Fast(hosts=5), context, trusted).score(new)
+    )
 
 
 def test_other_lengths_are_refused_where_edges_have_positions():
