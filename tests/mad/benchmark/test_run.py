@@ -95,7 +95,7 @@ def test_the_demo_and_mode_detect_have_one_setting():
                 config.register_group(group)
         with initialize_config_module(config.CONFIGS, version_base="1.3"):
             composed = compose(command, [*words, "out=somewhere"])
-        found.append({name: composed[name] for name in (field.name for field in fields(RunConfig))})
+        found.append({name: composed[name] for name in names})
     assert found[0] == found[1]
 
 
