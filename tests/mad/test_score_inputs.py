@@ -101,6 +101,7 @@ def test_what_is_packed_again_is_the_same_job(fitted, tmp_path, monkeypatch):
         (gzip.compress(lines(40, 1).encode())[:-9], "in is damaged gzip"),
         (gzip.compress(b""), "in is empty; give one JSON object a line"),
     ],
+    ids=["UTF-16", "Parquet", "damaged gzip", "empty gzip"],  # gzip writes the time into itself
 )
 def test_files_of_other_formats_are_refused_before_anything_is_written(
     fitted, tmp_path, contents, message
