@@ -22,7 +22,7 @@ from circuits.model.families.parts import (
 _COMMON = (
     "n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
     "scale_attn_weights resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj "
-    "summary_activation summary_proj_to_labels summary_first_dropout n_special "
+    "summary_activation summary_proj_to_labels summary_first_dropout "
 )
 _NEO = (
     "hidden_size num_layers num_heads intermediate_size activation_function attention_types "
@@ -33,8 +33,7 @@ _NEO = (
 _OPT = (
     "hidden_size ffn_dim num_hidden_layers num_attention_heads activation_function "
     "max_position_embeddings do_layer_norm_before word_embed_proj_dim enable_bias "
-    "layer_norm_elementwise_affine dropout attention_dropout activation_dropout layerdrop init_std "
-    "prefix"
+    "layer_norm_elementwise_affine dropout attention_dropout layerdrop init_std"
 )
 _NEOX = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "

@@ -24,13 +24,11 @@ COMMON = (
     "attention_dropout "
 )
 LAYERED = COMMON + "sliding_window layer_types "
-_LLAMA = "attention_bias mlp_bias is_llama_config transformers.js_config"
 _SOME_WINDOWS = LAYERED + "max_window_layers use_sliding_window "
 _SMOLLM3 = _SOME_WINDOWS + "no_rope_layers no_rope_layer_interval attention_bias mlp_bias"
 # original_max_position_embeddings is read by longrope alone, which is refused.
 _PHI3 = COMMON + (
-    "sliding_window resid_pdrop embd_pdrop original_max_position_embeddings partial_rotary_factor "
-    "auto_map"
+    "sliding_window resid_pdrop embd_pdrop original_max_position_embeddings partial_rotary_factor"
 )
 # qk_layernorm, a LayerNorm for each head (in the 12B model), stays refused.
 _STABLELM = COMMON + (
@@ -43,7 +41,7 @@ Change = Callable[[int, Attention], Attention]
 
 def llama(bridge: Any, config: Any) -> Architecture:
     """Llama (Touvron et al. 2023)."""
-    refuse_unknown("Llama", config, COMMON + _LLAMA)
+    refuse_unknown("Llama", config, COMMON + "attention_bias mlp_bias")
     return decoder("Llama", bridge, config)
 
 
