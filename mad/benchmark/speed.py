@@ -223,9 +223,11 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
         ablated = engine.ablated(engine.writers(prompts))
         runs = []
         for row in range(hosts):
-            host = prompts.select([row] * len(prompts))
+            host = prompts.select([row % len(prompts)] * len(prompts))
             logits = engine.masked(host, circuit, ablated)
-            runs.append(kl(logits, prompts, batch.clean.logits[row].expand_as(logits)))
+            runs.append(
+                kl(logits, prompts, batch.clean.logits[row % len(prompts)].expand_as(logits))
+            )
         return runs
 
     return {

@@ -19,7 +19,7 @@ from circuits.model.load import local_path
 from mad.commands.main import main
 from mad.folder import open_run
 from mad.known_models import is_known, known_models, recorded, remember
-from tests import tiny
+from tests import modules, tiny
 from tests.mad.test_scoring import records, run  # noqa: F401
 
 
@@ -405,7 +405,7 @@ def test_other_weights_have_the_architecture_of_the_circuits_model(
 
 
 def test_another_family_is_no_copy(stranger, run, tmp_path):  # noqa: F811
-    tiny.gptj_module(n_embd=12, n_inner=48).save_pretrained(tmp_path / "other")
+    modules.gptj_module(n_embd=12, n_inner=48).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="a model of family gpt2, but this one has family gptj"):
         open_run(stranger("metrics.json"), model=str(tmp_path / "other"), allow_other_weights=True)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from circuits.engine import Engine
 from circuits.model.load import from_bridge, from_module
-from tests import tiny
+from tests import modules, tiny
 
 MLP = "model.layers.1.mlp"
 UP = f"{MLP}.up_proj"
@@ -63,7 +63,7 @@ class Steering:
 )
 def test_a_hook_on_any_part_is_refused_and_its_removal_helps(name, hook, named):
     module = tiny.HUGGINGFACE[name]()
-    part = next(part for part, one in module.named_modules() if part.endswith("mlp"))
+    part = next(part for part, one in module.named_modules() if part.endswith(("mlp", "fc1")))
     handle = module.get_submodule(part).register_forward_hook(hook)
     message = rf"{part} has a forward hook \({named}\), and the engine would leave out what it does"
     with pytest.raises(ValueError, match=message.replace("<", ".*<") + r"; remove it: handle\.rem"):
@@ -152,7 +152,7 @@ def test_a_replaced_forward_of_the_whole_model_or_of_its_attention_is_refused():
     module = llama()
     module.forward = types.MethodType(lambda self, *given: None, module)  # type: ignore[assignment]
     refused(module, r"LlamaForCausalLM\.forward is replaced")
-    module = tiny.gptj_module()
+    module = modules.gptj_module()
     attention = module.get_submodule("transformer.h.1.attn")
     attention._attn = lambda query, key, value, *rest: (value, None)  # type: ignore[assignment]
     refused(module, r"transformer\.h\.1\.attn\._attn is replaced")
