@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,37 @@ from hypothesis import settings
 torch.set_num_threads(THREADS)
 settings.register_profile("madcap", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("madcap")
+
+
+# A family like another one that stays: the same proof on it runs in `make test-slow`.
+LIKE_ANOTHER = {
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "codegen",
+    "gptj",
+    "smollm3",
+    "phi3",
+    "gemma",
+    "gptneo",
+}
+REPEATED = (
+    "test_every_family.py",
+    "test_departure.py",
+    "test_observe.py",
+    "test_memory.py",
+    "test_altered.py",
+    "test_stored.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        names = set(re.split(r"[^a-z0-9]+", parameters.id)) if parameters else set()
+        if item.path.name in REPEATED and names & LIKE_ANOTHER:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
