@@ -115,7 +115,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(seed=SCORES, absolute=st.booleans(), levels=st.sampled_from([None, 2]))
 def test_one_order_sliced_is_the_search_begun_anew_for_every_size(name, seed, absolute, levels):
     graph = SMALL[name]
