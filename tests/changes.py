@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
 from circuits.model.architecture import Norm, Rotary
 
 
-def each_block(**attention):
+def each_part(which: str, **fields):
+    """A change of one part of every block: its attention, its MLP or one of its norms."""
+
     def change(architecture):
-        blocks = tuple(
-            dataclasses.replace(block, attention=dataclasses.replace(block.attention, **attention))
-            for block in architecture.blocks
-        )
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-def each_mlp(**mlp):
-    def change(architecture):
-        blocks = tuple(
-            dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, **mlp))
-            for block in architecture.blocks
-        )
-        return dataclasses.replace(architecture, blocks=blocks)
-
-    return change
-
-
-def norms(which: str, **fields):
-    def change(architecture):
-        if which == "final_norm":
-            return dataclasses.replace(
-                architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields)
-            )
         blocks = tuple(
             dataclasses.replace(
                 block, **{which: dataclasses.replace(getattr(block, which), **fields)}
@@ -46,6 +23,18 @@ def norms(which: str, **fields):
         return dataclasses.replace(architecture, blocks=blocks)
 
     return change
+
+
+each_block = functools.partial(each_part, "attention")
+each_mlp = functools.partial(each_part, "mlp")
+
+
+def norms(which: str, **fields):
+    if which != "final_norm":
+        return each_part(which, **fields)
+    return lambda architecture: dataclasses.replace(
+        architecture, final_norm=dataclasses.replace(architecture.final_norm, **fields)
+    )
 
 
 class WithoutBias(torch.nn.Module):

@@ -21,6 +21,14 @@ def scaled_up(module: nn.Module, seed: int = 0, size: float = 0.4) -> nn.Module:
     return module
 
 
+def made(family: str, fields: dict, changes: dict) -> nn.Module:
+    """A module whose classes have the usual names."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**{**fields, **changes})
+    return scaled_up(getattr(transformers, f"{family}ForCausalLM")(config).eval())
+
+
 def gpt2_module(**changes) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -38,10 +46,8 @@ def gpt2_module(**changes) -> nn.Module:
 
 
 def llama_module(**changes) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     fields = {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True}
-    return scaled_up(LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval())
+    return made("Llama", fields, changes)
 
 
 # Heads wider than hidden_size / heads, two per key-value head; a window shorter than the prompts.
@@ -60,8 +66,6 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers"
 
 
 def neox_module(**changes) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     fields = {
         "hidden_size": 24,
         "intermediate_size": 20,
@@ -72,42 +76,28 @@ def neox_module(**changes) -> nn.Module:
         "layer_norm_eps": 1e-2,
         "rotary_pct": 0.5,
     }
-    return scaled_up(GPTNeoXForCausalLM(GPTNeoXConfig(**{**fields, **changes})).eval())
+    return made("GPTNeoX", fields, changes)
 
 
 def mistral_module(**changes) -> nn.Module:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return scaled_up(
-        MistralForCausalLM(MistralConfig(**{**LLAMA_LIKE, "sliding_window": 4, **changes})).eval()
-    )
+    return made("Mistral", {**LLAMA_LIKE, "sliding_window": 4}, changes)
 
 
 def qwen2_module(**changes) -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     fields = {**without_width(24), **WINDOWED}
-    return scaled_up(Qwen2ForCausalLM(Qwen2Config(**{**fields, **changes})).eval())
+    return made("Qwen2", fields, changes)
 
 
 def qwen3_module(**changes) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     fields = {**LLAMA_LIKE, **WINDOWED, "attention_bias": True}
-    return scaled_up(Qwen3ForCausalLM(Qwen3Config(**{**fields, **changes})).eval())
+    return made("Qwen3", fields, changes)
 
 
 def gemma_module(**changes) -> nn.Module:
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    return scaled_up(
-        GemmaForCausalLM(GemmaConfig(**{**LLAMA_LIKE, "attention_bias": True, **changes})).eval()
-    )
+    return made("Gemma", {**LLAMA_LIKE, "attention_bias": True}, changes)
 
 
 def gemma2_module(**changes) -> nn.Module:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
     fields = {
         **LLAMA_LIKE,
         "sliding_window": 4,
@@ -115,26 +105,20 @@ def gemma2_module(**changes) -> nn.Module:
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     }
-    return scaled_up(Gemma2ForCausalLM(Gemma2Config(**{**fields, **changes})).eval())
+    return made("Gemma2", fields, changes)
 
 
 def gptj_module(**changes) -> nn.Module:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
     fields = {"n_embd": 24, "n_layer": 2, "n_head": 3, "rotary_dim": 4}
-    return scaled_up(GPTJForCausalLM(GPTJConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
+    return made("GPTJ", {**GPTJ_LIKE, **fields}, changes)
 
 
 def codegen_module(**changes) -> nn.Module:
-    from transformers import CodeGenConfig, CodeGenForCausalLM
-
     fields = {"n_embd": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_ctx": 16}
-    return scaled_up(CodeGenForCausalLM(CodeGenConfig(**{**GPTJ_LIKE, **fields, **changes})).eval())
+    return made("CodeGen", {**GPTJ_LIKE, **fields}, changes)
 
 
 def gptneo_module(**changes) -> nn.Module:
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
-
     fields = {
         "hidden_size": 12,
         "intermediate_size": 20,
@@ -148,12 +132,10 @@ def gptneo_module(**changes) -> nn.Module:
         "eos_token_id": 0,
         "layer_norm_epsilon": 1e-2,
     }
-    return scaled_up(GPTNeoForCausalLM(GPTNeoConfig(**{**fields, **changes})).eval())
+    return made("GPTNeo", fields, changes)
 
 
 def opt_module(**changes) -> nn.Module:
-    from transformers import OPTConfig, OPTForCausalLM
-
     fields = {
         "hidden_size": 12,
         "ffn_dim": 20,
@@ -163,38 +145,30 @@ def opt_module(**changes) -> nn.Module:
         "max_position_embeddings": 16,
         **ENDS,
     }
-    return scaled_up(OPTForCausalLM(OPTConfig(**{**fields, **changes})).eval())
+    return made("OPT", fields, changes)
 
 
 def smollm3_module(**changes) -> nn.Module:
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
-
     own = {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 4}
     fields = {**LLAMA_LIKE, **own, "attention_bias": True, "mlp_bias": True, **ENDS}
-    return scaled_up(SmolLM3ForCausalLM(SmolLM3Config(**{**fields, **changes})).eval())
+    return made("SmolLM3", fields, changes)
 
 
 def phi3_module(**changes) -> nn.Module:
-    from transformers import Phi3Config, Phi3ForCausalLM
-
     fields = {**without_width(24), "sliding_window": 4, "partial_rotary_factor": 0.7, **ENDS}
-    return scaled_up(Phi3ForCausalLM(Phi3Config(**{**fields, **changes})).eval())
+    return made("Phi3", fields, changes)
 
 
 def stablelm_module(**changes) -> nn.Module:
-    from transformers import StableLmConfig, StableLmForCausalLM
-
     own = {"layer_norm_eps": 1e-2, "partial_rotary_factor": 0.7, "use_qkv_bias": True}
     fields = {**without_width(24), **own}
     fields.pop("rms_norm_eps")
-    return scaled_up(StableLmForCausalLM(StableLmConfig(**{**fields, **changes})).eval())
+    return made("StableLm", fields, changes)
 
 
 def olmo2_module(**changes) -> nn.Module:
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
     fields = {**without_width(24), **ENDS}
-    return scaled_up(Olmo2ForCausalLM(Olmo2Config(**{**fields, **changes})).eval())
+    return made("Olmo2", fields, changes)
 
 
 def gemma3_module(**changes) -> nn.Module:
