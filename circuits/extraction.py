@@ -211,11 +211,11 @@ def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
 
 def _refuse_worse_than_none(metrics: Mapping[str, Any]) -> None:
     for name in metrics["worse_than_none"]:
-        own, chosen = metrics["by_metric"].get(name), metrics["faithfulness_detail"]["metric"]
-        figures = f" ({own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g})"
+        own, chosen = metrics["by_metric"][name], metrics["faithfulness_detail"]["metric"]
+        figures = f"{own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g}"
         raise ValueError(
-            f"by {name} the circuit of {metrics['edges_kept']} edges{figures if own else ''} is "
-            f"worse than the empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
+            f"by {name} the circuit of {metrics['edges_kept']} edges ({figures}) is worse than the "
+            f"empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
             f"discover by metric={name if METRICS[name].differentiable else 'kl'}, with other "
             "settings (method.share, selection), or take it as it is: accept_worse=true"
         )

@@ -92,12 +92,11 @@ def between(
         NotSeparated: |m(M) - m(0)| is under two standard errors: the quotient would be noise.
     """
     full, empty = full.double(), empty.double()
-    gap = full - empty
-    error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
-    if not abs(gap.mean().item()) > 2 * error:
+    gap, noise = _gap(full, empty)
+    if not abs(gap) > noise:
         raise NotSeparated(
             f"metric {objective.metric.name} does not separate the model from the ablated model: "
-            f"they are {abs(gap.mean().item()):.3g} apart, two standard errors are {2 * error:.3g} "
+            f"they are {abs(gap):.3g} apart, two standard errors are {noise:.3g} "
             f"over {len(full)} prompts; use more prompts, another metric or another ablation"
         )
     return FaithfulnessScale(objective, full.mean().item(), empty.mean().item())
@@ -189,9 +188,15 @@ def worse_than_none(values: Mapping[str, Measured]) -> list[str]:
 
 
 def _above(higher: Float[Tensor, "N"], lower: Float[Tensor, "N"]) -> bool:
+    gap, noise = _gap(higher, lower)
+    return gap > noise
+
+
+def _gap(higher: Float[Tensor, "N"], lower: Float[Tensor, "N"]) -> tuple[float, float]:
+    """The mean difference over prompts, and two standard errors of it."""
     gap = higher.double() - lower.double()
     error = gap.std().item() / len(gap) ** 0.5 if len(gap) > 1 else 0.0
-    return gap.mean().item() > 2 * error
+    return gap.mean().item(), 2 * error
 
 
 def by_metric(scale: FaithfulnessScale, values: Mapping[str, Measured]) -> dict[str, Faithfulness]:

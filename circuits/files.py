@@ -16,6 +16,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from torch import Tensor
 
+from circuits.prompts.errors import quote
+
 Config = TypeVar("Config")
 
 
@@ -69,7 +71,7 @@ def restored(schema: type[Config], data: Any, where: str) -> Config:
 
     tower = BeartypeConf(is_pep484_tower=True)  # 1 may stand where a float is declared
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} is {_short(data)}, but it must be a mapping")
+        raise ValueError(f"{where} is {quote(data)}, but it must be a mapping")
     hints = get_type_hints(schema)
     known = [field.name for field in fields(schema)]  # pyright: ignore[reportArgumentType]
     values = {}
@@ -81,14 +83,9 @@ def restored(schema: type[Config], data: Any, where: str) -> Config:
         hint: Any = hints[name]
         if not is_bearable(value, hint, conf=tower):
             declared = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ValueError(f"{where}.{name} is {_short(value)}, but it must be {declared}")
+            raise ValueError(f"{where}.{name} is {quote(value)}, but it must be {declared}")
         values[name] = value
     return schema(**values)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,6 +126,14 @@ def follow_umask(path: Path) -> None:
     new.touch()
     path.chmod(new.stat().st_mode)
     new.unlink()
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file or folder still stands at a path, and was not moved or replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _beside(path: Path) -> Path:

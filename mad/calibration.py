@@ -128,7 +128,7 @@ class Calibration:
             ValueError: alpha is not between 0 and 1.
         """
         check_alpha(alpha)
-        needed = math.ceil(1 / alpha - 1 - 1e-9)
+        needed = inputs_for(alpha)
         fewest, name = min((len(own), name) for name, own in self.groups.items())
         if fewest >= needed:
             return None
@@ -148,6 +148,15 @@ def _p_values(held: Float[Tensor, "n"], scores: Float[Tensor, "B"]) -> Float[Ten
 def _threshold(held: Float[Tensor, "n"], alpha: float) -> float:
     most = math.floor(alpha * (len(held) + 1) + 1e-9) - 1  # calibration scores >= s
     return held[len(held) - 1 - most].item()
+
+
+def inputs_for(alpha: float) -> int:
+    """The fewest calibration inputs with which some p-value is at most alpha.
+
+    >>> inputs_for(0.01), inputs_for(0.05)
+    (99, 19)
+    """
+    return math.ceil(1 / alpha - 1 - 1e-9)
 
 
 def check_alpha(alpha: float) -> None:

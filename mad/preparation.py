@@ -18,7 +18,7 @@ from circuits.engine.memory import parse_memory
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, load_model
 from circuits.prompts import Prompts
-from mad.calibration import check_alpha
+from mad.calibration import check_alpha, inputs_for
 from mad.known_models import remember
 from mad.trusted import one_length, trusted_splits
 
@@ -71,13 +71,12 @@ def metric_of(config: RunConfig) -> str:
 
 
 def prepare_run(config: RunConfig) -> Prepared:
-    """The model and the prompts of a run.
+    """The model and the prompts of a run whose settings are checked (`check_settings`).
 
     Raises:
-        ValueError: a setting, the model or a prompt is refused, the prompts lack what metric or
+        ValueError: the model or a prompt is refused, the prompts lack what metric or
             ablation need, or there are too few to calibrate for the alpha that is asked for.
     """
-    check_settings(config)
     model = load_model(config.model)
     remember(config.model.path, config.model.head)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
@@ -101,7 +100,7 @@ def usable_alpha(asked: float | None, calibration: int, setting: str) -> float:
         ValueError: so few calibration inputs, whose number `setting` decides, cannot serve it.
     """
     alpha, smallest = USUAL_ALPHA if asked is None else asked, smallest_alpha(calibration)
-    needed = math.ceil(1 / alpha - 1 - 1e-9)
+    needed = inputs_for(alpha)
     if calibration >= needed:
         return alpha
     problem = (

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from circuits.files import is_at
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -38,7 +40,7 @@ def locked(partial: Path) -> Iterator[BinaryIO]:
         with partial.open("ab+") as file:
             _lock(file, partial)
             # The run that held the lock may have finished, and so have taken the file away.
-            if _is_at(partial, file):
+            if is_at(partial, file.fileno()):
                 file.seek(0)
                 try:
                     yield file
@@ -65,13 +67,6 @@ def _drop_if_empty(file: BinaryIO, path: Path) -> None:
     """Takes the file away again where nothing was begun."""
     if not file.closed and not os.fstat(file.fileno()).st_size:
         path.unlink()
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def resume(file: BinaryIO, job: dict[str, Any], chunk: int, *, overwrite: bool) -> int:

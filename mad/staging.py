@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from circuits.files import is_at
+
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +93,7 @@ def staged(
                 log.warning("what was found is in %s, until overwrite=true", folder)
             raise
         finally:
-            if _is_at(lock, folder) and not (folder / keep).exists():
+            if is_at(folder, lock) and not (folder / keep).exists():
                 shutil.rmtree(folder)
     finally:
         os.close(lock)
@@ -101,7 +103,7 @@ def _claim(lock: int, folder: Path, ours: Collection[str], keep: str, overwrite:
     """Takes an unfinished folder, and empties it; FileExistsError where it is not to be had."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(lock, folder):
+        if not is_at(folder, lock):
             raise BlockingIOError  # it was published in between, and another one made
     except BlockingIOError:
         raise FileExistsError(f"another run is writing {folder}; choose another out=") from None
@@ -119,11 +121,6 @@ def _problem(folder: Path, ours: Collection[str], keep: str | None) -> str | Non
     if keep is not None and (folder / keep).exists():
         return f"{folder} holds what an interrupted run had found; move it away, or overwrite=true"
     return None
-
-
-def _is_at(lock: int, folder: Path) -> bool:
-    """Whether the folder that is locked is there, and not yet moved to its place."""
-    return folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
 
 
 def _is_ours(name: str, ours: Collection[str]) -> bool:

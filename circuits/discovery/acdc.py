@@ -57,9 +57,9 @@ def acdc(config: ACDC, objective: Objective) -> Found:
     graph = objective.engine.graph
     kept = graph.exists.clone()
     scores = torch.zeros(kept.shape)
-    current = _cost(objective.measure(kept))
-    tau = _tau(config, objective)
-    _warn_of_noise(objective, abs(current - _cost(objective.full())), tau)
+    full, current = _cost(objective.full()), _cost(objective.measure(kept))
+    tau = _tau(config, objective, full)
+    _warn_of_noise(objective, abs(current - full), tau)
     evaluated, closest = 0, float("inf")
     generator = np.random.default_rng(config.seed)
     progress = tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None)
@@ -104,11 +104,11 @@ def _cost(oriented: Float[Tensor, "N"]) -> float:
     return -oriented.double().mean().item()
 
 
-def _tau(config: ACDC, objective: Objective) -> float:
-    """The threshold in units of the metric."""
+def _tau(config: ACDC, objective: Objective, full: float) -> float:
+    """The threshold in units of the metric; `full` is the model's cost."""
     if config.tau is not None:
         return config.tau
-    full, empty = _cost(objective.full()), _cost(objective.empty())
+    empty = _cost(objective.empty())
     if not empty > full:
         raise ValueError(
             f"by {objective.metric.name} the empty circuit ({-empty:.3g}, higher is better) is as "

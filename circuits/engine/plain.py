@@ -121,8 +121,11 @@ def _through_projections(
     """Takes gradients at queries, keys and values back to what is projected."""
     gradients = residual.new_empty(sum(map(len, sides)), *residual.shape)
     row, attention = 0, block.attention
-    for side, projection in zip(sides, (attention.q, attention.k, attention.v), strict=True):
-        projection.pull_back(side, block.norm1(residual), gradients[row : row + len(side)])
+    projections = (attention.q, attention.k, attention.v)
+    behind = any(projection.norm is not None for projection in projections)
+    inputs = block.norm1(residual) if behind else None  # nothing else depends on them
+    for side, projection in zip(sides, projections, strict=True):
+        projection.pull_back(side, inputs, gradients[row : row + len(side)])
         row += len(side)
     return gradients
 

@@ -161,19 +161,21 @@ class Linear:
     def pull_back(
         self,
         gradients: Float[Tensor, "heads B S E"],
-        inputs: Float[Tensor, "B S in_"],
+        inputs: Float[Tensor, "B S in_"] | None,
         out: Float[Tensor, "heads B S in_"],
     ) -> None:
         """Puts into `out` what gradients at each head's numbers are at that head's own input.
 
-        `inputs` is that input, the same for all heads.  With a norm of outputs, y = W x and
-        G = gain gradient / rms(y), it is W_h' G_h - W' y (y_h . G_h) / (n rms(y)^2).
+        `inputs` is that input, the same for all heads; only a norm of outputs asks for it.  With
+        one, y = W x and G = gain gradient / rms(y), it is W_h' G_h - W' y (y_h . G_h) / (n
+        rms(y)^2).
         """
         weight = self.by_head(gradients.shape[-1]).mT  # [heads, E, in]
         rows = out.view(len(out), -1, out.shape[-1])
         if self.norm is None:
             torch.bmm(gradients.flatten(1, 2), weight, out=rows)
             return
+        assert inputs is not None
         together = F.linear(inputs, self.weight, self.bias)  # [B, S, heads E]
         scale = self.norm.scale(together)
         split = (-1, gradients.shape[-1])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from circuits.model.huggingface import quietly, refuse_keys
+from circuits.model.huggingface import REPORTED, quietly, refuse_keys
 from circuits.model.refusals import first_line
 from circuits.model.stored import WEIGHT_FILES
 
@@ -244,9 +244,8 @@ def _module(folder: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> 
         folder,
         **options,
         **stated,
+        **REPORTED,
         dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
     )
 
 

@@ -7,7 +7,6 @@ safetensors tell their tensors in the header; then transformers' own report on w
 from __future__ import annotations
 
 import contextlib
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,18 @@ from typing import Any
 import torch
 
 from circuits.model.refusals import first_line, refuse_configuration
-from circuits.model.stored import WEIGHT_FILES, constants, stored_dtypes, weight_files, widest
+from circuits.model.stored import (
+    WEIGHT_FILES,
+    constants,
+    shards_of,
+    stored_dtypes,
+    weight_files,
+    widest,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 # A report of what did not fit instead of an error.
-_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def read_module(source: str, *, local: bool) -> Any:
@@ -46,7 +52,7 @@ def read_module(source: str, *, local: bool) -> Any:
     options["dtype"] = widest(dtypes.values())
     try:
         with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **_REPORTED)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **REPORTED)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
@@ -137,7 +143,7 @@ def _refuse_incomplete(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}); download or save them there"
         )
-    shards = _shards(path) if path.suffix == ".json" else {path.name: set()}
+    shards = shards_of(path) if path.suffix == ".json" else {path.name: set()}
     for name, wanted in sorted(shards.items()):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -150,21 +156,6 @@ def _refuse_incomplete(folder: Path) -> None:
                 f"{path.name} places there, the first is {lacking[0]}; download or save the model "
                 "again"
             )
-
-
-def _shards(index: Path) -> dict[str, set[str]]:
-    """The files that an index names, each with its tensors."""
-    try:
-        content = json.loads(index.read_text())
-        places, _ = content["weight_map"].items(), content["metadata"]  # which transformers wants
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is no index of shards ({first_line(error)}); download it again"
-        ) from error
-    shards: dict[str, set[str]] = {}
-    for tensor, name in places:
-        shards.setdefault(name, set()).add(tensor)
-    return shards
 
 
 def _tensor_names(path: Path, wanted: set[str]) -> set[str]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits.model.refusals import first_line
+
 # The weights of a folder, in the order in which transformers looks for them.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -53,10 +55,24 @@ def weight_files(source: str, options: Mapping[str, Any]) -> list[Path]:
             continue
         if not name.endswith(".json"):
             return [Path(found)]
-        places = json.loads(Path(found).read_text())["weight_map"]
-        shards = (cached_file(source, shard, **local) for shard in sorted(set(places.values())))
+        shards = (cached_file(source, shard, **local) for shard in sorted(shards_of(Path(found))))
         return [Path(shard) for shard in shards if shard is not None]
     return []
+
+
+def shards_of(index: Path) -> dict[str, set[str]]:
+    """The files that an index names, each with its tensors; ValueError where it is no index."""
+    try:
+        content = json.loads(index.read_text())
+        places, _ = content["weight_map"].items(), content["metadata"]  # which transformers wants
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is no index of shards ({first_line(error)}); download it again"
+        ) from error
+    shards: dict[str, set[str]] = {}
+    for tensor, name in places:
+        shards.setdefault(name, set()).add(tensor)
+    return shards
 
 
 def stored_dtypes(files: Iterable[Path]) -> dict[str, torch.dtype | None]:

@@ -222,12 +222,10 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
     def transplant(hosts: int) -> list[torch.Tensor]:
         ablated = engine.ablated(engine.writers(prompts))
         runs = []
-        for row in range(hosts):
-            host = prompts.select([row % len(prompts)] * len(prompts))
+        for row in (number % len(prompts) for number in range(hosts)):
+            host = prompts.select([row] * len(prompts))
             logits = engine.masked(host, circuit, ablated)
-            runs.append(
-                kl(logits, prompts, batch.clean.logits[row % len(prompts)].expand_as(logits))
-            )
+            runs.append(kl(logits, prompts, batch.clean.logits[row].expand_as(logits)))
         return runs
 
     return {
