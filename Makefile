@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow lint bench study figures docs models clean help
+.PHONY: demo test test-slow real lint bench study figures docs models clean help
 
 demo: .venv/installed ## find, draw and use the circuit of the shipped model -> runs/demo
 	$(BIN)/madcap demo out=runs/demo overwrite=true
@@ -18,6 +18,10 @@ test: .venv/installed ## the test suite
 
 test-slow: .venv/installed ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+real: .venv/installed ## the tests on a language model of 135 M parameters, which is fetched (93 MB) into ~/.cache
+	$(BIN)/python -m tests.real.smollm2
+	$(BIN)/python -m pytest -m real -n0
 
 lint: .venv/installed ## ruff and pyright
 	$(BIN)/ruff check .
