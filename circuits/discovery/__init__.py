@@ -2,12 +2,18 @@
 
 from circuits.discovery.acdc import ACDC, acdc
 from circuits.discovery.attribution import EAP, EAPIG, eap, eap_ig
+from circuits.discovery.edge_pruning import EdgePruning, edge_pruning
 from circuits.discovery.method import Found, Method
+from circuits.discovery.subnetwork_probing import SubnetworkProbing, subnetwork_probing
+from circuits.discovery.ugs import UGS, ugs
 
 METHODS = {
     "acdc": Method(ACDC, acdc, decides=True),
     "eap": Method(EAP, eap, needs_slope=True),
     "eap_ig": Method(EAPIG, eap_ig),
+    "edge_pruning": Method(EdgePruning, edge_pruning),
+    "subnetwork_probing": Method(SubnetworkProbing, subnetwork_probing),
+    "ugs": Method(UGS, ugs),
 }
 
 
@@ -25,10 +31,16 @@ __all__ = [
     "EAP",
     "EAPIG",
     "METHODS",
+    "UGS",
+    "EdgePruning",
     "Found",
     "Method",
+    "SubnetworkProbing",
     "acdc",
     "default_metric",
     "eap",
     "eap_ig",
+    "edge_pruning",
+    "subnetwork_probing",
+    "ugs",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.mask_distribution import MaskDistribution
 from circuits.objective import Objective
 
 
@@ -25,6 +26,8 @@ class Found:
     scores: Float[Tensor, "R W *S"]
     kept: Bool[Tensor, "R W *S"] | None = None
     details: dict = field(default_factory=dict)
+    # of learned masks: the trained one that a circuit of so many edges was taken from
+    trained: Callable[[int], MaskDistribution] | None = None
 
 
 @dataclass(frozen=True)

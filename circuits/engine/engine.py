@@ -184,6 +184,7 @@ class Engine:
         *,
         start: Start | None = None,
         per_example: bool = False,
+        closed: bool = False,
         upstream: Float[Tensor, "W B S D"] | None = None,
         observe: Callable[[Seen], None] | None = None,
     ) -> Float[Tensor, "*KB P V"]:
@@ -202,6 +203,8 @@ class Engine:
             ablated: what removed edges carry.
             start: begin at a later block, from the values of all writers before it.
             per_example: mask k is for example k alone (K = B), and the result is [B, P, V].
+            closed: entries that are 0 need no gradient, as those of a clamped mask, so that a
+                differentiated run too does only the work that the mask leaves.
             upstream: every reader is given these values of the writers, say the model's own, and
                 not what the writers write in this run: each node is then one step away from them.
             observe: is called with what nodes do, block by block; it must copy what it keeps.
@@ -223,7 +226,7 @@ class Engine:
         differentiated = (masks, start.writers, ablated.base, *self.model.bridge.parameters())
         run = MaskedRun(
             self.architecture,
-            live_nodes(graph, masks, first_layer=start.layer),
+            live_nodes(graph, masks.detach() if closed else masks, first_layer=start.layer),
             masks,
             ablated,
             start,

@@ -48,7 +48,7 @@ class LiveNodes:
 
 
 def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int = 0) -> LiveNodes:
-    """The work that masks leave from block `first_layer` on; all of it for a trained mask."""
+    """The work that masks leave from block `first_layer` on; all of it for their gradient."""
     edges = graph.exists if masks.requires_grad else (masks.detach() != 0).any(0)
     kept = (edges if graph.n_positions is None else edges.any(-1)).cpu().numpy()
     wanted = kept[-1].copy()

@@ -12,6 +12,7 @@ takes, with e bytes an element:
     attribution        e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
     explanation        1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph,
                        and its mask
+    training           explanation + prepared + gates; and the parameters of the mask
 
 `block` is what one block holds for a moment, `sides` its queries, keys and values, `graph` what its
 backward pass needs.  Every edge counts as kept and every prompt as long as the longest one, so that
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 MOST_PROMPTS = 64  # of one batch, however large the budget
+GATES = 12  # numbers of 4 bytes that drawing a mask's gates holds for each of its entries
 HOLES = 1.5  # what backward passes take of the machine, as a multiple of what they hold
 
 
@@ -180,6 +182,16 @@ class Footprint:
         written = 3 * self.writers * self.width
         backward = HOLES * (written + self.layers * (mixed + self.graph) + 2 * mixed)
         return self._bytes(backward) + 2 * (self._logits + self._metric) + 2 * self.mask
+
+    def training(self, ablated_per_prompt: bool) -> int:
+        """A step of a mask's training: an explanation, a copy of what is prepared, the gates."""
+        gates = GATES * 4 * self.edges
+        return self.explanation + self.prepared(ablated_per_prompt) + gates
+
+    @property
+    def parameters(self) -> int:
+        """A trained mask's parameters, with their gradient, their optimiser's and their share."""
+        return 2 * GATES * 4 * self.edges
 
 
 def most_prompts(prompts: Prompts, each: int, budget: int, shared: int = 0) -> int:

@@ -1,0 +1,100 @@
+"""What all methods that learn a mask have in common, and what is refused of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from circuits.graph import Graph
+from circuits.objective import Objective
+
+
+@dataclass
+class MaskTraining:
+    """How a mask is trained, whatever it is over."""
+
+    name: str = ""
+    # the size at which training ends, and which is then kept; null: training goes down to `down_to`
+    # edges, and the selection chooses a size
+    edges: int | None = None
+    share: float | None = None  # the same as a share of all edges
+    down_to: float = 0.01  # share of all edges
+    steps: int = 400
+    batch: int | None = None  # prompts a step; null: 32, or all where there are fewer
+    # masks drawn for each prompt of a batch; 0: one for all of them
+    masks_per_prompt: int = 1
+    learning_rate: float = 0.05
+    initial: float = 1.0  # theta of every gate: it is open with probability sigmoid(theta)
+    # start from scores by rank instead: a method's name, or a run folder
+    warm_start: str | None = None
+    # the price of all edges, as a share of the metric's gap between model and empty circuit; null:
+    # the mask is steered down to its size
+    penalty: float | None = None
+    checkpoint: str | None = None  # file to go on from, written during training
+    checkpoint_every: int = 50  # steps
+    seed: int = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether a size is asked for, so that no selection follows."""
+        return self.edges is not None or self.share is not None
+
+
+def final_size(config: MaskTraining, graph: Graph) -> float:
+    """The number of edges at which training ends.
+
+    Raises:
+        ValueError: out of range, or told twice.
+    """
+    if config.edges is not None and config.share is not None:
+        raise ValueError(
+            f"method.edges={config.edges} and method.share={config.share}; give one of them"
+        )
+    if config.edges is not None:
+        if not 1 <= config.edges < graph.n_edges:
+            raise ValueError(
+                f"method.edges={config.edges}, but it must be 1 to {graph.n_edges - 1}: the graph "
+                f"has {graph.n_edges} edges"
+            )
+        return float(config.edges)
+    name = "share" if config.share is not None else "down_to"
+    share = config.down_to if config.share is None else config.share
+    if not 0 < share < 1:
+        raise ValueError(f"method.{name}={share}, but a share of the edges is above 0 and below 1")
+    return max(1.0, share * graph.n_edges)
+
+
+def batch_size(config: MaskTraining, objective: Objective) -> int:
+    """How many prompts a step takes; ValueError where there are fewer."""
+    available = len(objective.batches.whole)
+    if config.batch is None:
+        return min(32, available)
+    if config.batch > available:
+        raise ValueError(
+            f"method.batch={config.batch}, but there are {available} discovery prompts; lower it, "
+            "or give more prompts (splits.discovery)"
+        )
+    return config.batch
+
+
+LEAST = {"steps": 1, "batch": 1, "masks_per_prompt": 0, "checkpoint_every": 1, "seed": 0}
+ABOVE_0 = ("learning_rate", "penalty")
+
+
+def check(config: MaskTraining, objective: Objective) -> None:
+    """Raises ValueError for settings, or a metric, that no mask can be trained with."""
+    metric = objective.metric
+    if not metric.differentiable:
+        raise ValueError(
+            f"metric={metric.name} has no gradient, so that {config.name} cannot train a mask by "
+            "it; use kl, logit_diff, prob_diff or cross_entropy"
+        )
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"method.{name}={value}, but it must be at least {least}")
+    for name in ABOVE_0:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"method.{name}={value}, but it must be a number above 0")
+    final_size(config, objective.engine.graph)
+    batch_size(config, objective)

@@ -1,0 +1,288 @@
+"""Training a mask: gates are drawn, the model runs under them, and what they cost comes back.
+
+    loss = 1 - faithfulness of the batch under drawn masks  +  penalty(share of edges expected)
+
+faithfulness = (m(mask) - m(0)) / (m(M) - m(0)), with m(M) and m(0) means over all discovery prompts:
+so the loss has no unit, and one penalty serves all models and metrics.  What a step draws depends
+on the seed and the number of the step alone, so that training can go on from its last checkpoint as
+if it had never stopped.
+
+Shapes: prompts of a batch B, readers R, writers W; `*S` positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from circuits.ablation.runs import mixed
+from circuits.discovery.masks.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from circuits.discovery.masks.penalty import Penalty, penalty_of
+from circuits.discovery.masks.settings import MaskTraining, batch_size, check, final_size
+from circuits.discovery.masks.snapshots import (
+    Snapshot,
+    ladder,
+    nested_scores,
+    pass_rungs,
+    trained,
+)
+from circuits.discovery.masks.state import Point, State
+from circuits.discovery.masks.warm_start import first_parameters
+from circuits.discovery.method import Found
+from circuits.engine.memory import MOST_PROMPTS, TooLittleMemory, written
+from circuits.mask_distribution import KINDS, MaskDistribution
+from circuits.minibatches import Minibatch, minibatch
+from circuits.objective import Objective
+from circuits.prompts.errors import InputError
+from circuits.units import edge_shares
+
+log = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.999)  # of Adam
+MOST_KEPT = 0.95  # of all edges: a mask that keeps more has removed nothing
+POINTS = 400  # of the training curve that is kept with a circuit
+PROMPTS_OF_A_STEP, GATES_OF_A_STEP = 1, 2  # what random numbers are for
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What does not change during training."""
+
+    config: MaskTraining
+    objective: Objective
+    over: str  # of `circuits.units.UNITS`
+    kind: str  # of `circuits.mask_distribution.KINDS`
+    model: float  # the oriented metric's mean over all discovery prompts
+    empty: float
+    batch: int  # prompts a step
+    parts: int  # rows run at once
+    end: float  # edges
+    rungs: tuple[int, ...]  # the sizes at which the mask is kept
+
+    def mask(self, gates: Mapping[str, Tensor]) -> MaskDistribution:
+        """The mask with these parameters, on the CPU."""
+        held = {name: theta.detach().cpu().clone() for name, theta in gates.items()}
+        return MaskDistribution(self.objective.engine.graph, self.kind, self.over, held)
+
+    def share(self, gates: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+        """The share of all edges that a circuit drawn from the mask is expected to have."""
+        graph = self.objective.engine.graph
+        open_gates = {name: theta.sigmoid() for name, theta in gates.items()}
+        return edge_shares(open_gates, graph).sum() / graph.n_edges
+
+
+def train(config: MaskTraining, objective: Objective, over: str, kind: str) -> Found:
+    """Returns the ranking of edges by the mask as it shrank and, of a size asked for, its circuit.
+
+    Args:
+        over: what the mask is over (`circuits.units.UNITS`).
+        kind: of the distribution of its gates (`circuits.mask_distribution.KINDS`).
+
+    Raises:
+        ValueError: settings or a metric that do not serve, a checkpoint of another training, or a
+            mask that keeps all or nothing.
+        TooLittleMemory: not even one prompt fits.
+    """
+    trainer = trainer_of(config, objective, over, kind)
+    identity = fingerprint(config, objective, over, kind)
+    state = State.new(first_parameters(config, objective, over), config.learning_rate, BETAS)
+    start = trainer.share(state.gates).item()
+    if config.checkpoint is not None:
+        load_checkpoint(config.checkpoint, state, identity)
+    _loop(trainer, state, start, identity)
+    return _found(trainer, state)
+
+
+def trainer_of(config: MaskTraining, objective: Objective, over: str, kind: str) -> Trainer:
+    """What training needs; ValueError for settings or a metric that do not serve."""
+    check(config, objective)
+    model, empty = (part.double().mean().item() for part in (objective.full(), objective.empty()))
+    if not model > empty:
+        raise ValueError(
+            f"by {objective.metric.name} the empty circuit ({empty:.3g}, higher is better) is as "
+            f"good as the model ({model:.3g}), so that a mask has nothing to keep; use another "
+            "metric or ablation"
+        )
+    return Trainer(
+        config,
+        objective,
+        over,
+        kind,
+        model,
+        empty,
+        batch=batch_size(config, objective),
+        parts=_rows_at_once(objective),
+        end=final_size(config, objective.engine.graph),
+        rungs=ladder(objective.engine.graph),
+    )
+
+
+def _rows_at_once(objective: Objective) -> int:
+    """How many prompts can be run at once with what their gradient needs."""
+    batches = objective.batches
+    size, own = batches.footprint, batches.ablation.per_prompt
+    each, shared = size.training(own), size.shared(own) + size.parameters
+    if batches.work < each + shared:
+        raise TooLittleMemory(
+            f"to train a mask on one prompt takes up to {written(each + shared)} beside what is "
+            f"prepared, but {written(batches.work)} are left for it; raise memory, or use shorter "
+            "prompts"
+        )
+    return min(MOST_PROMPTS, (batches.work - shared) // each)
+
+
+def _loop(trainer: Trainer, state: State, start: float, identity: Tensor) -> None:
+    """Takes the steps that are left, from a mask that began with a share of `start`."""
+    config, graph = trainer.config, trainer.objective.engine.graph
+    penalty = penalty_of(config, start, trainer.end / graph.n_edges)
+    progress = {"total": config.steps, "initial": state.step, "unit": "step", "disable": None}
+    with tqdm(desc=config.name, **progress) as bar:
+        while state.step < config.steps:
+            point = _step(trainer, state, penalty)
+            if not point.finite:
+                _stop(config, state, point)
+                break
+            bar.update()
+            shown = {"loss": f"{point.loss:.3f}", "edges": f"{point.edges:.0f}"}
+            shown[trainer.objective.metric.name] = f"{point.metric:.3f}"
+            bar.set_postfix(shown, refresh=False)
+            last = state.step == config.steps
+            if config.checkpoint and (last or state.step % config.checkpoint_every == 0):
+                save_checkpoint(config.checkpoint, state, identity)
+
+
+def _step(trainer: Trainer, state: State, penalty: Penalty) -> Point:
+    """One step: what it came to; where that is not finite, the state stays as it was."""
+    state.optimiser.zero_grad()
+    share = trainer.share(state.gates)
+    edges = share.item() * trainer.objective.engine.graph.n_edges
+    multipliers = state.multipliers.clone()
+    price = penalty(share, multipliers, state.step)
+    price.backward()
+    lost = _backward(trainer, state.gates, state.step)
+    finite = all(theta.grad is not None and theta.grad.isfinite().all() for theta in state.gates.values())
+    loss = lost + price.item() if finite else math.nan
+    oriented = trainer.model - lost * (trainer.model - trainer.empty)
+    sign = 1.0 if trainer.objective.metric.higher_is_better else -1.0
+    point = Point(state.step, loss, 1 - lost, sign * oriented, edges)
+    if point.finite:
+        pass_rungs(state, trainer.rungs, edges)
+        state.multipliers.copy_(multipliers)
+        state.optimiser.step()
+        state.step += 1
+        state.curve.append(point)
+    return point
+
+
+def _backward(trainer: Trainer, gates: Mapping[str, Tensor], step: int) -> float:
+    """Adds the gradient of 1 - faithfulness on the batch of a step; returns its value."""
+    config, objective = trainer.config, trainer.objective
+    device, each = objective.engine.device, config.masks_per_prompt
+    rows = rows_of(step, trainer.batch, len(objective.batches.whole), config.seed)
+    rows = rows.repeat_interleave(max(each, 1))
+    generator = torch.Generator(device).manual_seed(_seed(config.seed, GATES_OF_A_STEP, step))
+    drawn = {
+        name: torch.rand(
+            (len(rows) if each else 1, *theta.shape), generator=generator, device=device
+        )
+        for name, theta in gates.items()
+    }
+    lost = 0.0
+    for part in torch.arange(len(rows)).split(trainer.parts):
+        uniform = {name: own[part.to(device)] if each else own for name, own in drawn.items()}
+        values = _under(trainer, gates, uniform, minibatch(objective.batches, rows[part]))
+        loss = (trainer.model - values).sum() / (len(rows) * (trainer.model - trainer.empty))
+        loss.backward()
+        lost += loss.item()
+    return lost
+
+
+def rows_of(step: int, batch: int, available: int, seed: int) -> Int[Tensor, "B"]:
+    """The prompts of a step, in ascending order: each pass over all of them is shuffled anew."""
+    passes, place = divmod(step, available // batch)
+    generator = torch.Generator().manual_seed(_seed(seed, PROMPTS_OF_A_STEP, passes))
+    order = torch.randperm(available, generator=generator)
+    return order[place * batch : (place + 1) * batch].sort().values
+
+
+def _seed(*numbers: int) -> int:
+    return mixed(numbers) & 0x7FFF_FFFF
+
+
+def _under(
+    trainer: Trainer,
+    gates: Mapping[str, Tensor],
+    uniform: Mapping[str, Tensor],
+    own: Minibatch,
+) -> Float[Tensor, "B"]:
+    """The oriented metric of prompts under drawn masks: one for each, or one for all."""
+    objective, kind = trainer.objective, KINDS[trainer.kind]
+    drawn = {name: kind(theta, uniform[name]) for name, theta in gates.items()}
+    masks = edge_shares(drawn, objective.engine.graph)
+    each = trainer.config.masks_per_prompt > 0
+    logits = objective.engine.masked(
+        own.prompts, masks if each else masks[0], own.ablated, per_example=each, closed=True
+    )
+    try:
+        return objective.metric.oriented(logits, own.prompts, own.logits)
+    except InputError:  # logits that are not finite
+        return logits.flatten(1).sum(1) * math.nan
+
+
+def _stop(config: MaskTraining, state: State, point: Point) -> None:
+    """Warns that training ends early; ValueError where there is nothing to keep."""
+    remedy = "lower method.learning_rate, or use dtype=float32"
+    if not state.step:
+        raise ValueError(f"the loss of the first step is {point.loss}; check the weights, or {remedy}")
+    log.warning(
+        "the loss of step %d is %s, so that training stops, and the mask of the step before is "
+        "kept; %s",
+        point.step + 1,
+        point.loss,
+        remedy,
+    )
+
+
+def _found(trainer: Trainer, state: State) -> Found:
+    """The ranking by all that was kept, and the circuit of a size that was asked for."""
+    config, graph = trainer.config, trainer.objective.engine.graph
+    last = trainer.mask(state.gates)
+    size = last.size()
+    _refuse_everything(size, graph.n_edges, state.step)
+    final = Snapshot(round(trainer.end) if config.decides else max(1, round(size)), last)
+    passed = {edges: Snapshot(edges, trainer.mask(gates)) for edges, gates in state.rungs.items()}
+    snapshots = [*passed.values(), final]
+    kept = graph.without_dead_ends(final.kept()) if config.decides else None
+    if not (kept if kept is not None else snapshots[0].connected()).any():
+        raise ValueError(
+            f"the mask keeps no path from the input to the logits, at {final.edges} edges after "
+            f"{state.step} steps; ask for more edges, raise method.steps, or lower "
+            "method.learning_rate" + ("" if config.penalty is None else " or method.penalty")
+        )
+    details = {
+        "steps": state.step,
+        "expected_edges": size,
+        "training": [asdict(point) for point in thinned(state.curve)],
+    }
+    return Found(nested_scores(graph, snapshots), kept, details, trained(snapshots))
+
+
+def _refuse_everything(size: float, total: int, steps: int) -> None:
+    if size > MOST_KEPT * total:
+        raise ValueError(
+            f"after {steps} steps the mask still keeps {size:.0f} of {total} edges (expected); "
+            "raise method.steps, method.learning_rate or method.penalty, or lower method.initial"
+        )
+
+
+def thinned(curve: Sequence[Point]) -> list[Point]:
+    """At most `POINTS` of the steps, evenly spaced, the last one among them."""
+    stride = -(-len(curve) // POINTS)
+    return list(curve[::-1][:: max(1, stride)][::-1])

@@ -1,0 +1,73 @@
+"""Where a mask starts: all gates alike, or by the rank of scores that another method gave.
+
+By rank the gate of rank r = 1, 2, ... of n is open with probability 1 / (1 + (r / r0)^2), where r0
+is a tenth of n: a start at about a sixth of all edges, in the order of the scores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.circuit import Circuit
+from circuits.discovery.masks.settings import MaskTraining
+from circuits.graph import Graph
+from circuits.objective import Objective
+from circuits.units import gate_shapes
+
+NOISE = 0.01  # standard deviation of the first parameters
+HALF = 0.1  # the gate of this rank, as a share of all, is open half of the time
+
+
+def first_parameters(config: MaskTraining, objective: Objective, over: str) -> dict[str, Tensor]:
+    """Theta of each gate before the first step; ValueError where a warm start is not to be had.
+
+    With several kinds of gates the first is started by rank, the others are all alike.
+    """
+    engine = objective.engine
+    generator = torch.Generator().manual_seed(config.seed)
+    parameters = {
+        name: config.initial + NOISE * torch.randn(shape, generator=generator)
+        for name, shape in gate_shapes(engine.graph, over).items()
+    }
+    if config.warm_start is not None:
+        first = next(iter(parameters))
+        scores = _scores(config.warm_start, objective)
+        parameters[first] += by_rank(engine.graph, scores, parameters[first]) - config.initial
+    return {name: theta.to(engine.device) for name, theta in parameters.items()}
+
+
+def by_rank(graph: Graph, scores: Float[Tensor, "R W *S"], like: Tensor) -> Tensor:
+    """Theta of gates, of the shape of `like`, by the best |score| of an edge that each one gates."""
+    exists = graph.exists
+    best = scores.abs().float().masked_fill(~exists, -1.0)
+    own = best if like.shape == best.shape else best.amax(0, keepdim=True)
+    order = own.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty(own.numel())
+    rank[order] = torch.arange(1, own.numel() + 1, dtype=rank.dtype)
+    half = HALF * (graph.n_edges if own.shape == best.shape else own.numel())
+    return (-2 * (rank / half).log()).view(own.shape)
+
+
+def _scores(source: str, objective: Objective) -> Float[Tensor, "R W *S"]:
+    """The scores of a method run on the same objective, or those of a saved circuit."""
+    from circuits.discovery import METHODS
+
+    names = [name for name, method in METHODS.items() if not issubclass(method.schema, MaskTraining)]
+    if source in names:
+        return METHODS[source].run(METHODS[source].schema(), objective).scores
+    if not Path(source).exists():
+        raise ValueError(
+            f"warm_start={source!r} is no method that scores ({', '.join(names)}) and no run folder"
+        )
+    circuit, graph = Circuit.load(source), objective.engine.graph
+    if circuit.graph != graph:
+        raise ValueError(
+            f"warm_start={source!r} has scores of {circuit.graph.n_edges} edges of another graph "
+            f"than the model's, which has {graph.n_edges}; take a run on the same model, with the "
+            "same positions"
+        )
+    return circuit.scores
