@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from circuits.discovery import EAP as EAP
     from circuits.discovery import EAPIG as EAPIG
     from circuits.discovery import METHODS as METHODS
+    from circuits.discovery import UGS as UGS
+    from circuits.discovery import EdgePruning as EdgePruning
+    from circuits.discovery import SubnetworkProbing as SubnetworkProbing
     from circuits.engine import Engine as Engine
     from circuits.extraction import Extraction as Extraction
     from circuits.extraction import extract as extract
@@ -48,6 +51,7 @@ _WHERE = {
     "Circuit": "circuits.circuit",
     "EAP": "circuits.discovery",
     "EAPIG": "circuits.discovery",
+    "EdgePruning": "circuits.discovery",
     "Engine": "circuits.engine",
     "Extraction": "circuits.extraction",
     "Graph": "circuits.graph",
@@ -58,6 +62,8 @@ _WHERE = {
     "OutputHead": "circuits.model.output_head",
     "Prompts": "circuits.prompts",
     "Selection": "circuits.selection",
+    "SubnetworkProbing": "circuits.discovery",
+    "UGS": "circuits.discovery",
     "draw_circuit": "circuits.plot",
     "extract": "circuits.extraction",
     "from_bridge": "circuits.model.load",

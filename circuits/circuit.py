@@ -1,8 +1,8 @@
 """A circuit: the kept edges of a graph, the scores of all of them, and how they were found.
 
 On disk a circuit is a folder: `circuit.json`, readable and diffable, with the kept edges; and
-`scores.safetensors` with the scores of all edges.  Nothing in either can run code, and where the
-two disagree the circuit is refused.
+`scores.safetensors` with the scores of all edges and, of a learned mask, the parameters of its gates
+(log_alpha).  Nothing in either can run code, and where the two disagree the circuit is refused.
 
 Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
@@ -25,9 +25,11 @@ from torch import Tensor
 from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
 from circuits.graph import Graph
+from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
 
 FORMAT = 1
+TRAINED, LOG_ALPHA = "trained_mask", "log_alpha."  # what the files call a trained mask
 MOST_CELLS = 2**31  # of a mask of readers by writers (by positions)
 MOST_SCORE = torch.finfo(torch.float32).max
 
@@ -48,6 +50,7 @@ class Circuit:
     kept: Bool[Tensor, "R W *S"]
     scores: Float[Tensor, "R W *S"]
     about: Mapping[str, Any] = field(default_factory=dict)
+    trained: MaskDistribution | None = None  # the mask that it was taken from, if one was learned
 
     def __len__(self) -> int:
         """Number of kept edges."""
@@ -112,6 +115,30 @@ class Circuit:
         """1 where an edge is kept, else 0."""
         return self.kept.float()
 
+    def sample(self, n: int, seed: int) -> list[Circuit]:
+        """Draws circuits from the trained mask; all should do what this one does.
+
+        >>> from circuits.mask_distribution import MaskDistribution
+        >>> graph = Graph(n_layers=1, n_heads=1)
+        >>> gates = {"edge": torch.zeros(graph.exists.shape)}  # each is open half of the time
+        >>> trained = MaskDistribution(graph, "window", "edges", gates)
+        >>> circuit = Circuit(graph, graph.exists, graph.exists.float(), trained=trained)
+        >>> len(circuit.sample(5, seed=0))
+        5
+
+        Raises:
+            ValueError: it was found by no learned mask, or n is under 1.
+        """
+        if self.trained is None:
+            raise ValueError(
+                f"the circuit has no trained mask to draw from (method={self.says('method')!r}): "
+                "find it by edge_pruning, subnetwork_probing or ugs"
+            )
+        return [
+            replace(self, kept=kept, about={**self.about, "sample": {"seed": seed, "draw": draw}})
+            for draw, kept in enumerate(self.trained.sample(n, seed))
+        ]
+
     def networkx(self) -> nx.MultiDiGraph:
         """The kept edges as a graph between nodes, keyed by reader, each with its `score`."""
         view = self.graph.networkx(self.kept)
@@ -138,13 +165,19 @@ class Circuit:
             "graph": self.graph.to_json(),
             "edges": [{"edge": name, "score": score} for name, score in self.edges],
         } | {"format": FORMAT}  # whatever `about` says
+        tensors = {"scores": self.scores}
+        if self.trained is not None:
+            data[TRAINED] = {"kind": self.trained.kind, "over": self.trained.over}
+            tensors |= {f"{LOG_ALPHA}{name}": own for name, own in self.trained.gates.items()}
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
         write_text(folder / "circuit.json", text)
-        write_tensors(folder / "scores.safetensors", {"scores": self.scores})
+        write_tensors(folder / "scores.safetensors", tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Reads a circuit from its folder or from its `circuit.json`; scores left out there are 0.
+
+        A trained mask is in `scores.safetensors`; without that file there is none.
 
         A graph file of EAP-IG or MIB is read too; it names no model, so that it can be drawn and
         measured, but not opened with `mad.open_run`.
@@ -152,7 +185,7 @@ class Circuit:
         Raises:
             FileNotFoundError: there is no circuit.json.
             ValueError: it is broken, of another format, names edges that its graph lacks, or
-                `scores.safetensors` beside it has other scores.
+                `scores.safetensors` beside it has other scores, or no mask that fits.
         """
         path = Path(path)
         path = own_file(path, "circuit.json") if path.is_dir() else path
@@ -170,9 +203,13 @@ class Circuit:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
         tensors = own_file(path.parent, "scores.safetensors")
+        mask = circuit.about.get(TRAINED)
+        about = {name: value for name, value in circuit.about.items() if name != TRAINED}
+        circuit = replace(circuit, about=about)
         if foreign or not tensors.is_file():
             return circuit
-        return replace(circuit, scores=_scores(tensors, path, circuit))
+        circuit = replace(circuit, scores=_scores(tensors, path, circuit))
+        return circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
 
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:
@@ -242,3 +279,18 @@ def _scores(path: Path, beside: Path, circuit: Circuit) -> Tensor:
             f"delete {path.name} (edges off the circuit then score 0), else restore circuit.json"
         )
     return scores
+
+
+def _trained(path: Path, circuit: Circuit, mask: Any) -> MaskDistribution:
+    """The trained mask beside a circuit."""
+    gates = {
+        name.removeprefix(LOG_ALPHA): tensor
+        for name, tensor in read_tensors(path).items()
+        if name.startswith(LOG_ALPHA)
+    }
+    try:
+        return MaskDistribution(circuit.graph, mask["kind"], mask["over"], gates)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no mask of {TRAINED} in circuit.json: {error}; restore it, or delete it"
+        ) from error

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from circuits.ablation import Ablation, AblationConfig, fit_ablation
 from circuits.circuit import Circuit
-from circuits.discovery import METHODS, Found
+from circuits.discovery import METHODS, Found, decides
+from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
 from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
 from circuits.files import restored
@@ -111,7 +112,8 @@ def extract(
         "selection": None if found.kept is not None else asdict(selection),
         "splits": splits,
     }
-    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how})
+    trained = None if found.trained is None else found.trained(int(kept.sum()))
+    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how}, trained)
     if keep is not None:
         keep(circuit)
     held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
@@ -145,11 +147,11 @@ def _check(
         )
     if random_draws < 0:
         raise ValueError(f"random_draws={random_draws}, but it must be at least 0")
-    if selection is not None and METHODS[method.name].decides and (given := selection.given()):
+    if selection is not None and decides(method) and (given := selection.given()):
         raise ValueError(
             f"selection.{given[0]}={getattr(selection, given[0])}, but method {method.name} "
-            "decides itself which edges to keep; change its own settings (tau), or use a method "
-            "that scores"
+            "decides itself which edges to keep; change its own settings (tau, edges, share), or "
+            "use a method that scores"
         )
 
 
@@ -173,7 +175,8 @@ def rediscover(
 ) -> Bool[Tensor, "R W *S"]:
     """Returns the edges found on other prompts in the way that a circuit was found.
 
-    Where that was at random, they are drawn anew; other prompts give other edges.
+    Where that was at random, they are drawn anew; other prompts give other edges.  Nothing but the
+    prompts is read: a mask that started from a run folder's scores now starts from those of EAP-IG.
 
     Raises:
         ValueError: the circuit does not say how it was found.
@@ -190,6 +193,7 @@ def rediscover(
     if name not in METHODS:
         raise ValueError(f"method {name!r} of the circuit is none of {', '.join(METHODS)}")
     method = restored(METHODS[name].schema, about["method"], "method of the circuit")
+    method = method.elsewhere() if isinstance(method, MaskTraining) else method
     config = restored(AblationConfig, about["ablation"], "ablation of the circuit")
     ablation = fit_ablation(config, engine, prompts, memory=memory)
     able = ablation.able(prompts)
@@ -317,7 +321,7 @@ def with_signs(selection: Selection, metric: Metric, method: Any) -> Selection:
     """
     if selection.absolute is not None:
         return selection
-    return replace(selection, absolute=metric.flat_at_model and not METHODS[method.name].decides)
+    return replace(selection, absolute=metric.flat_at_model and not decides(method))
 
 
 def ranked_by(graph: Graph, found: Found, selection: Selection) -> Ranking:

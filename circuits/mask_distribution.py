@@ -72,11 +72,13 @@ class MaskDistribution:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"distribution {self.kind!r}, but there are {', '.join(KINDS)}")
+            raise ValueError(f"a distribution {self.kind!r}, but there are {', '.join(KINDS)}")
         shapes = gate_shapes(self.graph, self.over)
         given = {name: tuple(theta.shape) for name, theta in self.gates.items()}
         if given != shapes:
             raise ValueError(f"a mask over {self.over} has gates of {shapes}, but these are {given}")
+        if not all(theta.is_floating_point() for theta in self.gates.values()):
+            raise ValueError("the parameters of a trained mask must be float")
         if not all(theta.isfinite().all() for theta in self.gates.values()):
             raise ValueError("the parameters of a trained mask are not finite")
 

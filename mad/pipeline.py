@@ -124,7 +124,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
     reserved = place.folder / RESERVED
     exists = prepared.engine.graph.exists
     reserved.write_bytes(
-        bytes(4 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
+        bytes(12 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
     )
 
     def keep(circuit: Circuit) -> None:

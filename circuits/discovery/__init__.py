@@ -1,5 +1,7 @@
 """Discovery: algorithms that find which edges matter.  `METHODS` names them."""
 
+from typing import Any
+
 from circuits.discovery.acdc import ACDC, acdc
 from circuits.discovery.attribution import EAP, EAPIG, eap, eap_ig
 from circuits.discovery.edge_pruning import EdgePruning, edge_pruning
@@ -26,6 +28,15 @@ def default_metric(method: str) -> str:
     return "logit_diff" if METHODS[method].needs_slope else "kl"
 
 
+def decides(config: Any) -> bool:
+    """Whether a method, as configured, decides itself which edges to keep.
+
+    >>> decides(ACDC()), decides(UGS()), decides(UGS(edges=40))
+    (True, False, True)
+    """
+    return METHODS[config.name].decides or getattr(config, "decides", False)
+
+
 __all__ = [
     "ACDC",
     "EAP",
@@ -37,6 +48,7 @@ __all__ = [
     "Method",
     "SubnetworkProbing",
     "acdc",
+    "decides",
     "default_metric",
     "eap",
     "eap_ig",

@@ -146,13 +146,12 @@ class MaskedRun:
         if inputs.dtype == torch.float16:  # which what is not yet normed could overflow
             late = None
         inputs = norm(inputs) if late is None else inputs
-        sides, row = [], 0
-        projections = (attention.q, attention.k, attention.v)
-        for projection, heads in zip(projections, (step.heads, step.kv_heads, step.kv_heads)):
-            own = inputs[row : row + len(heads)]
+        sides = []
+        projections, living = (attention.q, attention.k, attention.v), (step.heads, *2 * [step.kv_heads])
+        parts = inputs.split([len(heads) for heads in living])
+        for projection, heads, own in zip(projections, living, parts, strict=True):
             side = projection.each(own, width, None if step.all_heads else heads, late)
             sides.append(side.view(len(heads), -1, self.differences.shape[2], width))
-            row += len(heads)
         return sides
 
     def _all_heads(self, heads: Float[Tensor, "r K b S D"], layer: int) -> Float[Tensor, "K b S D"]:

@@ -34,6 +34,8 @@ class Differences:
         written are kept, for gradients to reach them.
         """
         self.masks, self.per_example, self.grad = masks, per_example, grad
+        # Apart, so that a reader's gradient is put in its place once, not added to one for all.
+        self.by_reader = masks.unbind(1) if grad else ()
         self.by_position = masks.ndim == 4
         n_prompts, *rest = prefix.shape[1:]
         self.shape = (len(masks), 1 if per_example else n_prompts, *rest)
@@ -92,7 +94,7 @@ class Differences:
             own = self.gather(own, at)
             if len(shared):
                 shared = shared[:, torch.arange(len(at), device=at.device)[:, None], at]
-        mask = self.masks[:, readers, : self.count]  # [K, r, c]
+        mask = self._rows(readers) if self.grad else self.masks[:, readers, : self.count]
         if self.grad:
             groups = [group if at is None else self.gather(group, at) for group in self.groups]
             product = _Product.apply(mask, own.flatten(2), *groups)
@@ -101,6 +103,13 @@ class Differences:
         else:
             product = torch.bmm(mask, own.flatten(2).transpose(0, 1))
         return product.view(len(mask), -1, *own.shape[2:]).transpose(0, 1)
+
+    def _rows(self, readers: list[int] | slice) -> Float[Tensor, "K r C"]:
+        """The masks of some readers, with columns of writers that have not yet written."""
+        own = self.by_reader[readers] if isinstance(readers, slice) else [
+            self.by_reader[reader] for reader in readers
+        ]
+        return torch.stack(own, 1)
 
     def _with_shared(
         self, mask: Float[Tensor, "K r c"], shared: Float[Tensor, "p b s D"], own: Tensor
@@ -125,13 +134,14 @@ class Differences:
 
 
 class _Product(torch.autograd.Function):
-    """mask [K, r, c] times differences [c, K, N], read from the buffer in place of a copy.
+    """mask [K, r, C] times differences [c, K, N], read from the buffer in place of a copy.
 
-    The buffer holds the same numbers as `groups`; rows that were written are never written again.
+    Of the mask only the first c columns count.  The buffer holds the same numbers as `groups`; rows that were written are never written again.
     """
 
     @staticmethod
     def forward(ctx: Any, mask: Tensor, buffer: Tensor, *groups: Tensor) -> Tensor:
+        ctx.columns, mask = mask.shape[2], mask[..., : len(buffer)]
         ctx.mask, ctx.buffer, ctx.shapes = mask, buffer, [group.shape for group in groups]
         return torch.bmm(mask, buffer.transpose(0, 1))
 
@@ -142,6 +152,7 @@ class _Product(torch.autograd.Function):
         for_mask = None
         if ctx.needs_input_grad[0]:
             for_mask = torch.bmm(gradient, ctx.buffer.permute(1, 2, 0))
+            for_mask = torch.nn.functional.pad(for_mask, (0, ctx.columns - len(ctx.buffer)))
         if not any(ctx.needs_input_grad[2:]):
             return for_mask, None, *(None for _ in ctx.shapes)
         for_differences = torch.bmm(ctx.mask.mT, gradient).transpose(0, 1)  # [c, K, N]

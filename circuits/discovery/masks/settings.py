@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from circuits.graph import Graph
 from circuits.objective import Objective
@@ -38,6 +39,13 @@ class MaskTraining:
         """Whether a size is asked for, so that no selection follows."""
         return self.edges is not None or self.share is not None
 
+    def elsewhere(self) -> Self:
+        """The same for other prompts: no file is read or written."""
+        from circuits.discovery import METHODS
+
+        own = self.warm_start if self.warm_start in (None, *METHODS) else "eap_ig"
+        return replace(self, checkpoint=None, warm_start=own)
+
 
 def final_size(config: MaskTraining, graph: Graph) -> float:
     """The number of edges at which training ends.
@@ -45,10 +53,10 @@ def final_size(config: MaskTraining, graph: Graph) -> float:
     Raises:
         ValueError: out of range, or told twice.
     """
-    if config.edges is not None and config.share is not None:
-        raise ValueError(
-            f"method.edges={config.edges} and method.share={config.share}; give one of them"
-        )
+    told = [name for name in ("edges", "share", "penalty") if getattr(config, name) is not None]
+    if len(told) > 1:
+        values = " and ".join(f"method.{name}={getattr(config, name)}" for name in told)
+        raise ValueError(f"{values} contradict each other; give one of them")
     if config.edges is not None:
         if not 1 <= config.edges < graph.n_edges:
             raise ValueError(
