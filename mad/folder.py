@@ -32,7 +32,12 @@ from mad.model_reference import Reference
 from mad.saved_detector import check_weights, detectors_in, load_detector
 from mad.staging import Staged, staged
 
-_PICTURES = {"circuit": "svg png pdf", "positions": "svg png pdf", "curve": "png svg"}
+_PICTURES = {
+    "circuit": "svg png pdf",
+    "positions": "svg png pdf",
+    "curve": "png svg",
+    "training": "png svg",
+}
 PICTURES = [f"{stem}.{form}" for stem, forms in _PICTURES.items() for form in forms.split()]
 RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
 RESERVED = "reserved"  # room on the disk for the circuit, held while it is looked for

@@ -8,7 +8,8 @@ Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the 
 support the behaviour, red ones work against it; width and opacity show |score|), and curve.png and
 curve.svg: faithfulness against the number of edges kept, with random circuits of the same size.
 Where edges are told apart by position, also positions.svg, .png and .pdf: what each node reads
-where in the text.
+where in the text. Of a learned mask also training.png and training.svg: loss, faithfulness and
+expected edges by step.
 
 scored=FILE draws what `madcap score` wrote: FILE.scores, the scores with those flagged at alpha in
 red and, where inputs had a "label", FILE.roc; it prints the shares flagged, and AUROC.
@@ -25,6 +26,7 @@ from circuits.circuit import Circuit
 from circuits.files import own_file, read_json
 from circuits.foreign import EAP_IG
 
+TRAINING = ("loss", "faithfulness", "edges")  # of each step, where a mask was learned
 DETAIL = ("metric", "ablation", "n_prompts")  # what the figures were measured with
 
 
@@ -84,7 +86,10 @@ def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) 
     if circuit.graph.n_positions is not None:
         files = [folder / f"positions.{form}" for form in formats]
         paths += [draw_positions(circuit, file, title=title, caption=caption) for file in files]
-    return paths + (_draw_curve(circuit, figures, folder, title) if figures else [])
+    if figures:
+        paths += _draw_curve(circuit, figures, folder, title)
+        paths += _draw_training(circuit, figures, folder, title)
+    return paths
 
 
 def _figures(folder: Path) -> dict[str, Any] | None:
@@ -106,11 +111,15 @@ def _figures(folder: Path) -> dict[str, Any] | None:
             for name, keys in columns.items()
         }
         detail = {**{key: detail[key] for key in DETAIL}, "value": float(detail["value"])}
+        training = [
+            {"step": int(point["step"])} | {key: float(point[key]) for key in TRAINING}
+            for point in (data.get("method") or {}).get("training", [])
+        ]
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; extract again, or delete it") from error
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({error}); extract again, or delete it") from error
-    return {**curves, "faithfulness_detail": detail}
+    return {**curves, "faithfulness_detail": detail, "training": training}
 
 
 def _draw_curve(
@@ -138,6 +147,27 @@ def _draw_curve(
             edges_total=circuit.graph.n_edges,
             title=title,
             caption=f"{measured}, {detail['n_prompts']} held-out prompts",
+        )
+        for form in ("png", "svg")
+    ]
+
+
+def _draw_training(
+    circuit: Circuit, figures: Mapping[str, Any], folder: Path, title: str
+) -> list[Path]:
+    """The course of a learned mask's training."""
+    from circuits.plot.training import TrainingPoint, draw_training
+
+    points = [TrainingPoint(**point) for point in figures["training"]]
+    if len(points) < 2:
+        return []
+    return [
+        draw_training(
+            points,
+            folder / f"training.{form}",
+            edges_kept=len(circuit),
+            title=f"{title}: training",
+            caption="of batches, under masks that were drawn; dotted: the edges kept",
         )
         for form in ("png", "svg")
     ]
