@@ -20,6 +20,7 @@ class UGS(MaskTraining):
     """Uniform gradient sampling: one gate for each edge (Li and Janson 2024)."""
 
     name: str = "ugs"
+    steps: int = 600
 
 
 def ugs(config: UGS, objective: Objective) -> Found:

@@ -23,7 +23,7 @@ from torch import Tensor
 from circuits.discovery.masks.settings import MaskTraining
 
 WARM_UP = 5 / 6  # of the steps, in which the target falls: 2,500 of 3,000 in Edge Pruning
-RATE = 0.1  # of the multipliers
+RATE = 40.0  # of the multipliers, over the number of steps
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Steered:
         """The penalty of a step; moves the multipliers."""
         off = share.log() - math.log(self.target(step))
         terms = torch.stack((off, off**2))
-        multipliers += RATE * terms.detach()
+        multipliers += RATE / self.steps * terms.detach()
         return (multipliers.clone() * terms).sum()
 
 

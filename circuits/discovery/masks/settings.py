@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 from circuits.graph import Graph
 from circuits.objective import Objective
+
+DISTANCE = 20.0  # that theta can go in a training, at most
 
 
 @dataclass
@@ -23,7 +25,8 @@ class MaskTraining:
     batch: int | None = None  # prompts a step; null: 32, or all where there are fewer
     # masks drawn for each prompt of a batch; 0: one for all of them
     masks_per_prompt: int = 1
-    learning_rate: float = 0.05
+    # of Adam; null: 20 / steps, so that a gate can go as far in few steps as in many
+    learning_rate: float | None = None
     initial: float = 1.0  # theta of every gate: it is open with probability sigmoid(theta)
     # start from scores by rank instead: a method's name, or a run folder
     warm_start: str | None = None
@@ -39,7 +42,12 @@ class MaskTraining:
         """Whether a size is asked for, so that no selection follows."""
         return self.edges is not None or self.share is not None
 
-    def elsewhere(self) -> Self:
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return DISTANCE / self.steps if self.learning_rate is None else self.learning_rate
+
+    def elsewhere(self) -> MaskTraining:
         """The same for other prompts: no file is read or written."""
         from circuits.discovery import METHODS
 
@@ -104,5 +112,7 @@ def check(config: MaskTraining, objective: Objective) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"method.{name}={value}, but it must be a number above 0")
+    if not math.isfinite(config.initial):
+        raise ValueError(f"method.initial={config.initial}, but it must be a number")
     final_size(config, objective.engine.graph)
     batch_size(config, objective)

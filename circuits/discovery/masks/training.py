@@ -92,7 +92,7 @@ def train(config: MaskTraining, objective: Objective, over: str, kind: str) -> F
     """
     trainer = trainer_of(config, objective, over, kind)
     identity = fingerprint(config, objective, over, kind)
-    state = State.new(first_parameters(config, objective, over), config.learning_rate, BETAS)
+    state = State.new(first_parameters(config, objective, over), config.rate, BETAS)
     start = trainer.share(state.gates).item()
     if config.checkpoint is not None:
         load_checkpoint(config.checkpoint, state, identity)
@@ -257,8 +257,12 @@ def _found(trainer: Trainer, state: State) -> Found:
     size = last.size()
     _refuse_everything(size, graph.n_edges, state.step)
     final = Snapshot(round(trainer.end) if config.decides else max(1, round(size)), last)
-    passed = {edges: Snapshot(edges, trainer.mask(gates)) for edges, gates in state.rungs.items()}
-    snapshots = [*passed.values(), final]
+    passed = [
+        Snapshot(edges, trainer.mask(gates))
+        for edges, gates in state.rungs.items()
+        if edges > final.edges  # for the others the last mask has had more time
+    ]
+    snapshots = [*passed, final]
     kept = graph.without_dead_ends(final.kept()) if config.decides else None
     if not (kept if kept is not None else snapshots[0].connected()).any():
         raise ValueError(
