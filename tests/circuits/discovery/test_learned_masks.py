@@ -273,7 +273,7 @@ def test_training_passes_all_sizes_and_keeps_the_mask_of_each(name):
 @pytest.mark.parametrize("settings", [{"edges": 9}, {"share": 9 / 46}])
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_size_that_is_asked_for_is_kept(name, settings):
-    found = learn(name, steps=60, **settings)
+    found = learn(name, steps=150, **settings)
     assert found.trained(9).size() == pytest.approx(9, rel=0.25)
     chances = found.trained(9).probabilities()
     assert torch.equal(found.kept, GRAPH.without_dead_ends(most_probable(chances, GRAPH, 9)))

@@ -17,7 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.ablation.means import writer_means
 from circuits.circuit import Circuit
-from circuits.discovery import EAP, EAPIG, eap, eap_ig
+from circuits.discovery import EAP, EAPIG, SubnetworkProbing, eap, eap_ig
+from circuits.discovery.masks.penalty import Fixed
+from circuits.discovery.masks.state import State
+from circuits.discovery.masks.training import BETAS, trainer_of
+from circuits.discovery.masks.training import _step as training_step
+from circuits.discovery.masks.warm_start import first_parameters
 from circuits.engine import Engine
 from circuits.engine.memory import (
     MOST_PROMPTS,
@@ -281,6 +286,13 @@ def measured(request) -> dict[str, tuple[int, int]]:
         logits = engine.masked(prompts, mask, means, per_example=True)
         return torch.autograd.grad(metric(logits, prompts, batch.clean.logits).sum(), mask)
 
+    def training(each: int):
+        config = SubnetworkProbing(steps=1, batch=count, masks_per_prompt=each)
+        state = State.new(first_parameters(config, ours, "edges"), config.rate, BETAS)
+        trainer = trainer_of(config, ours, "edges", "hard_concrete")
+        with torch.enable_grad():
+            return peak(lambda: training_step(trainer, state, Fixed(1.0)))
+
     hosts, given = prompts.select(range(4)), prompts.select(range(4, 7))
     shorter = (
         long_prompts(length - 9, 3) if graph.n_positions is None else given
@@ -308,6 +320,10 @@ def measured(request) -> dict[str, tuple[int, int]]:
             "4 masks": (runs[4], count * size.masked(4) + 4 * size.mask),
             "attribution": (peak(lambda: eap_ig(EAPIG(steps=1), ours)), count * size.attribution),
             "explanation": (peak(explanation), count * size.explanation),
+            "training": (
+                training(1),
+                count * size.training(True) + size.parameters,
+            ),
             "departure": (
                 peak(lambda: departure(engine, graph.exists, mean, prompts, memory="100GB")),
                 count * size.observed + size.shared(False) + size.mask,
@@ -341,6 +357,7 @@ WORK = [
     "4 masks",
     "attribution",
     "explanation",
+    "training",
     "departure",
     "departure, counterfactual",
     "transplant, one",
