@@ -289,7 +289,8 @@ def _trained(path: Path, circuit: Circuit, mask: Any) -> MaskDistribution:
         if name.startswith(LOG_ALPHA)
     }
     try:
-        return MaskDistribution(circuit.graph, mask["kind"], mask["over"], gates)
+        kind, over = (str(mask[name]) for name in ("kind", "over"))
+        return MaskDistribution(circuit.graph, kind, over, gates)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no mask of {TRAINED} in circuit.json: {error}; restore it, or delete it"

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from circuits.circuit import Circuit
 from circuits.graph import Graph
+from circuits.mask_distribution import MaskDistribution
+from circuits.units import UNITS, gate_shapes
 
 GRAPH = Graph(2, 2, 1)
 KEPT = ["input->a0.h1<q>", "input->a0.kv0<v>", "a0.h1->m0", "m0->logits", "a0.h1->logits"]
@@ -321,3 +323,75 @@ def test_without_room_for_all_scores_the_circuit_is_there(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left on device"):
         circuit().save(tmp_path)
     assert Circuit.load(tmp_path).edges == circuit().edges
+
+
+# ---- trained masks -------------------------------------------------------------------------------
+
+
+def learned(over: str = "edges_and_nodes") -> Circuit:
+    generator = torch.Generator().manual_seed(0)
+    gates = {
+        name: torch.randn(shape, generator=generator) + 2
+        for name, shape in gate_shapes(GRAPH, over).items()
+    }
+    return replace(circuit(), trained=MaskDistribution(GRAPH, "hard_concrete", over, gates))
+
+
+@pytest.mark.parametrize("over", UNITS)
+def test_a_trained_mask_is_saved_and_loaded_to_the_bit(tmp_path, over):
+    saved = learned(over)
+    saved.save(tmp_path)
+    again = Circuit.load(tmp_path)
+    assert same(again, saved) and again.trained is not None and saved.trained is not None
+    assert (again.trained.kind, again.trained.over) == ("hard_concrete", over)
+    assert list(again.trained.gates) == list(saved.trained.gates)
+    for name, theta in saved.trained.gates.items():
+        assert torch.equal(again.trained.gates[name], theta)
+    drawn, expected = again.sample(4, seed=1), saved.sample(4, seed=1)
+    assert len({own.hash() for own in drawn}) > 1
+    assert [own.hash() for own in drawn] == [own.hash() for own in expected]
+    drawn[0].save(tmp_path / "drawn")
+    assert Circuit.load(tmp_path / "drawn").about["sample"] == {"seed": 1, "draw": 0}
+
+
+def test_a_circuit_without_trained_mask_has_nothing_to_draw_from(tmp_path):
+    with pytest.raises(ValueError, match=r"no trained mask to draw from \(method='acdc'\): find it"):
+        circuit().sample(1, seed=0)
+    learned().save(tmp_path)
+    (tmp_path / "scores.safetensors").unlink()
+    assert Circuit.load(tmp_path).trained is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"log_alpha.edge": torch.zeros(3, 4)},
+        {"log_alpha.edge": None},
+        {"log_alpha.writer": torch.full((1, 7), math.inf)},
+        {"log_alpha.writer": torch.zeros(1, 7, dtype=torch.int32)},
+        {"log_alpha.neuron": torch.zeros(2)},
+    ],
+)
+def test_a_tampered_mask_is_refused(tmp_path, spoil):
+    learned().save(tmp_path)
+    path = tmp_path / "scores.safetensors"
+    tensors = {**load_file(path), **spoil}
+    save_file({name: own for name, own in tensors.items() if own is not None}, path)
+    with pytest.raises(ValueError, match="scores.safetensors holds no mask of trained_mask in") as told:
+        Circuit.load(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "mask", [None, 3, [], {}, {"kind": "window"}, {"kind": "gauss", "over": "edges"},
+             {"kind": ["window"], "over": "edges"}, {"kind": "window", "over": {"a": 1}}]
+)
+def test_a_tampered_description_of_a_mask_is_refused(tmp_path, mask):
+    learned().save(tmp_path)
+    path = tmp_path / "circuit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trained_mask": mask}))
+    if mask is None:
+        assert Circuit.load(tmp_path).trained is None
+        return
+    with pytest.raises(ValueError, match="holds no mask of trained_mask in"):
+        Circuit.load(tmp_path)
