@@ -1,8 +1,9 @@
 """A circuit: the kept edges of a graph, the scores of all of them, and how they were found.
 
 On disk a circuit is a folder: `circuit.json`, readable and diffable, with the kept edges; and
-`scores.safetensors` with the scores of all edges and, of a learned mask, the parameters of its gates
-(log_alpha).  Nothing in either can run code, and where the two disagree the circuit is refused.
+`scores.safetensors` with the scores of all edges and, of a learned mask, the parameters of its
+gates (log_alpha).  Nothing in either can run code, and where the two disagree the circuit is
+refused.
 
 Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
@@ -209,7 +210,9 @@ class Circuit:
         if foreign or not tensors.is_file():
             return circuit
         circuit = replace(circuit, scores=_scores(tensors, path, circuit))
-        return circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
+        return (
+            circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
+        )
 
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:

@@ -10,8 +10,8 @@ window          p = sigmoid(theta), w = p (1 - p),  z = 1 - clamp((u - p) / w + 
                 (Li and Janson 2024, arXiv 2409.09951: uniform gradient sampling)
 
 In both a gate is above 1/2 with probability sigmoid(theta): so often a circuit that is drawn has it
-open, and so it counts in a mask's size.  (Louizos et al. count P(z > 0) = sigmoid(theta - T log(-a /
-b)), which also counts what is hardly open.)
+open, and so it counts in a mask's size.  (Louizos et al. count P(z > 0) = sigmoid(theta - T
+log(-a / b)), which also counts what is hardly open.)
 
 Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
 """
@@ -76,7 +76,9 @@ class MaskDistribution:
         shapes = gate_shapes(self.graph, self.over)
         given = {name: tuple(theta.shape) for name, theta in self.gates.items()}
         if given != shapes:
-            raise ValueError(f"a mask over {self.over} has gates of {shapes}, but these are {given}")
+            raise ValueError(
+                f"a mask over {self.over} has gates of {shapes}, but these are {given}"
+            )
         if not all(theta.is_floating_point() for theta in self.gates.values()):
             raise ValueError("the parameters of a trained mask must be float")
         if not all(theta.isfinite().all() for theta in self.gates.values()):

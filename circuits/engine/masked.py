@@ -147,7 +147,10 @@ class MaskedRun:
             late = None
         inputs = norm(inputs) if late is None else inputs
         sides = []
-        projections, living = (attention.q, attention.k, attention.v), (step.heads, *2 * [step.kv_heads])
+        projections, living = (
+            (attention.q, attention.k, attention.v),
+            (step.heads, *2 * [step.kv_heads]),
+        )
         parts = inputs.split([len(heads) for heads in living])
         for projection, heads, own in zip(projections, living, parts, strict=True):
             side = projection.each(own, width, None if step.all_heads else heads, late)

@@ -106,10 +106,9 @@ class Differences:
 
     def _rows(self, readers: list[int] | slice) -> Float[Tensor, "K r C"]:
         """The masks of some readers, with columns of writers that have not yet written."""
-        own = self.by_reader[readers] if isinstance(readers, slice) else [
-            self.by_reader[reader] for reader in readers
-        ]
-        return torch.stack(own, 1)
+        if isinstance(readers, slice):
+            return torch.stack(self.by_reader[readers], 1)
+        return torch.stack([self.by_reader[reader] for reader in readers], 1)
 
     def _with_shared(
         self, mask: Float[Tensor, "K r c"], shared: Float[Tensor, "p b s D"], own: Tensor

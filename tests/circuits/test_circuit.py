@@ -355,7 +355,9 @@ def test_a_trained_mask_is_saved_and_loaded_to_the_bit(tmp_path, over):
 
 
 def test_a_circuit_without_trained_mask_has_nothing_to_draw_from(tmp_path):
-    with pytest.raises(ValueError, match=r"no trained mask to draw from \(method='acdc'\): find it"):
+    with pytest.raises(
+        ValueError, match=r"no trained mask to draw from \(method='acdc'\): find it"
+    ):
         circuit().sample(1, seed=0)
     learned().save(tmp_path)
     (tmp_path / "scores.safetensors").unlink()
@@ -377,14 +379,25 @@ def test_a_tampered_mask_is_refused(tmp_path, spoil):
     path = tmp_path / "scores.safetensors"
     tensors = {**load_file(path), **spoil}
     save_file({name: own for name, own in tensors.items() if own is not None}, path)
-    with pytest.raises(ValueError, match="scores.safetensors holds no mask of trained_mask in") as told:
+    with pytest.raises(
+        ValueError, match="scores.safetensors holds no mask of trained_mask in"
+    ) as told:
         Circuit.load(tmp_path)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(
-    "mask", [None, 3, [], {}, {"kind": "window"}, {"kind": "gauss", "over": "edges"},
-             {"kind": ["window"], "over": "edges"}, {"kind": "window", "over": {"a": 1}}]
+    "mask",
+    [
+        None,
+        3,
+        [],
+        {},
+        {"kind": "window"},
+        {"kind": "gauss", "over": "edges"},
+        {"kind": ["window"], "over": "edges"},
+        {"kind": "window", "over": {"a": 1}},
+    ],
 )
 def test_a_tampered_description_of_a_mask_is_refused(tmp_path, mask):
     learned().save(tmp_path)

@@ -97,7 +97,9 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
     states = [itertools.product((0.0, 1.0), repeat=theta.numel()) for theta in gates.values()]
     for values in itertools.product(*states):  # every state of all gates
         state = {n: torch.tensor(v).view(own[n].shape) for n, v in zip(own, values, strict=True)}
-        chance = math.prod((s * own[n] + (1 - s) * (1 - own[n])).prod().item() for n, s in state.items())
+        chance = math.prod(
+            (s * own[n] + (1 - s) * (1 - own[n])).prod().item() for n, s in state.items()
+        )
         kept = (edge_shares(state, graph) > 0).bool()
         expected += chance * graph.without_dead_ends(kept)
     torch.testing.assert_close(drawn.float().mean(0), expected, atol=0.03, rtol=0)
@@ -108,7 +110,10 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
     [
         ({"kind": "gauss"}, "a distribution 'gauss', but there are hard_concrete, window"),
         ({"over": "layers"}, "over='layers', but a mask is over edges, nodes, edges_and_nodes"),
-        ({"over": "nodes"}, r"a mask over nodes has gates of \{'writer': \(1, 7\)\}, but these are"),
+        (
+            {"over": "nodes"},
+            r"a mask over nodes has gates of \{'writer': \(1, 7\)\}, but these are",
+        ),
         ({"gates": {"edge": torch.zeros(3, 4)}}, r"has gates of .*\(11, 7\).*\(3, 4\)"),
         ({"gates": {}}, "has gates of"),
         ({"gates": {"edge": torch.full((11, 7), math.nan)}}, "are not finite"),

@@ -84,16 +84,16 @@ def load_checkpoint(path: str, state: State, identity: Tensor) -> None:
             )
         _restore(state, tensors)
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read ({error}); delete it") from error
+        raise ValueError(
+            f"{path} is no checkpoint that can be read ({error}); delete it"
+        ) from error
 
 
 @torch.no_grad()
 def _restore(state: State, tensors: Mapping[str, Tensor]) -> None:
     state.step = int(tensors["step"])
     state.multipliers.copy_(tensors["multipliers"])
-    state.curve = [
-        Point(int(step), *numbers) for step, *numbers in tensors["curve"].tolist()
-    ]
+    state.curve = [Point(int(step), *numbers) for step, *numbers in tensors["curve"].tolist()]
     for name, theta in state.gates.items():
         theta.copy_(_like(tensors[f"theta.{name}"], theta))
         state.optimiser.state[theta] = {

@@ -2,13 +2,13 @@
 
 With s the share of all edges that the mask is expected to keep:
 
-    fixed     price s                                              (Cao et al. 2021, arXiv 2104.03514)
-    steered   l1 d + l2 d^2,  d = log s - log t                    after Bhaskar et al. 2024
+    fixed     price s                                (Cao et al. 2021, arXiv 2104.03514)
+    steered   l1 d + l2 d^2,  d = log s - log t      (after Bhaskar et al. 2024, arXiv 2406.16778)
 
 where the target t falls from the share at the start to the final one, evenly in log t over the
-first part of the steps, and l1, l2 go up the gradient: l1 by d, l2 by d^2, so that the mask keeps to
-the target whatever the loss says.  Edge Pruning takes shares themselves for d; their logarithms give
-small circuits as many steps as large ones.
+first part of the steps, and l1, l2 go up the gradient: l1 by d, l2 by d^2, so that the mask keeps
+to the target whatever the loss says.  Edge Pruning takes shares themselves for d; their logarithms
+give small circuits as many steps as large ones.
 """
 
 from __future__ import annotations

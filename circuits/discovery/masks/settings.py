@@ -104,15 +104,19 @@ def check(config: MaskTraining, objective: Objective) -> None:
             f"metric={metric.name} has no gradient, so that {config.name} cannot train a mask by "
             "it; use kl, logit_diff, prob_diff or cross_entropy"
         )
+    _check_numbers(config)
+    final_size(config, objective.engine.graph)
+    batch_size(config, objective)
+
+
+def _check_numbers(config: MaskTraining) -> None:
     for name, least in LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"method.{name}={value}, but it must be at least {least}")
     for name in ABOVE_0:
         value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"method.{name}={value}, but it must be a number above 0")
     if not math.isfinite(config.initial):
         raise ValueError(f"method.initial={config.initial}, but it must be a number")
-    final_size(config, objective.engine.graph)
-    batch_size(config, objective)

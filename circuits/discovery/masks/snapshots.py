@@ -37,7 +37,6 @@ class Snapshot:
         """Its most probable edges, ties in edge order; dead ends included."""
         return most_probable(self.mask.probabilities(), self.mask.graph, self.edges)
 
-
     def connected(self) -> Bool[Tensor, "R W *S"]:
         """The same without dead ends."""
         return self.mask.graph.without_dead_ends(self.kept())

@@ -2,10 +2,10 @@
 
     loss = 1 - faithfulness of the batch under drawn masks  +  penalty(share of edges expected)
 
-faithfulness = (m(mask) - m(0)) / (m(M) - m(0)), with m(M) and m(0) means over all discovery prompts:
-so the loss has no unit, and one penalty serves all models and metrics.  What a step draws depends
-on the seed and the number of the step alone, so that training can go on from its last checkpoint as
-if it had never stopped.
+faithfulness = (m(mask) - m(0)) / (m(M) - m(0)), with m(M) and m(0) means over all discovery
+prompts: so the loss has no unit, and one penalty serves all models and metrics.  What a step draws
+depends on the seed and the number of the step alone, so that training can go on from its last
+checkpoint as if it had never stopped.
 
 Shapes: prompts of a batch B, readers R, writers W; `*S` positions.
 """
@@ -167,7 +167,9 @@ def _step(trainer: Trainer, state: State, penalty: Penalty) -> Point:
     price = penalty(share, multipliers, state.step)
     price.backward()
     lost = _backward(trainer, state.gates, state.step)
-    finite = all(theta.grad is not None and theta.grad.isfinite().all() for theta in state.gates.values())
+    finite = all(
+        theta.grad is not None and theta.grad.isfinite().all() for theta in state.gates.values()
+    )
     loss = lost + price.item() if finite else math.nan
     oriented = trainer.model - lost * (trainer.model - trainer.empty)
     sign = 1.0 if trainer.objective.metric.higher_is_better else -1.0
@@ -240,7 +242,9 @@ def _stop(config: MaskTraining, state: State, point: Point) -> None:
     """Warns that training ends early; ValueError where there is nothing to keep."""
     remedy = "lower method.learning_rate, or use dtype=float32"
     if not state.step:
-        raise ValueError(f"the loss of the first step is {point.loss}; check the weights, or {remedy}")
+        raise ValueError(
+            f"the loss of the first step is {point.loss}; check the weights, or {remedy}"
+        )
     log.warning(
         "the loss of step %d is %s, so that training stops, and the mask of the step before is "
         "kept; %s",

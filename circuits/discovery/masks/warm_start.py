@@ -41,7 +41,7 @@ def first_parameters(config: MaskTraining, objective: Objective, over: str) -> d
 
 
 def by_rank(graph: Graph, scores: Float[Tensor, "R W *S"], like: Tensor) -> Tensor:
-    """Theta of gates, of the shape of `like`, by the best |score| of an edge that each one gates."""
+    """Theta of gates, shaped as `like`, by the best |score| of an edge that each of them gates."""
     exists = graph.exists
     best = scores.abs().float().masked_fill(~exists, -1.0)
     own = best if like.shape == best.shape else best.amax(0, keepdim=True)
@@ -56,7 +56,9 @@ def _scores(source: str, objective: Objective) -> Float[Tensor, "R W *S"]:
     """The scores of a method run on the same objective, or those of a saved circuit."""
     from circuits.discovery import METHODS
 
-    names = [name for name, method in METHODS.items() if not issubclass(method.schema, MaskTraining)]
+    names = [
+        name for name, method in METHODS.items() if not issubclass(method.schema, MaskTraining)
+    ]
     if source in names:
         return METHODS[source].run(METHODS[source].schema(), objective).scores
     if not Path(source).exists():

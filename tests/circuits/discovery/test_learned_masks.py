@@ -5,7 +5,6 @@ sizes on the way, and what is refused.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from dataclasses import asdict, replace
 
@@ -21,7 +20,6 @@ from circuits.discovery.masks import training
 from circuits.discovery.masks.penalty import Fixed, Steered
 from circuits.discovery.masks.settings import MaskTraining
 from circuits.discovery.masks.snapshots import Snapshot, ladder, most_probable, nested_scores
-from circuits.discovery.masks.state import Point
 from circuits.discovery.masks.warm_start import first_parameters
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory
@@ -34,13 +32,14 @@ from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection, ranking
 from circuits.units import UNITS, edge_shares, gate_shapes
 from tests import tiny
-from tests.budget import memory_for
 
 ENGINE = Engine(tiny.gpt2(n_embd=8, n_head=2))
 GRAPH = ENGINE.graph
 PROMPTS = tiny.prompts(12, seed=1, longest=7)
 OTHERS = tiny.prompts(12, seed=2, longest=7)
-LEARNED = {name: method for name, method in METHODS.items() if issubclass(method.schema, MaskTraining)}
+LEARNED = {
+    name: method for name, method in METHODS.items() if issubclass(method.schema, MaskTraining)
+}
 FAMILIES = {
     "gpt2": ENGINE,
     "grouped queries": Engine(tiny.native(n_heads=4, n_key_value_heads=2, d_head=3)),
@@ -76,7 +75,9 @@ def loss_of(trainer, gates, step=3) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("each", [0, 1, 3])
-@pytest.mark.parametrize(("over", "metric"), [("edges", "kl"), ("nodes", "logit_diff"), ("edges_and_nodes", "kl")])
+@pytest.mark.parametrize(
+    ("over", "metric"), [("edges", "kl"), ("nodes", "logit_diff"), ("edges_and_nodes", "kl")]
+)
 def test_the_gradient_of_a_mask_is_the_finite_difference(over, metric, each):
     config = SubnetworkProbing(masks_per_prompt=each, batch=6)
     ours = objective(metric=metric)
@@ -91,7 +92,7 @@ def test_the_gradient_of_a_mask_is_the_finite_difference(over, metric, each):
     }
     _, gradients = loss_of(trainer, gates)
     step, checked = 1e-5, 0
-    for name, theta in gates.items():
+    for name in gates:
         order = gradients[name].abs().flatten().argsort(descending=True)
         for place in [*order[:6].tolist(), *order[6:40:9].tolist()]:
             ends = []
@@ -172,7 +173,9 @@ def test_a_budget_decides_how_many_prompts_are_run_at_once():
         ours = objective(memory=str(least + 2 * (prompts - 1) * size.training(True)))
         assert training.trainer_of(UGS(), ours, "edges", "window").parts == prompts
     tight = replace(objective().batches, work=least // 2 - 1)
-    with pytest.raises(TooLittleMemory, match="to train a mask on one prompt takes up to .*; raise"):
+    with pytest.raises(
+        TooLittleMemory, match="to train a mask on one prompt takes up to .*; raise"
+    ):
         training.trainer_of(UGS(), replace(objective(), batches=tight), "edges", "window")
 
 
@@ -192,7 +195,8 @@ def test_the_expected_share_counts_the_edges_of_drawn_circuits():
     trainer = training.trainer_of(config, objective(), "edges_and_nodes", "hard_concrete")
     gates = first_parameters(replace(config, initial=0.3), objective(), "edges_and_nodes")
     expected = sum(
-        torch.sigmoid(gates["edge"][edge]).item() * torch.sigmoid(gates["writer"][0, edge[1]]).item()
+        torch.sigmoid(gates["edge"][edge]).item()
+        * torch.sigmoid(gates["writer"][0, edge[1]]).item()
         for edge in GRAPH.edges()
     )
     assert trainer.share(gates).item() == pytest.approx(expected / GRAPH.n_edges, rel=1e-5)
@@ -221,7 +225,10 @@ def test_multipliers_go_up_the_gradient():
 
 def test_a_fixed_price_is_paid_for_the_share():
     assert Fixed(0.7)(torch.tensor(0.25), torch.zeros(2), 0).item() == pytest.approx(0.175)
-    sizes = [learn("subnetwork_probing", penalty=p, steps=40).details["expected_edges"] for p in (0.3, 5.0)]
+    sizes = [
+        learn("subnetwork_probing", penalty=p, steps=40).details["expected_edges"]
+        for p in (0.3, 5.0)
+    ]
     assert sizes[1] < 0.8 * sizes[0]
 
 
@@ -231,7 +238,9 @@ def test_a_fixed_price_is_paid_for_the_share():
 def masks(count: int, graph=GRAPH) -> list[MaskDistribution]:
     generator = torch.Generator().manual_seed(5)
     return [
-        MaskDistribution(graph, "window", "edges", {"edge": torch.randn(graph.exists.shape, generator=generator)})
+        MaskDistribution(
+            graph, "window", "edges", {"edge": torch.randn(graph.exists.shape, generator=generator)}
+        )
         for _ in range(count)
     ]
 
@@ -262,7 +271,11 @@ def test_training_passes_all_sizes_and_keeps_the_mask_of_each(name):
     curve = found.details["training"]
     assert [point["step"] for point in curve] == list(range(60)) and found.kept is None
     assert curve[-1]["edges"] < 0.3 * curve[0]["edges"]
-    assert found.scores.min() >= 0 and found.scores.max() == 1 and not found.scores[~GRAPH.exists].any()
+    assert (
+        found.scores.min() >= 0
+        and found.scores.max() == 1
+        and not found.scores[~GRAPH.exists].any()
+    )
     for size in (30, 15, 8):
         trained = found.trained(size)
         assert trained.size() <= next(rung for rung in ladder(GRAPH)[::-1] if rung >= size) + 1e-3
@@ -295,7 +308,9 @@ def test_masks_by_position_are_trained_on_templated_prompts_and_no_others(over):
     ours = objective(engine, ablation="mean", prompts=tiny.prompts(6, shortest=5, longest=5))
     found = training.train(EdgePruning(steps=30), ours, over, "hard_concrete")
     assert found.scores.shape == engine.graph.exists.shape and found.scores.any()
-    with pytest.raises(ValueError, match="edges are told apart by position for prompts of exactly 5"):
+    with pytest.raises(
+        ValueError, match="edges are told apart by position for prompts of exactly 5"
+    ):
         learn("edge_pruning", objective(engine, ablation="mean"))
 
 
@@ -322,7 +337,9 @@ def test_a_mask_starts_open_or_by_the_rank_of_scores(tmp_path):
 
 @pytest.mark.parametrize("source", ["eap_gi", "ugs", "runs/nowhere"])
 def test_a_start_from_nothing_known_is_refused(source):
-    with pytest.raises(ValueError, match=f"warm_start='{source}' is no method that scores .acdc, eap"):
+    with pytest.raises(
+        ValueError, match=f"warm_start='{source}' is no method that scores .acdc, eap"
+    ):
         learn("ugs", warm_start=source)
 
 
@@ -357,9 +374,7 @@ def test_training_goes_on_bit_for_bit_where_it_stopped(name, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             learn(name, **settings)
     taken, real = [], training._step
-    monkeypatch.setattr(
-        training, "_step", lambda *rest: taken.append(rest[1].step) or real(*rest)
-    )
+    monkeypatch.setattr(training, "_step", lambda *rest: taken.append(rest[1].step) or real(*rest))
     found = learn(name, **settings)
     assert taken == list(range(10, 24))
     assert torch.equal(found.scores, expected.scores) and found.details == expected.details
@@ -372,8 +387,15 @@ def test_training_goes_on_bit_for_bit_where_it_stopped(name, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"steps": 13}, {"batch": 4}, {"ours": objective(metric="kl", ablation="zero")},
-               {"ours": objective(prompts=OTHERS)}, {"ours": objective(ablation="mean")}]
+    "change",
+    [
+        {"seed": 1},
+        {"steps": 13},
+        {"batch": 4},
+        {"ours": objective(metric="kl", ablation="zero")},
+        {"ours": objective(prompts=OTHERS)},
+        {"ours": objective(ablation="mean")},
+    ],
 )
 def test_the_checkpoint_of_another_training_is_refused(change, tmp_path):
     path = str(tmp_path / "mask.safetensors")
@@ -390,8 +412,14 @@ def test_how_often_a_checkpoint_is_written_and_where_may_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil", [{"theta.edge": torch.zeros(3)}, {"mean.edge": None}, {"curve": torch.zeros(2, 3)},
-              {"theta.edge": torch.full((13, 7), math.nan)}, {"multipliers": torch.zeros(5)}]
+    "spoil",
+    [
+        {"theta.edge": torch.zeros(3)},
+        {"mean.edge": None},
+        {"curve": torch.zeros(2, 3)},
+        {"theta.edge": torch.full((13, 7), math.nan)},
+        {"multipliers": torch.zeros(5)},
+    ],
 )
 def test_a_spoilt_checkpoint_is_refused(spoil, tmp_path):
     path = tmp_path / "mask.safetensors"
@@ -435,7 +463,10 @@ def test_metrics_without_gradient_are_refused(name):
         ({"initial": math.nan}, "method.initial=nan, but it must be a number"),
         ({"steps": 0}, "method.steps=0, but it must be at least 1"),
         ({"batch": 0}, "method.batch=0, but it must be at least 1"),
-        ({"batch": 13}, "method.batch=13, but there are 12 discovery prompts; lower it, or give more"),
+        (
+            {"batch": 13},
+            "method.batch=13, but there are 12 discovery prompts; lower it, or give more",
+        ),
         ({"masks_per_prompt": -1}, "method.masks_per_prompt=-1, but it must be at least 0"),
         ({"checkpoint_every": 0}, "method.checkpoint_every=0, but it must be at least 1"),
         ({"seed": -1}, "method.seed=-1, but it must be at least 0"),
@@ -463,19 +494,25 @@ def test_a_metric_by_which_the_empty_circuit_is_as_good_is_refused():
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_mask_that_removes_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=r"still keeps 4\d of 46 edges .expected.; raise method.steps"):
+    with pytest.raises(
+        ValueError, match=r"still keeps 4\d of 46 edges .expected.; raise method.steps"
+    ):
         learn(name, steps=2, learning_rate=1e-3, initial=6.0)
 
 
 def test_a_mask_that_keeps_nothing_is_refused():
-    with pytest.raises(ValueError, match="keeps no path from the input to the logits, at 1 edges after 60"):
+    with pytest.raises(
+        ValueError, match="keeps no path from the input to the logits, at 1 edges after 60"
+    ):
         found = learn("subnetwork_probing", steps=60, edges=1, seed=0)
         assert not found.kept.any(), "one edge, from the input to the logits, is a path"
         raise AssertionError
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_training_and_the_last_good_mask_is_kept(broken, caplog, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_training_and_the_last_good_mask_is_kept(
+    broken, caplog, monkeypatch
+):
     real = training._backward
 
     def breaking(trainer, gates, step):
@@ -518,8 +555,14 @@ def records(seed: int) -> Prompts:
 
 def extracted(config, selection=None, **changes):
     return extract(
-        ENGINE, records(1), records(2), config, selection=selection, random_draws=0,
-        accept_worse=True, **changes,
+        ENGINE,
+        records(1),
+        records(2),
+        config,
+        selection=selection,
+        random_draws=0,
+        accept_worse=True,
+        **changes,
     )
 
 
