@@ -20,7 +20,6 @@ class EdgePruning(MaskTraining):
     """Edge Pruning: gates of edges and of writers, steered to a size (Bhaskar et al. 2024)."""
 
     name: str = "edge_pruning"
-    steps: int = 600
     initial: float = 2.0  # theta of every gate: an edge has two, open with probability .88 each
 
 

@@ -21,7 +21,6 @@ class SubnetworkProbing(MaskTraining):
     """Subnetwork probing: one gate for each edge, or for each node (Cao et al. 2021)."""
 
     name: str = "subnetwork_probing"
-    initial: float = 0.0  # theta of every gate: half of them are open
     over: str = "edges"  # edges, or nodes: a node keeps all of its outgoing edges or none
 
 

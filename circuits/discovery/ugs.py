@@ -20,7 +20,6 @@ class UGS(MaskTraining):
     """Uniform gradient sampling: one gate for each edge (Li and Janson 2024)."""
 
     name: str = "ugs"
-    initial: float = 0.0  # theta of every gate: half of them are open
 
 
 def ugs(config: UGS, objective: Objective) -> Found:

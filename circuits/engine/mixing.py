@@ -135,7 +135,8 @@ class Differences:
 class _Product(torch.autograd.Function):
     """mask [K, r, C] times differences [c, K, N], read from the buffer in place of a copy.
 
-    Of the mask only the first c columns count.  The buffer holds the same numbers as `groups`; rows that were written are never written again.
+    Of the mask only the first c columns count.  The buffer holds the same numbers as `groups`; rows
+    that were written are never written again.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ class MaskTraining:
     edges: int | None = None
     share: float | None = None  # the same as a share of all edges
     down_to: float = 0.01  # share of all edges
-    steps: int = 400
+    steps: int = 600
     batch: int | None = None  # prompts a step; null: 32, or all where there are fewer
     # masks drawn for each prompt of a batch; 0: one for all of them
     masks_per_prompt: int = 1
