@@ -10,6 +10,7 @@ import torch
 from abstraction.ground_truth.programs import PROGRAMS
 from abstraction.ground_truth.scoreboard import VARIANTS, cases, subject
 from circuits.discovery import METHODS, default_metric
+from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
 from circuits.extraction import choose, with_signs
 from circuits.faithfulness import faithfulness_scale
@@ -39,7 +40,8 @@ def keeps_some_but_no_dead_edge(program: str, variant: str, ablation: str, count
     for name, method in METHODS.items():
         if method.decides:
             continue
-        config, metric = method.schema(), metric_named(default_metric(name))
+        quick = {"steps": 80} if issubclass(method.schema, MaskTraining) else {}
+        config, metric = method.schema(**quick), metric_named(default_metric(name))
         ours = replace(objective, metric=metric)
         found = method.run(config, ours)
         try:
