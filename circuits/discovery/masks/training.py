@@ -37,6 +37,7 @@ from circuits.discovery.masks.state import Point, State
 from circuits.discovery.masks.warm_start import first_parameters
 from circuits.discovery.method import Found
 from circuits.engine.memory import MOST_PROMPTS, TooLittleMemory, written
+from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
 from circuits.minibatches import Minibatch, minibatch
 from circuits.objective import Objective
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)  # of Adam
 MOST_KEPT = 0.95  # of all edges: a mask that keeps more has removed nothing
+NEAR = 0.05  # a mask is as large as was asked for if its size is off by no more
 POINTS = 400  # of the training curve that is kept with a circuit
 PROMPTS_OF_A_STEP, GATES_OF_A_STEP = 1, 2  # what random numbers are for
 
@@ -120,8 +122,14 @@ def trainer_of(config: MaskTraining, objective: Objective, over: str, kind: str)
         batch=batch_size(config, objective),
         parts=_rows_at_once(objective),
         end=final_size(config, objective.engine.graph),
-        rungs=ladder(objective.engine.graph),
+        rungs=_rungs(config, objective.engine.graph),
     )
+
+
+def _rungs(config: MaskTraining, graph: Graph) -> tuple[int, ...]:
+    """The sizes at which the mask is kept, from large to small; one asked for is among them."""
+    own = {round(final_size(config, graph))} if config.decides else set()
+    return tuple(sorted({*ladder(graph), *own}, reverse=True))
 
 
 def _rows_at_once(objective: Objective) -> int:
@@ -260,7 +268,7 @@ def _found(trainer: Trainer, state: State) -> Found:
     last = trainer.mask(state.gates)
     size = last.size()
     _refuse_everything(size, graph.n_edges, state.step)
-    final = Snapshot(round(trainer.end) if config.decides else max(1, round(size)), last)
+    final = _final(trainer, state, last)
     passed = [
         Snapshot(edges, trainer.mask(gates))
         for edges, gates in state.rungs.items()
@@ -280,6 +288,18 @@ def _found(trainer: Trainer, state: State) -> Found:
         "training": [asdict(point) for point in thinned(state.curve)],
     }
     return Found(nested_scores(graph, snapshots), kept, details, trained(snapshots))
+
+
+def _final(trainer: Trainer, state: State, last: MaskDistribution) -> Snapshot:
+    """The mask at the end of training; of a size asked for, which a steered one may overshoot, the
+    last mask if it is as large, else the one that passed that size.
+    """
+    wanted, size = round(trainer.end), last.size()
+    if not trainer.config.decides:
+        return Snapshot(max(1, round(size)), last)
+    if abs(size - wanted) <= NEAR * wanted or wanted not in state.rungs:
+        return Snapshot(wanted, last)
+    return Snapshot(wanted, trainer.mask(state.rungs[wanted]))
 
 
 def _refuse_everything(size: float, total: int, steps: int) -> None:

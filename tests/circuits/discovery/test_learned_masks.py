@@ -287,7 +287,7 @@ def test_training_passes_all_sizes_and_keeps_the_mask_of_each(name):
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_size_that_is_asked_for_is_kept(name, settings):
     found = learn(name, steps=150, **settings)
-    assert found.trained(9).size() == pytest.approx(9, rel=0.25)
+    assert found.trained(9).size() == pytest.approx(9, rel=0.06)
     chances = found.trained(9).probabilities()
     assert torch.equal(found.kept, GRAPH.without_dead_ends(most_probable(chances, GRAPH, 9)))
     assert 0 < found.kept.sum() <= 9
@@ -501,12 +501,11 @@ def test_a_mask_that_removes_nothing_is_refused(name):
 
 
 def test_a_mask_that_keeps_nothing_is_refused():
+    """One edge that is not the one from the input to the logits makes no path."""
     with pytest.raises(
-        ValueError, match="keeps no path from the input to the logits, at 1 edges after 60"
+        ValueError, match="keeps no path from .* at 1 edges after 60 steps; ask for"
     ):
-        found = learn("subnetwork_probing", steps=60, edges=1, seed=0)
-        assert not found.kept.any(), "one edge, from the input to the logits, is a path"
-        raise AssertionError
+        learn("subnetwork_probing", steps=60, edges=1)
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
