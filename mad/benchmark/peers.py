@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from circuits.engine import Engine
@@ -75,7 +74,7 @@ def compare_with_peer(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_exchange(folder, module, prompts, engine.graph, threads=threads)
-        with PeerProcess(python, folder, threads=threads) as peer, torch.no_grad():
+        with PeerProcess(python, folder, threads=threads) as peer:
             work = all_work(module, engine, prompts, thresholds)
             return peer.versions, _comparisons(measure(peer, work, shape.rounds))
 

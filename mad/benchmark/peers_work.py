@@ -141,8 +141,9 @@ def _in_order(engine: Engine, values: Float[Tensor, "R W"]) -> Float[Tensor, "E"
 
 
 def _timed(engine: Engine, work: Callable[[], Any]) -> Callable[[], tuple[float, Any]]:
-    """Work that says how long it took."""
+    """Work that says how long it took, and takes no gradients but those that it asks for."""
 
+    @torch.no_grad()
     def run() -> tuple[float, Any]:
         results: list[Any] = []
         taken = seconds(engine.device, lambda: results.append(work()), repeats=1)
