@@ -9,4 +9,6 @@ worst_case   the smallest AUROC over all places, of detectors, baselines and ran
 summary      all of it; report, tables and pictures show it
 roc          ROC curves and scores of a few detectors
 speed        time and memory
+peers        discovery beside another library; peers_work: what is compared; peers_exchange: the
+             process that the peer is in; peers_side: what runs there
 """

