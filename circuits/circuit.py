@@ -70,20 +70,57 @@ class Circuit:
         name = value.get("name") if isinstance(value, Mapping) else value
         return name if isinstance(name, str) else ""
 
-    def draw(self, path: str | Path) -> Path:
-        """Draws into an .svg, .png or .pdf file; ValueError as `circuits.draw_circuit`."""
+    def draw(self, path: str | Path, *, edges: int | None = None) -> Path:
+        """Draws it, or its `strongest(edges)`, into an .svg, .png or .pdf file.
+
+        Raises:
+            ValueError: as `circuits.draw_circuit` and, for `edges`, as `strongest`.
+        """
         from circuits.plot.circuit import draw_circuit
 
-        path = Path(path)
-        (drawn,) = draw_circuit(
-            self.edges_over_positions,
+        path, whole = Path(path), self.over_positions
+        drawn = whole if edges is None else whole.strongest(edges)
+        part = f"{len(drawn)} of {len(whole)} edges drawn, of " if len(drawn) < len(whole) else ""
+        (file,) = draw_circuit(
+            drawn.edges,
             path.parent,
             path.stem,
             formats=[path.suffix.removeprefix(".")],
-            caption=repr(self),
+            caption=part + repr(self),
             kv_group=self.graph.kv_group,
         )
-        return drawn
+        return file
+
+    def strongest(self, edges: int) -> Circuit:
+        """The strongest part of it that is connected and has at most so many edges.
+
+        It grows from `logits` by the largest |score| among kept edges, as greedy selection does,
+        and dead ends are dropped. A circuit that has no more edges comes back as it is.
+
+        >>> graph = Graph(n_layers=1, n_heads=1)
+        >>> scores = graph.exists.float()
+        >>> scores[graph.edge_index("a0.h0->m0")] = 0.5
+        >>> [name for name, _ in Circuit(graph, graph.exists, scores).strongest(7).edges][-3:]
+        ['input->m0', 'input->logits', 'a0.h0->logits']
+
+        Raises:
+            ValueError: no part with so few edges joins an input to the logits, or a score is not
+                finite.
+        """
+        from circuits.selection import ranking
+
+        if len(self) <= edges:
+            return self
+        # kept edges that score 0 come before those that are not kept
+        tiny = torch.finfo(self.scores.dtype).tiny
+        scores = self.scores.abs().clamp_min(tiny) * self.kept
+        kept = ranking(self.graph, scores).within(edges)
+        if not kept.any():
+            raise ValueError(
+                f"edges={edges}, but no part of the circuit with so few edges joins an input to "
+                "the logits; raise edges"
+            )
+        return replace(self, kept=kept)
 
     def _repr_html_(self) -> str:
         from circuits.plot.notebook import circuit_html
@@ -98,18 +135,21 @@ class Circuit:
     @property
     def edges(self) -> list[tuple[str, float]]:
         """Names and scores of the kept edges, in forward order."""
-        return self._named(self.kept, self.scores)
+        names = (self.graph.edge_name(*edge) for edge in self.kept.nonzero().tolist())
+        return list(zip(names, self.scores[self.kept].tolist(), strict=True))
+
+    @property
+    def over_positions(self) -> Circuit:
+        """It without positions: each edge that is kept at any has the sum of its kept scores."""
+        if self.graph.n_positions is None:
+            return self
+        kept, scores = self.kept.any(-1), (self.scores * self.kept).sum(-1)
+        return replace(self, graph=replace(self.graph, n_positions=None), kept=kept, scores=scores)
 
     @property
     def edges_over_positions(self) -> list[tuple[str, float]]:
         """The kept edges without their positions, each with the sum of its kept scores."""
-        if self.graph.n_positions is None:
-            return self.edges
-        return self._named(self.kept.any(-1), (self.scores * self.kept).sum(-1))
-
-    def _named(self, kept: Tensor, scores: Tensor) -> list[tuple[str, float]]:
-        names = (self.graph.edge_name(*edge) for edge in kept.nonzero().tolist())
-        return list(zip(names, scores[kept].tolist(), strict=True))
+        return self.over_positions.edges
 
     @property
     def mask(self) -> Float[Tensor, "R W *S"]:

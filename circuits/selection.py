@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,6 +77,12 @@ class Ranking:
         kept = torch.zeros_like(self.graph.exists)
         kept[tuple(torch.from_numpy(self.edges[:edges]).T)] = True
         return self.graph.without_dead_ends(kept)
+
+    def within(self, edges: int) -> Bool[Tensor, "R W *S"]:
+        """The largest circuit, of edges that do not score 0, with at most so many edges left."""
+        sizes = range(1, self.supported + 1)
+        fit = bisect_right(sizes, edges, key=lambda size: int(self.circuit(size).sum()))
+        return self.circuit(fit)  # they are nested, so as many sizes fit as edges are taken
 
     def grown(self, edges: int) -> Bool[Tensor, "R W *S"]:
         """The first circuit that has at least so many edges left once dead ends are dropped."""

@@ -56,6 +56,8 @@ LINK: Style = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
 CENTRED: Style = {"ha": "center", "va": "center_baseline"}
 
 LEFT, RIGHT, LEGEND_WIDTH, MARGIN = 58.0, 26.0, 112.0, 14.0  # points
+LABEL_ADVANCE = 4.8  # of a row's label per character, in points
+PAGE = 800.0  # points of height that are seen at once, each with a legend
 
 
 def edge_style(score: float, strength: float) -> Style:
@@ -114,8 +116,8 @@ def _laid_out(
     if len(edges) > maximum_edges:
         raise ValueError(
             f"the circuit has {len(edges)} edges, but a picture holds at most "
-            f"maximum_edges={maximum_edges}; keep fewer edges (selection.edges when extracting), "
-            "or raise maximum_edges"
+            f"maximum_edges={maximum_edges}; draw its strongest (`madcap plot circuit=DIR "
+            "edges=300`, Circuit.draw(FILE, edges=300)), or raise maximum_edges"
         )
     drawn = parse_edges(edges)
     return drawn, lay_out(drawn, kv_group=kv_group)
@@ -130,7 +132,8 @@ def circuit_figure(
     legend = _legend(drawn, layout.nodes)
     legend_height = sum(line.height for line in legend)
     graph_width, graph_height = max(layout.width, 120.0), max(layout.height, legend_height)
-    width = LEFT + graph_width + RIGHT + LEGEND_WIDTH + MARGIN
+    left = max(LEFT, 20 + LABEL_ADVANCE * max(map(len, layout.rows)))
+    width = left + graph_width + RIGHT + LEGEND_WIDTH + MARGIN
     title_text, title_height = wrapped(title, 12, 0.88 * width - 2 * MARGIN)
     caption_text, caption_height = wrapped(caption, 9, width - 2 * MARGIN)
     height = 2 * MARGIN + graph_height + title_height + caption_height
@@ -138,26 +141,34 @@ def circuit_figure(
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))  # data units are points
     axes.set_axis_off()
-    x = LEFT + (graph_width - layout.width) / 2
+    x = left + (graph_width - layout.width) / 2
     y = MARGIN + caption_height + (graph_height - layout.height) / 2
-    _draw_rows(axes, layout, y, right=LEFT + graph_width + 6)
+    _draw_rows(axes, layout, y, left=left, right=left + graph_width + 6)
     _draw_links_and_edges(axes, drawn, layout, x, y)
     _draw_nodes(axes, drawn, layout, x, y)
     if not drawn:
         middle = x + layout.width / 2, y + layout.height / 2
         axes.text(*middle, "no edges kept", ha="center", va="center", color=FAINT_INK)
-    top = MARGIN + caption_height + graph_height
-    _draw_legend(axes, legend, LEFT + graph_width + RIGHT, top)
+    for above in _legend_places(graph_height, legend_height):
+        top = MARGIN + caption_height + above
+        _draw_legend(axes, legend, left + graph_width + RIGHT, top)
     axes.text(MARGIN, height - MARGIN, title_text, va="top", size=12, weight="bold", gid="title")
     axes.text(MARGIN, MARGIN, caption_text, va="bottom", size=9, color=FAINT_INK, gid="caption")
     return figure
 
 
-def _draw_rows(axes: Axes, layout: Layout, y: float, *, right: float) -> None:
+def _legend_places(graph_height: float, legend_height: float) -> list[float]:
+    """Return how far above the graph's lower end legends begin: one to each page of a tall one."""
+    count = max(1, round(graph_height / PAGE))
+    step = (graph_height - legend_height) / max(1, count - 1)
+    return [graph_height - index * step for index in range(count)]
+
+
+def _draw_rows(axes: Axes, layout: Layout, y: float, *, left: float, right: float) -> None:
     text = {"ha": "right", "va": "center_baseline", "size": 8.5, "color": FAINT_INK}
     for label, row in layout.rows.items():
-        axes.plot([LEFT - 6, right], [y + row, y + row], color=RULE, linewidth=0.8, zorder=0)
-        axes.text(LEFT - 12, y + row, label, gid=f"row:{label}", **text)
+        axes.plot([left - 6, right], [y + row, y + row], color=RULE, linewidth=0.8, zorder=0)
+        axes.text(left - 12, y + row, label, gid=f"row:{label}", **text)
 
 
 def _draw_links_and_edges(

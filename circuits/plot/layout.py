@@ -12,6 +12,9 @@ and opacity:
 The root keeps an edge of 1 % of `top` visible; the median bounds `top`, so one huge edge cannot
 fade all the others.
 
+A tall circuit, of more than `TALL` rows, is drawn compactly: neighbouring rows that no edge joins
+share one, `mlp 4 - mlp 7`, and rows stand closer. Rows in which nothing is kept are never there.
+
 Graphviz `dot` with forced ranks (Gansner, Koutsofios, North, Vo 1993, "A technique for drawing
 directed graphs") places nodes and routes edges. It never sees a font, and the order of the edges
 does not matter. Coordinates are points (1/72 inch), y upwards.
@@ -20,9 +23,9 @@ does not matter. Coordinates are points (1/72 inch), y upwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise, product
 from statistics import median
 from typing import Any
 
@@ -37,6 +40,7 @@ NODE_WIDTH = {"input": 62.0, "head": 46.0, "mlp": 46.0, "logits": 62.0}
 PORT_OFFSET = {"q": -14.0, "k": 0.0, "v": 14.0}  # of a head, from the middle of its lower side
 FAN_STEP, BUNDLE_STEP = 4.0, 2.5  # between edges that meet at a node, between parallel edges
 LOGITS_ROW = 10**9
+TALL, WIDEST_BAND = 20, 12  # rows above which some are shared, and by how many nodes at most
 
 
 # ---- what the names say --------------------------------------------------------------------------
@@ -113,6 +117,16 @@ def row_label(row: int) -> str:
     return f"{('k v', 'attn', 'mlp')[row % 3]} {row // 3}"
 
 
+def band_label(nodes: Sequence[str]) -> str:
+    """Return the axis label of nodes that stand side by side: of their rows, from lowest to last.
+
+    >>> band_label(["m4", "a5.h1"]), band_label(["m4"])
+    ('mlp 4 - attn 5', 'mlp 4')
+    """
+    rows = sorted({row_of(node) for node in nodes})
+    return " - ".join(row_label(row) for row in dict.fromkeys((rows[0], rows[-1])))
+
+
 # ---- how strong an edge is -----------------------------------------------------------------------
 
 
@@ -153,7 +167,8 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
     """
     nodes, weights = _nodes(edges), _weights(edges)
     links = _links(nodes, kv_group)
-    graph = _dot_graph(nodes, weights, links)
+    bands = _bands(nodes, {*weights, *links})
+    graph = _dot_graph(bands, weights, links)
     graph.layout(prog="dot")
 
     centres = {node: _points(graph.get_node(node))[0] for node in nodes}
@@ -171,24 +186,46 @@ def lay_out(edges: Sequence[DrawnEdge], *, kv_group: int = 1) -> Layout:
         nodes={node: (x - left, y) for node, (x, y) in centres.items()},
         edges={name: shifted(points) for name, points in curves.items()},
         links={pair: shifted(_points(graph.get_edge(*pair))) for pair in links},
-        rows={row_label(row_of(node)): y for node, (_, y) in centres.items()},
+        rows={band_label(band): centres[band[0]][1] for band in bands},
         width=max(xs) - left,
         height=float(graph.graph_attr["bb"].split(",")[3]),
     )
 
 
-def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Sequence[Pair]) -> Any:
+def _bands(nodes: Sequence[str], joined: Collection[Pair]) -> list[list[str]]:
+    """Return the nodes of each row, upwards; of a tall circuit with rows that may share one.
+
+    Taking as many rows as fit gives the fewest, as any part of rows that fit together fits.
+    """
+    rows = [list(beside) for _, beside in groupby(nodes, key=row_of)]
+    if len(rows) <= TALL:
+        return rows
+    bands = [rows[0], rows[1]]  # inputs and logits stay by themselves
+    for row in rows[2:-1]:
+        free = bands[-1] is not rows[0] and not any(
+            pair in joined for pair in product(bands[-1], row)
+        )
+        if free and len(bands[-1]) + len(row) <= WIDEST_BAND:
+            bands[-1] = bands[-1] + row
+        else:
+            bands.append(row)
+    return [*bands, rows[-1]]
+
+
+def _dot_graph(
+    bands: Sequence[Sequence[str]], weights: Mapping[Pair, float], links: Sequence[Pair]
+) -> Any:
     """Return the graph that dot lays out."""
     import pygraphviz
 
-    spacing = {"rankdir": "BT", "nodesep": 0.03, "ranksep": 0.55}
+    spacing = {"rankdir": "BT", "nodesep": 0.03, "ranksep": 0.55 if len(bands) <= TALL else 0.4}
     graph: Any = pygraphviz.AGraph(strict=False, directed=True, **spacing)
     # Fixed sizes and empty labels: dot never measures text, so fonts cannot change the layout.
     graph.node_attr.update(shape="box", fixedsize="true", label="", height=NODE_HEIGHT / 72)
     graph.edge_attr.update(dir="none", tailport="n", headport="s")
-    for node in nodes:  # 12 points wider than drawn, so that edges keep clear
+    for node in chain(*bands):  # 12 points wider than drawn, so that edges keep clear
         graph.add_node(node, width=(NODE_WIDTH[kind(node)] + 12) / 72)
-    _force_ranks(graph, nodes)
+    _force_ranks(graph, bands)
     for pair, strength in sorted(weights.items()):
         graph.add_edge(*pair, weight=1 + round(4 * strength))
     for pair in links:
@@ -196,9 +233,9 @@ def _dot_graph(nodes: Sequence[str], weights: Mapping[Pair, float], links: Seque
     return graph
 
 
-def _force_ranks(graph: Any, nodes: Sequence[str]) -> None:
+def _force_ranks(graph: Any, bands: Sequence[Sequence[str]]) -> None:
     """Put each row on a rank of its own, by a chain of invisible anchors."""
-    rows = {f"row {row}": list(beside) for row, beside in groupby(nodes, key=row_of)}
+    rows = {f"row {row_of(band[0])}": band for band in bands}
     for below, above in pairwise(rows):
         graph.add_edge(below, above, style="invis", weight=0)
     for anchor, beside in rows.items():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POSITIVE, NEGATIVE = "#0072B2", "#D5402B"
 SERIES_COLOURS = tuple("#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #7A6A00".split())
 INK, FAINT_INK = "#1A1A1A", "#5F5F5F"
+PIXELS_PER_INCH, MOST_PIXELS = 160, 6000  # of a .png
 
 Style = dict[str, Any]  # matplotlib's keyword arguments
 
@@ -29,7 +30,6 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "madcap",
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
-    "savefig.dpi": 160,
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": "#4A4A4A",
@@ -75,16 +75,21 @@ def saved_figure(
 
 
 def save_figure(figure: Figure, paths: Sequence[Path]) -> None:
-    """Write the figure to .svg, .png or .pdf files: same figure, same bytes; else ValueError."""
+    """Write the figure to .svg, .png or .pdf files: same figure, same bytes; else ValueError.
+
+    A .png has 160 pixels an inch, or fewer where it would be more than 6,000 wide or high.
+    """
     for path in paths:
         if path.suffix not in _UNDATED:
             raise ValueError(
                 f"cannot draw {path.name}: the format {path.suffix!r} is none of "
                 f"{', '.join(_UNDATED)}"
             )
+    pixels = min(PIXELS_PER_INCH, MOST_PIXELS / max(figure.get_size_inches()))
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata=_UNDATED[path.suffix], facecolor="white")
+        dpi = pixels if path.suffix == ".png" else "figure"
+        figure.savefig(path, dpi=dpi, metadata=_UNDATED[path.suffix], facecolor="white")
 
 
 def svg_text(figure: Figure) -> str:

@@ -63,7 +63,7 @@ def run(config: Demo) -> None:
     from rich.console import Console
 
     from mad.benchmark.results import Scorer
-    from mad.commands.plot import draw
+    from mad.commands.plot import Plot, draw
     from mad.pipeline import make_run
 
     console = Console()
@@ -72,7 +72,7 @@ def run(config: Demo) -> None:
     )
     done = make_run(config)
     console.print("2. its pictures")
-    pictures = draw(done.folder, None, ["svg", "png", "pdf"], 800)
+    pictures = draw(done.folder, Plot())
     console.print("3. scores of new inputs")
     drawn = _inputs(config, done)
     parts = {Scorer(config.detector.name): _scored(config, done, drawn)}

@@ -2,6 +2,7 @@
 
     madcap plot circuit=runs/pronoun
     madcap plot circuit=runs/pronoun formats=[svg] out=figures
+    madcap plot circuit=runs/large edges=300
     madcap plot scored=scored.jsonl alpha=0.05
 
 Writes circuit.svg, circuit.png and circuit.pdf (rows are layers, inputs at the bottom; blue edges
@@ -10,6 +11,9 @@ curve.svg: faithfulness against the number of edges kept, with random circuits o
 Where edges are told apart by position, also positions.svg, .png and .pdf: what each node reads
 where in the text. Of a learned mask also training.png and training.svg: loss, faithfulness and
 expected edges by step.
+
+A picture of more than maximum_edges cannot be read and is refused; edges=N draws the strongest
+connected part of the circuit that has at most N edges, and says so below it.
 
 scored=FILE draws what `madcap score` wrote: FILE.scores, the scores with those flagged at alpha in
 red and, where inputs had a "label", FILE.roc; it prints the shares flagged, and AUROC.
@@ -27,6 +31,7 @@ from circuits.files import own_file, read_json
 from circuits.foreign import EAP_IG
 
 TRAINING = ("loss", "faithfulness", "edges")  # of each step, where a mask was learned
+READABLE = 300  # edges in a picture that can still be followed by eye
 DETAIL = ("metric", "ablation", "n_prompts")  # what the figures were measured with
 
 
@@ -39,6 +44,7 @@ class Plot:
     alpha: float = 0.01  # inputs of a scored file with p_value <= alpha are flagged
     out: str | None = None  # folder for the pictures; null: the run folder, or that of the file
     formats: list[str] = field(default_factory=lambda: ["svg", "png", "pdf"])  # svg, png, pdf
+    edges: int | None = None  # draw the strongest connected part of at most so many; null: all
     maximum_edges: int = 800  # more than this is refused: no picture of it can be read
 
 
@@ -50,7 +56,7 @@ def run(config: Plot) -> None:
         paths = _draw_scored(Path(config.scored), config)
     else:
         assert config.circuit is not None
-        paths = draw(Path(config.circuit), config.out, config.formats, config.maximum_edges)
+        paths = draw(Path(config.circuit), config)
     for path in paths:
         print(path)
 
@@ -63,33 +69,48 @@ def _draw_scored(scored: Path, config: Plot) -> list[Path]:
     return draw_scored(shown, Path(config.out) if config.out else scored.parent, config.formats)
 
 
-def draw(source: Path, out: str | None, formats: list[str], maximum_edges: int) -> list[Path]:
+def draw(source: Path, config: Plot) -> list[Path]:
     """The pictures of a run folder."""
     from circuits.plot.circuit import draw_circuit
     from circuits.plot.positions import draw_positions
 
     circuit = Circuit.load(source)
+    whole = circuit.over_positions
+    drawn = whole if config.edges is None else whole.strongest(config.edges)
+    _check_size(len(drawn), source, config)
     source = source if source.is_dir() else source.parent
-    folder = Path(out) if out else source
+    folder = Path(config.out) if config.out else source
     folder.mkdir(parents=True, exist_ok=True)
     figures = None if circuit.about.get("read_from") == EAP_IG else _figures(source)
     title, caption = _title(circuit), _caption(circuit, figures)
+    part = f"the strongest {len(drawn)} of {len(whole)} edges drawn; circuit: "
     paths = draw_circuit(
-        circuit.edges_over_positions,
+        drawn.edges,
         folder,
-        formats=tuple(formats),
+        formats=tuple(config.formats),
         title=title,
-        caption=caption,
-        maximum_edges=maximum_edges,
+        caption=(part if len(drawn) < len(whole) else "") + caption,
+        maximum_edges=config.maximum_edges,
         kv_group=circuit.graph.kv_group,
     )
     if circuit.graph.n_positions is not None:
-        files = [folder / f"positions.{form}" for form in formats]
+        files = [folder / f"positions.{form}" for form in config.formats]
         paths += [draw_positions(circuit, file, title=title, caption=caption) for file in files]
     if figures:
         paths += _draw_curve(circuit, figures, folder, title)
         paths += _draw_training(circuit, figures, folder, title)
     return paths
+
+
+def _check_size(edges: int, source: Path, config: Plot) -> None:
+    """Refuses a picture that cannot be read, and says what draws one that can."""
+    if edges > config.maximum_edges:
+        readable = min(READABLE, config.maximum_edges)
+        raise ValueError(
+            f"{source} has {edges} edges, but a picture holds at most "
+            f"maximum_edges={config.maximum_edges}; draw its strongest part: "
+            f"madcap plot circuit={source} edges={readable}"
+        )
 
 
 def _figures(folder: Path) -> dict[str, Any] | None:

@@ -210,7 +210,9 @@ def test_key_value_heads_without_a_group_size_are_refused(tmp_path):
 
 
 def test_too_many_edges_are_refused_with_number_bound_and_remedy(tmp_path):
-    message = r"has 12 edges, .* maximum_edges=11; keep fewer edges .*or raise maximum_edges"
+    message = (
+        r"has 12 edges, .* maximum_edges=11; draw its strongest .*edges=300.*or raise maximum_edges"
+    )
     with pytest.raises(ValueError, match=message):
         draw_circuit(two_layer_circuit(4, 12), tmp_path, maximum_edges=11)
     assert draw_circuit(two_layer_circuit(4, 12), tmp_path, maximum_edges=12, formats=["svg"])

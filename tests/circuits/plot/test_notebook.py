@@ -44,7 +44,7 @@ def test_too_many_edges_are_a_table_of_the_strongest_with_the_remedy():
     assert [cell.text for cell in rows[1]] == ["m3->logits", f"{full.scores.max().item():.3g}"]
     caption = ElementTree.fromstring(html).findtext("caption") or ""
     assert "Circuit(1519 of 1519 edges, method=acdc)" in caption
-    assert "at most maximum_edges=800; keep fewer edges" in caption
+    assert "at most maximum_edges=800; draw its strongest" in caption
 
 
 def test_scores_that_cannot_be_drawn_are_a_table_that_says_so():
