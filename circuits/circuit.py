@@ -101,7 +101,7 @@ class Circuit:
         >>> scores = graph.exists.float()
         >>> scores[graph.edge_index("a0.h0->m0")] = 0.5
         >>> [name for name, _ in Circuit(graph, graph.exists, scores).strongest(7).edges][-3:]
-        ['input->m0', 'input->logits', 'a0.h0->logits']
+        ['input->logits', 'a0.h0->logits', 'm0->logits']
 
         Raises:
             ValueError: no part with so few edges joins an input to the logits, or a score is not
