@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "the whole path on a small shipped model, in a minute",
     "extract": "find the circuit behind a behaviour, and fit a detector to it",
     "plot": "draw a circuit: SVG, PNG, PDF",
+    "evaluate": "measure a circuit in every way, beside random ones",
     "score": "score new inputs by how far the model departs from the circuit",
     "fit": "fit another detector to a circuit",
     "train": "train a small model on a task",

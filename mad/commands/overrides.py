@@ -26,7 +26,10 @@ OPEN_GROUPS = {"model": "path", "task": "file"}
 PLAIN = {"model": "path", "detector": "name"}
 
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
-PATHS = {"calibration", "circuit", "inputs", "out", "scored", "trusted", "model.path", "task.path"}
+PATHS = {
+    *("against", "calibration", "circuit", "inputs", "out", "scored", "trusted"),
+    *("model.path", "task.path"),
+}
 
 Presets = Callable[[str], list[str]]  # the names of a group's presets
 
