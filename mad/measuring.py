@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +93,28 @@ def _discovery(prompts: RunPrompts, effort: Effort, ablation: str) -> Prompts | 
 
 
 def draw_evaluation(told: Mapping[str, Any], circuit: Circuit, folder: Path) -> list[Path]:
-    """Draws faithfulness over sizes, by both rankings, over the band of random circuits."""
-    curve, sizes = told["curve"], told["areas"]["sizes"]
-    labels = {"signed": "MIB's sizes, by score", "absolute": "MIB's sizes, by |score|"}
-    curves = [_curve(circuit.says("method") or "circuit", curve)]
+    """Draws faithfulness over sizes, over the band of random circuits.
+
+    Where the circuit was not selected by the ranking of CPR, or of CMD, also by that ranking.
+    """
+    areas = told["areas"]
+    labels = {"signed": "by score", "absolute": "by |score|"}
+    ways = {areas["cpr_ranking"], areas["cmd_ranking"]} - {areas["own_ranking"]}
+    own = f"{circuit.says('method') or 'circuit'}, {labels[areas['own_ranking']]}"
+    chosen = (told["edges_kept"], told["faithfulness"])
+    curves = [replace(_curve(own, told["curve"]), chosen=chosen)]
     curves += [
-        _curve(label, [{"edges": point["edges"], **point[way]} for point in sizes])
-        for way, label in labels.items()
+        _curve(labels[way], [point[way] for point in areas["sizes"]]) for way in sorted(ways)
     ]
     random = told["random_curve"]
     band = None
     if random:
         columns = ([point[key] for point in random] for key in ("edges", "low", "high"))
         band = RandomBand(*columns, "random circuits, lowest to highest")
-    areas = told["areas"]
     caption = (
         f"{told['metric']}, {told['ablation']} ablation, {told['prompts']['prompts']} prompts; "
-        f"bars: standard errors; CPR {areas['cpr']['value']:.3f}, CMD {areas['cmd']['value']:.3f}"
+        f"bars: standard errors, ring: the circuit; CPR {areas['cpr']['value']:.3f}, "
+        f"CMD {areas['cmd']['value']:.3f}"
     )
     return [
         draw_faithfulness_curve(

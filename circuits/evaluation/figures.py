@@ -82,7 +82,8 @@ def figures(
             for size, here in zip(ladder, found["curve"], strict=True)
         ],
         "random_curve": _band(graph, band[..., 0]),
-        "areas": _areas(graph, ranked, found["signed"], found["absolute"], band),
+        "areas": _areas(ranked, found["signed"], found["absolute"], band)
+        | {"sizes": _sizes(graph, groups, found)},
     }
 
 
@@ -165,30 +166,37 @@ def _band(graph: Graph, chance: Float[Tensor, "K Z"]) -> list[dict[str, float]]:
 
 
 def _areas(
-    graph: Graph,
     ranked: Rankings,
     signed: Float[Tensor, "Z D"],
     absolute: Float[Tensor, "Z D"],
     chance: Float[Tensor, "K Z D"],
 ) -> dict[str, Any]:
-    """CPR and CMD, linear and log, with errors and what random orders reach; and their points."""
+    """CPR and CMD, linear and log, with errors and what random orders reach."""
     own = {name: asdict(figure(drawn)) for name, drawn in areas(signed, absolute).items()}
     at_random = [areas(order[:, 0], order[:, 0]) for order in chance]
     for name, told in own.items():
         known = [order[name].item() for order in at_random]
         told["random_mean"] = sum(known) / len(known) if known else None
-    points = zip(SHARES, edges_at(graph), signed, absolute, strict=True)
     return {
         **own,
+        "own_ranking": "absolute" if ranked.own is ranked.absolute else "signed",
         "cpr_ranking": "absolute" if ranked.signed is ranked.absolute else "signed",
         "cmd_ranking": "absolute",
-        "sizes": [
-            {
-                "share": share,
-                "edges": edges,
-                "signed": _point("faithfulness", by_sign),
-                "absolute": _point("faithfulness", by_size),
-            }
-            for share, edges, by_sign, by_size in points
-        ],
     }
+
+
+def _sizes(
+    graph: Graph, masks: dict[str, list[Tensor]], found: dict[str, Float[Tensor, "K D"]]
+) -> list[dict[str, Any]]:
+    """The points of both areas: edges asked for, and those left without dead ends."""
+    return [
+        {"share": share, "edges": edges}
+        | {
+            way: {
+                "edges": int(masks[way][place].sum()),
+                **_point("faithfulness", found[way][place]),
+            }
+            for way in ("signed", "absolute")
+        }
+        for place, (share, edges) in enumerate(zip(SHARES, edges_at(graph), strict=True))
+    ]
