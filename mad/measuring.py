@@ -109,8 +109,8 @@ def draw_evaluation(told: Mapping[str, Any], circuit: Circuit, folder: Path) -> 
     random = told["random_curve"]
     band = None
     if random:
-        columns = ([point[key] for point in random] for key in ("edges", "low", "high"))
-        band = RandomBand(*columns, "random circuits, lowest to highest")
+        edges, low, high = ([point[key] for point in random] for key in ("edges", "low", "high"))
+        band = RandomBand(edges, low, high, "random circuits, lowest to highest")
     caption = (
         f"{told['metric']}, {told['ablation']} ablation, {told['prompts']['prompts']} prompts; "
         f"bars: standard errors, ring: the circuit; CPR {areas['cpr']['value']:.3f}, "

@@ -28,6 +28,13 @@ from mad.commands.score import Place
 
 
 @dataclass
+class Other:
+    """Another ablation."""
+
+    name: str | None = None  # ablation=NAME: by this ablation; null: the circuit's own
+
+
+@dataclass
 class Evaluate(Effort):
     """Which circuit is measured, on what, and how much of it."""
 
@@ -37,7 +44,7 @@ class Evaluate(Effort):
     trusted: str | None = None
     against: str | None = None  # a known circuit: a run folder, circuit.json or EAP-IG graph file
     metric: str | None = None  # null: the circuit's own
-    ablation: str | None = None  # null: the circuit's own
+    ablation: Other = field(default_factory=Other)
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     memory: str = "2GB"
     seed: int = 0  # of all that is drawn
@@ -59,7 +66,7 @@ def run(config: Evaluate) -> None:
     folder = Path(config.circuit)
     if (folder / EVALUATION).exists() and not config.overwrite:
         raise FileExistsError(f"{folder / EVALUATION} exists; overwrite=true replaces it")
-    check_measurable(folder, config.metric, config.ablation)
+    check_measurable(folder, config.metric, config.ablation.name)
     parse_memory(config.memory)
     opened = open_run(folder, model=config.model.path, head=config.model.head, device=config.device)
     told = measure(
@@ -68,7 +75,7 @@ def run(config: Evaluate) -> None:
         trusted=config.trusted,
         against=config.against,
         metric=config.metric,
-        ablation=config.ablation,
+        ablation=config.ablation.name,
         seed=config.seed,
         memory=config.memory,
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPEN_GROUPS = {"model": "path", "task": "file"}
 
 # Keys that are groups of other commands: Hydra would take `model=X` for a choice among presets.
-PLAIN = {"model": "path", "detector": "name"}
+PLAIN = {"model": "path", "detector": "name", "ablation": "name"}
 
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
 PATHS = {
