@@ -88,7 +88,8 @@ def _made_again(opened: Opened) -> Prompts:
     seed = about.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"{source}: seed is {seed!r}, but it must be a whole number")
-    return load_trusted(TASKS[name].generate(config, total, seed), opened.model)
+    records = TASKS[name].records(config, total, seed, opened.model.tokenizer)
+    return load_trusted(records, opened.model)
 
 
 def _known(prompts: Prompts, hashes: Collection[str], *, known: bool = True) -> Prompts:
