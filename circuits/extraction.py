@@ -23,10 +23,13 @@ from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found, decides
 from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
-from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
+from circuits.evaluation.areas import rankings_of
+from circuits.evaluation.figures import figures
+from circuits.evaluation.verdicts import refuse_worse_than_none, target_of, warnings
+from circuits.faithfulness import FaithfulnessScale, faithfulness_scale
 from circuits.files import restored
 from circuits.graph import Graph
-from circuits.metrics import METRICS, Metric, metric_named
+from circuits.metrics import Metric, metric_named
 from circuits.objective import Objective, prepare
 from circuits.prompts.prompts import Prompts
 from circuits.selection import Ranking, Selection, above, random_circuits, ranking, sizes
@@ -117,17 +120,20 @@ def extract(
     if keep is not None:
         keep(circuit)
     held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
-    metrics = evaluate(
+    metrics = figures(
         faithfulness_scale(held_out),
         kept,
-        ranked_by(engine.graph, found, selection),
+        rankings_of(circuit),
         random_draws=random_draws,
         seed=seed,
     )
     metrics |= {**cost, "method": found.details}
     if not accept_worse:
-        _refuse_worse_than_none(metrics)
-    _warn_of_poor_circuits(metrics)
+        refuse_worse_than_none(metrics)
+    asked = None if found.kept is not None else target_of(selection)
+    metrics["warnings"] = warnings(metrics, asked)
+    for line in metrics["warnings"]:
+        log.warning("%s", line)
     splits = {**splits, "evaluation": _split(held_out.batches.whole)}
     circuit = replace(circuit, about={**circuit.about, "splits": splits})
     return Extraction(circuit, metrics, fitted, used)
@@ -211,37 +217,6 @@ def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
     drawn = random_circuits(graph, len(circuit), count, seed)
     about = {"method": {"name": RANDOM, "seed": seed}}
     return [Circuit(graph, kept, kept.float(), about) for kept in drawn]
-
-
-def _refuse_worse_than_none(metrics: Mapping[str, Any]) -> None:
-    for name in metrics["worse_than_none"]:
-        own, chosen = metrics["by_metric"][name], metrics["faithfulness_detail"]["metric"]
-        figures = f"{own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g}"
-        raise ValueError(
-            f"by {name} the circuit of {metrics['edges_kept']} edges ({figures}) is worse than the "
-            f"empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
-            f"discover by metric={name if METRICS[name].differentiable else 'kl'}, with other "
-            "settings (method.share, selection), or take it as it is: accept_worse=true"
-        )
-
-
-def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
-    kept, total = metrics["edges_kept"], metrics["edges_total"]
-    chance = metrics["random_circuits"]["percentile_95"]
-    if kept == total:
-        log.warning(
-            "all %d edges are kept, so that this circuit explains nothing and no input departs "
-            "from it; ask for fewer (selection.edges, a lower selection.faithfulness, a higher "
-            "method.tau) or use another method",
-            total,
-        )
-    elif chance is not None and metrics["faithfulness"] <= chance:
-        log.warning(
-            "the circuit's faithfulness, %.3f, is no better than that of random circuits of its "
-            "size (95th percentile %.3f)",
-            metrics["faithfulness"],
-            chance,
-        )
 
 
 def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "R W *S"]:

@@ -80,6 +80,7 @@ def prepare_run(config: RunConfig) -> Prepared:
     model = load_model(config.model)
     remember(config.model.path, config.model.head)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
+    remember(getattr(config.task, "path", None))
     alpha = usable_alpha(config.alpha, len(splits["calibration"]), "splits.calibration")
     for name in ("discovery", "evaluation"):
         metric_named(metric_of(config)).require(splits[name])

@@ -153,7 +153,8 @@ def _draw_curve(
     if len(points) < 2:
         return []
     name = circuit.says("method") or "circuit"
-    curve = FaithfulnessCurve(name, *_columns(points, "edges", "faithfulness"))
+    edges, faithfulness = _columns(points, "edges", "faithfulness")
+    curve = FaithfulnessCurve(name, edges, faithfulness)
     band = None
     if chance := figures["random_curve"]:
         edges, low, high = _columns(chance, "edges", "low", "high")
