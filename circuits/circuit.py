@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
-from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
+from circuits.foreign import EAP_IG, from_eap_ig, grouped, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
@@ -121,6 +121,21 @@ class Circuit:
                 "the logits; raise edges"
             )
         return replace(self, kept=kept)
+
+    def export(self, path: str | Path) -> Path:
+        """Writes it for other programs: .json (EAP-IG, MIB), .dot or .graphml.
+
+        >>> graph = Graph(n_layers=1, n_heads=1)
+        >>> path = Circuit(graph, graph.exists, graph.exists.float()).export("circuit.graphml")
+        >>> len(nx.read_graphml(path).edges)
+        8
+
+        Raises:
+            ValueError: another suffix, or a graph that the format cannot say.
+        """
+        from circuits.export import export_circuit
+
+        return export_circuit(self, path)
 
     def _repr_html_(self) -> str:
         from circuits.plot.notebook import circuit_html
@@ -257,8 +272,11 @@ class Circuit:
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:
         if is_eap_ig(data):
+            from circuits.regrouped import regrouped
+
             graph, entries = from_eap_ig(data)
-            return cls._of(graph, entries, {"read_from": EAP_IG})
+            about = {"read_from": EAP_IG, "d_model": data["cfg"].get("d_model")}
+            return regrouped(cls._of(graph, entries, about), grouped(data))
         if not isinstance(data, dict):
             raise TypeError("it holds no mapping")
         version = data.pop("format")

@@ -70,18 +70,19 @@ def _contradictions(figures: Mapping[str, Any]) -> list[str]:
     chosen, kept = figures["faithfulness_detail"]["metric"], figures["by_metric"]
     if chosen not in kept:
         return []
-    lines, own = [], kept[chosen]
+    own, apart = kept[chosen], []
     for name, other in kept.items():
         noise = ERRORS * ((own["error"] or 0.0) ** 2 + (other["error"] or 0.0) ** 2) ** 0.5
         gap = abs(own["value"] - other["value"])
         if gap > max(APART, noise) and name not in figures["worse_than_none"]:
-            lines.append(
-                f"the circuit keeps {own['value']:.2f} of {chosen}, but {other['value']:.2f} of "
-                f"{name} ({other['circuit']:.3g}; model {other['model']:.3g}): what it does is not "
-                f"what the model does; keep more edges, or discover by "
-                f"metric={name if METRICS[name].differentiable else 'kl'}"
-            )
-    return lines
+            numbers = f"{other['circuit']:.3g}; model {other['model']:.3g}"
+            apart.append(f"{other['value']:.2f} of {name} ({numbers})")
+    if not apart:
+        return []
+    return [
+        f"the circuit keeps {own['value']:.2f} of {chosen}, but {', '.join(apart)}: it does not do "
+        "what the model does; keep more edges, or discover by another metric, such as kl"
+    ]
 
 
 def _explains_nothing(figures: Mapping[str, Any]) -> list[str]:

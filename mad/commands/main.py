@@ -24,6 +24,7 @@ COMMANDS = {
     "plot": "draw a circuit: SVG, PNG, PDF",
     "evaluate": "measure a circuit in every way, beside random ones",
     "compare": "put several runs side by side",
+    "export": "write a circuit for EAP-IG, MIB, Graphviz, Gephi",
     "score": "score new inputs by how far the model departs from the circuit",
     "fit": "fit another detector to a circuit",
     "train": "train a small model on a task",

@@ -27,7 +27,7 @@ PLAIN = {"model": "path", "detector": "name", "ablation": "name"}
 
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
 PATHS = {
-    *("against", "calibration", "circuit", "inputs", "out", "scored", "trusted"),
+    *("against", "calibration", "circuit", "inputs", "out", "scored", "to", "trusted"),
     *("model.path", "task.path"),
 }
 

@@ -117,12 +117,11 @@ def test_a_circuit_that_keeps_one_metric_and_not_another_is_warned_of(caplog):
     assert gap > 0.5
     with caplog.at_level(logging.WARNING, "circuits.extraction"):
         told = extracted(kept, prompts, metric="logit_diff", random_draws=0, accept_worse=True)
-    line = (
-        f"the circuit keeps {by['logit_diff'].value:.2f} of logit_diff, but "
-        f"{by['accuracy'].value:.2f} of accuracy"
-    )
-    assert any(warning.startswith(line) for warning in told["warnings"])
-    assert line in caplog.text
+    start = f"the circuit keeps {by['logit_diff'].value:.2f} of logit_diff, but "
+    (line,) = [line for line in told["warnings"] if line.startswith(start)]
+    accuracy = by["accuracy"]
+    numbers = f"({accuracy.circuit:.3g}; model {accuracy.model:.3g})"
+    assert f"{accuracy.value:.2f} of accuracy {numbers}" in line and line in caplog.text
     whole = extracted(GRAPH.exists, prompts, metric="logit_diff", random_draws=0)
     assert not any("keeps" in warning for warning in whole["warnings"])
 
