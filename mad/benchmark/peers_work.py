@@ -22,6 +22,7 @@ from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts
 from circuits.selection import select
 from circuits.timing import seconds
+from mad.benchmark.peers_side import TRAINING_STEPS
 
 IG_STEPS = 5
 CIRCUIT_SHARE = 0.02
@@ -125,8 +126,19 @@ def sweeps(engine: Engine, prompts: Prompts, thresholds: Sequence[float]) -> lis
 
 
 def training(engine: Engine, prompts: Prompts) -> list[Work]:
-    """One step of a mask's training, all edges open in part."""
-    return [Work("training step of a mask", {"work": "training_step"}, rounds=TRAININGS)]
+    """One step of subnetwork probing, all edges open in part: a longer training less a step's."""
+    method = METHODS["subnetwork_probing"]
+    objective = _objective(engine, prompts, "kl")
+
+    def train(steps: int) -> float:
+        config = method.schema(steps=steps, penalty=0.1, learning_rate=0.1)
+        return seconds(engine.device, lambda: method.run(config, objective), repeats=1)
+
+    def step() -> tuple[float, None]:
+        first = train(1)
+        return (train(1 + TRAINING_STEPS) - first) / TRAINING_STEPS, None
+
+    return [Work("training step of a mask", {"work": "training_step"}, step, rounds=TRAININGS)]
 
 
 def _objective(engine: Engine, prompts: Prompts, metric: str) -> Objective:

@@ -116,7 +116,7 @@ def test_the_same_work_is_compared(monkeypatch):
     bare = found["plain forward, bare module"]
     assert bare.peer_seconds is None and bare.ratio is None and bare.module_forwards == 1
     both = [each for each in comparisons if each.peer_seconds and each.seconds]
-    assert len(both) == 6 and all(each.ratio == 1 / each.seconds for each in both)
+    assert len(both) == 7 and all(each.ratio == 1 / each.seconds for each in both)
 
 
 def test_the_folder_holds_data_only(tmp_path):
