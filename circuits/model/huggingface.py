@@ -38,7 +38,6 @@ def read_module(source: str, *, local: bool) -> Any:
         FileNotFoundError: no such model, no config.json, no weights or not all of their shards.
         ValueError: an adapter, a configuration that is refused, broken weights, or other ones.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options = _options(local)
@@ -53,9 +52,9 @@ def read_module(source: str, *, local: bool) -> Any:
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **REPORTED)
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # what the values in a configuration raise there cannot be listed
         raise ValueError(
-            f"{source}: the weights cannot be loaded with their configuration: {first_line(error)}"
+            f"{source}: the weights cannot be loaded with their configuration: {_told(error)}"
         ) from error
     module, report = loaded
     refuse_keys(source, module, report, files)
@@ -111,15 +110,21 @@ def _check_configuration(source: str, options: Mapping[str, Any]) -> None:
 def _reading_configuration(source: str, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # what values raise there cannot be listed
         if options["local_files_only"] or not isinstance(error, OSError):
             raise ValueError(
-                f"{source}: config.json is no HuggingFace configuration: {first_line(error)}"
+                f"{source}: config.json is no HuggingFace configuration: {_told(error)}"
             ) from error
         raise FileNotFoundError(
             f"model {source!r} is no folder here and could not be had from the HuggingFace hub; "
             f"check the name and the network, or give a local folder ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _told(error: Exception) -> str:
+    """What an error says; with its kind, where it says only a key or an index."""
+    said = first_line(error)
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def _refuse_no_model(folder: Path) -> None:

@@ -61,14 +61,59 @@ _DEQUANTISE = (
 )
 
 
+# The most that a size in config.json can be.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000),
+    **dict.fromkeys(
+        (
+            *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim"),
+            *("num_attention_heads", "num_heads", "n_head", "num_key_value_heads", "head_dim"),
+        ),
+        1_000_000,
+    ),
+    **dict.fromkeys(
+        ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx"), 1_000_000_000
+    ),
+}
+
+
 def refuse_configuration(source: str, fields: Mapping[str, Any]) -> None:
-    """Refuses, by config.json's fields, architectures not supported and quantised weights."""
-    _refuse_architecture(source, fields.get("architectures") or [])
+    """Refuses, by config.json's fields, architectures not supported, quantised weights, and sizes
+    that no model has."""
+    architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(
+            f"{source}: config.json has architectures={_brief(architectures)}, but it must be a "
+            "list of names"
+        )
+    _refuse_architecture(source, map(str, architectures))
+    _refuse_stated_sizes(source, fields)
     if quantised := fields.get("quantization_config"):
+        if not isinstance(quantised, Mapping):
+            quantised = {"quant_method": quantised}
         raise ValueError(
             f"{source}: the weights are quantised, says config.json "
             f"(quant_method={quantised.get('quant_method', 'unknown')!r}), but {_DEQUANTISE}"
         )
+
+
+def _refuse_stated_sizes(source: str, fields: Mapping[str, Any]) -> None:
+    """Refuses sizes that are no whole numbers, or that transformers would build for ever."""
+    for name, value in fields.items():
+        most = _MOST.get(name)
+        if most is None or value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(
+                f"{source}: config.json has {name}={_brief(value)}, but it must be a whole number "
+                f"between 1 and {most}; download or save the model again"
+            )
+
+
+def _brief(value: Any) -> str:
+    """A value as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _refuse_architecture(source: str, names: Iterable[str]) -> None:

@@ -802,3 +802,26 @@ def test_gpt_neox_without_biases_is_refused_and_the_remedy_helps():
 @pytest.mark.parametrize("name", tiny.HUGGINGFACE)
 def test_every_small_model_of_the_tests_is_taken(name):
     refuse_module("memory", tiny.HUGGINGFACE[name]())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**30, "num_hidden_layers=10+, but it must be .* between 1 and"),
+        ("hidden_size", "16", "hidden_size='16', but it must be a whole number"),
+        ("vocab_size", [4, 4], r"vocab_size=\[4, 4\], but it must be"),
+        ("num_attention_heads", -3, "num_attention_heads=-3, but it must be"),
+        ("num_key_value_heads", True, "num_key_value_heads=True, but it must be"),
+        ("attention_bias", [1], "Field 'attention_bias' expected bool, got list"),
+        ("hidden_act", "abc", "KeyError: 'abc'"),
+        ("dtype", [], "no HuggingFace configuration: IndexError"),
+        ("pad_token_id", 10**30, "Padding_idx must be within num_embeddings"),
+        ("architectures", "LlamaForCausalLM", "it must be a list of names"),
+        ("quantization_config", "int4", "quant_method='int4'"),
+    ],
+)
+def test_a_field_of_another_kind_is_named_in_one_line(llama, field, value, message):
+    rewrite(llama, "config.json", lambda fields: fields.update({field: value}))
+    with pytest.raises(ValueError, match=message) as refused:
+        load(llama)
+    assert "\n" not in str(refused.value) and str(llama) in str(refused.value)
