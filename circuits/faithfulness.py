@@ -4,7 +4,9 @@
 
 m(M) is the full model's, m(C) the circuit's, m(0) that of the model with every edge removed.
 
-Shapes: prompts N, writers W, readers R; `*S` positions, where edges are told apart by position.
+A circuit is of edges, or of units (`circuits.parts`): its figures name which.
+
+Shapes: prompts N; `*E` the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -49,12 +51,12 @@ class FaithfulnessScale:
     full: float
     empty: float
 
-    def faithfulness(self, mask: Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]) -> Faithfulness:
+    def faithfulness(self, mask: Bool[Tensor, "*E"] | Float[Tensor, "*E"]) -> Faithfulness:
         """Returns the faithfulness of a circuit."""
         return self.of(self.objective.measure(mask))
 
     def faithfulness_each(
-        self, masks: Sequence[Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]], label: str
+        self, masks: Sequence[Bool[Tensor, "*E"] | Float[Tensor, "*E"]], label: str
     ) -> list[Faithfulness]:
         """Returns the faithfulness of each of some circuits, with a progress bar."""
         return [self.of(values) for values in self.objective.measure_each(masks, label)]
@@ -104,7 +106,7 @@ def between(
 
 def evaluate(
     scale: FaithfulnessScale,
-    kept: Bool[Tensor, "R W *S"],
+    kept: Bool[Tensor, "*E"],
     ranked: Ranking,
     *,
     random_draws: int = 20,
@@ -119,7 +121,8 @@ def evaluate(
         random_draws: how many random circuits of its size it is compared with.
         seed: of the random circuits.
     """
-    graph, edges = scale.objective.engine.graph, int(kept.sum())
+    graph, edges = scale.objective.space, int(kept.sum())
+    noun = graph.noun
     values = under_each_metric(scale.objective, kept)
     own = scale.of(values[scale.objective.metric.name].circuit)
     drawn = random_circuits(graph, edges, random_draws, seed) if edges else []
@@ -129,11 +132,11 @@ def evaluate(
     random_ladder = [other.grown(wanted) for wanted in rungs for other in rankings]
     results = iter(scale.faithfulness_each([*drawn, *ladder.values(), *random_ladder], "evaluate"))
     chance = torch.tensor([next(results).value for _ in drawn])
-    curve = [{"edges": size, "faithfulness": next(results).value} for size in ladder]
+    curve = [{noun: size, "faithfulness": next(results).value} for size in ladder]
     band = [[next(results).value for _ in rankings] for _ in rungs]
     return {
-        "edges_total": graph.n_edges,
-        "edges_kept": edges,
+        f"{noun}_total": graph.n_parts,
+        f"{noun}_kept": edges,
         "faithfulness": own.value,
         "faithfulness_detail": asdict(own),
         "by_metric": {name: asdict(result) for name, result in by_metric(scale, values).items()},
@@ -147,7 +150,7 @@ def evaluate(
         },
         "curve": curve,
         "random_curve": [
-            {"edges": wanted, "low": min(at), "high": max(at)}
+            {noun: wanted, "low": min(at), "high": max(at)}
             for wanted, at in zip(rungs, band, strict=True)
         ],
     }
@@ -162,7 +165,7 @@ class Measured:
     circuit: Float[Tensor, "N"]
 
 
-def under_each_metric(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> dict[str, Measured]:
+def under_each_metric(objective: Objective, kept: Bool[Tensor, "*E"]) -> dict[str, Measured]:
     """Returns every metric that the prompts allow, of the same two runs under a mask."""
     metrics = [one for one in METRICS.values() if not one.lacks(objective.batches.prompts[0])]
     parts: dict[str, list[Measured]] = {metric.name: [] for metric in metrics}
