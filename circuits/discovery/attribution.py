@@ -81,7 +81,9 @@ def check_differentiable(metric: Metric) -> None:
         )
 
 
-def _attribute(objective: Objective[Batches], points: tuple[float, ...], label: str) -> torch.Tensor:
+def _attribute(
+    objective: Objective[Batches], points: tuple[float, ...], label: str
+) -> torch.Tensor:
     """Edge scores by gradients at `ablated + point * (clean - ablated)`, averaged over points."""
     engine, metric = objective.engine, objective.metric
     graph = engine.graph

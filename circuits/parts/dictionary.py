@@ -132,9 +132,7 @@ class Dictionary:
     def to(self, device: torch.device, dtype: torch.dtype) -> Dictionary:
         """The same with other tensors' device and type."""
         weights = {name: tensor.to(device, dtype) for name, tensor in self.weights.items()}
-        return Dictionary(
-            self.origin, self.hook, weights, self.k, self.centre_input, self.by_norm
-        )
+        return Dictionary(self.origin, self.hook, weights, self.k, self.centre_input, self.by_norm)
 
 
 def read_dictionary(folder: str | Path) -> Dictionary:
@@ -253,7 +251,9 @@ class _Config:
         else:
             out = "hook_name_out"
             layer, site, after = _placed(self.told.get(out), out, {"hook_mlp_out": ("m", 0)})
-            read_at, reads = _placed(name, "hook_name", {key: (one,) for key, one in INPUTS.items()})
+            read_at, reads = _placed(
+                name, "hook_name", {key: (one,) for key, one in INPUTS.items()}
+            )
             if read_at != layer:
                 raise ValueError(f"it reads block {read_at} and writes block {layer}; only one MLP")
         told = self.told.get("hook_layer")

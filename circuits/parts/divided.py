@@ -187,9 +187,7 @@ class Divided(Source):
         }
         return torch.cat([parts[start] for start in sorted(parts)], -1)
 
-    def unexplained(
-        self, numbers: Float[Tensor, "B S Z"], prompts: Prompts
-    ) -> Mapping[str, float]:
+    def unexplained(self, numbers: Float[Tensor, "B S Z"], prompts: Prompts) -> Mapping[str, float]:
         """Of each site with a dictionary: |error|^2 over what a constant value would leave."""
         from circuits.parts.readings import Decoded
 

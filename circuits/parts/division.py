@@ -188,9 +188,7 @@ def _check_fit(engine: Engine, dictionary: Dictionary) -> None:
             f"{layers} blocks, with {hook.site}0 to {hook.site}{last}"
         )
     if hook.site == "m" and engine.graph.attention_only:
-        raise ValueError(
-            f"dictionary {dictionary.origin} is of an MLP, but the model has none"
-        )
+        raise ValueError(f"dictionary {dictionary.origin} is of an MLP, but the model has none")
 
 
 KINDS: Mapping[str, Callable[[Engine, UnitsConfig], list[Found]]] = {

@@ -198,7 +198,8 @@ class Units:
         if unknown := sorted(map(str, set(data) - {"sites", "n_positions"})):
             raise ValueError(f"space.{unknown[0]} is unknown; the fields are sites, n_positions")
         sites = tuple(
-            restored(Site, one, f"space.sites[{number}]") for number, one in enumerate(data["sites"])
+            restored(Site, one, f"space.sites[{number}]")
+            for number, one in enumerate(data["sites"])
         )
         positions = data.get("n_positions")
         if not (positions is None or type(positions) is int):

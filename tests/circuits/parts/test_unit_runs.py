@@ -176,7 +176,10 @@ def test_units_by_position():
     records = tiny.records(5, seed=4, shortest=6, longest=6)
     prompts = prompts_from_records(records)
     engine = Engine(tiny.gpt2(), n_positions=6)
-    divided, plain = divide(engine, UnitsConfig("neurons")), divide(ENGINES["gpt2"], UnitsConfig("neurons"))
+    divided, plain = (
+        divide(engine, UnitsConfig("neurons")),
+        divide(ENGINES["gpt2"], UnitsConfig("neurons")),
+    )
     assert divided.units.part_name(2, 5) == "m0.n2@5"
     numbers = fit_ablation(AblationConfig("counterfactual"), engine, prompts, source=divided)
     numbers = numbers.writers(engine, prompts)[0]
