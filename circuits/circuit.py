@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import networkx as nx
 import torch
@@ -28,6 +28,7 @@ from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
+from circuits.space import Space
 
 FORMAT = 1
 TRAINED, LOG_ALPHA = "trained_mask", "log_alpha."  # what the files call a trained mask
@@ -66,9 +67,7 @@ class Circuit:
 
     def says(self, field_name: str) -> str:
         """The name of its task, method, metric or ablation; empty where it does not say."""
-        value = self.about.get(field_name)
-        name = value.get("name") if isinstance(value, Mapping) else value
-        return name if isinstance(name, str) else ""
+        return said(self.about, field_name)
 
     def draw(self, path: str | Path, *, edges: int | None = None) -> Path:
         """Draws it, or its `strongest(edges)`, into an .svg, .png or .pdf file.
@@ -152,6 +151,11 @@ class Circuit:
         return self.over_positions.edges
 
     @property
+    def space(self) -> Graph:
+        """What a mask is over: its graph."""
+        return self.graph
+
+    @property
     def mask(self) -> Float[Tensor, "R W *S"]:
         """1 where an edge is kept, else 0."""
         return self.kept.float()
@@ -192,12 +196,7 @@ class Circuit:
 
         `circuit.json` comes first: if there is no room for the other file, the circuit is there.
         """
-        for name, score in self.edges:
-            if not math.isfinite(score):
-                raise ValueError(
-                    f"edge {name} has score {score}; scores must be finite, so check metric and "
-                    "weights"
-                )
+        check_finite("edge", self.edges)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {
@@ -228,12 +227,7 @@ class Circuit:
             ValueError: it is broken, of another format, names edges that its graph lacks, or
                 `scores.safetensors` beside it has other scores, or no mask that fits.
         """
-        path = Path(path)
-        path = own_file(path, "circuit.json") if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
-            )
+        path = circuit_file(path)
         try:
             data = read_json(path)
             foreign, circuit = is_eap_ig(data), cls._from_json(data)
@@ -249,7 +243,7 @@ class Circuit:
         circuit = replace(circuit, about=about)
         if foreign or not tensors.is_file():
             return circuit
-        circuit = replace(circuit, scores=_scores(tensors, path, circuit))
+        circuit = replace(circuit, scores=stored_scores(tensors, path, circuit))
         return (
             circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
         )
@@ -264,6 +258,11 @@ class Circuit:
         version = data.pop("format")
         if version != FORMAT:
             raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
+        if "units" in data:
+            raise ValueError(
+                "its circuit is of units, not of edges, which detectors need; extract with "
+                "units=edges, or read it with circuits.UnitCircuit"
+            )
         graph = Graph.from_json(data.pop("graph"))
         entries = [(entry["edge"], entry["score"], True) for entry in data.pop("edges")]
         return cls._of(graph, entries, data)
@@ -299,8 +298,51 @@ def _check_size(graph: Graph) -> None:
         )
 
 
-def _scores(path: Path, beside: Path, circuit: Circuit) -> Tensor:
-    """The scores of all edges, which are those of `circuit.json` where an edge is kept."""
+def said(about: Mapping[str, Any], field_name: str) -> str:
+    """The name that a circuit gives to its task, method, metric or ablation; or empty."""
+    value = about.get(field_name)
+    name = value.get("name") if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else ""
+
+
+def circuit_file(path: str | Path) -> Path:
+    """The `circuit.json` of a folder, or the file itself; FileNotFoundError where it is not."""
+    path = Path(path)
+    path = own_file(path, "circuit.json") if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no circuit at {path}: `madcap extract ... out=DIR` writes one")
+    return path
+
+
+def check_finite(part: str, scores: Iterable[tuple[str, float]]) -> None:
+    """Raises ValueError for a score of a kept part that is not finite."""
+    for name, score in scores:
+        if not math.isfinite(score):
+            raise ValueError(
+                f"{part} {name} has score {score}; scores must be finite, so check metric and "
+                "weights"
+            )
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A circuit of whatever parts."""
+
+    @property
+    def space(self) -> Space: ...
+    @property
+    def kept(self) -> Tensor: ...
+    @property
+    def scores(self) -> Tensor: ...
+
+
+def stored_scores(path: Path, beside: Path, circuit: Scored) -> Tensor:
+    """The scores of all parts, which are those of `circuit.json` where a part is kept.
+
+    Raises:
+        ValueError: there are none, of other parts, or others where a part is kept.
+    """
+    noun = circuit.space.noun
     try:
         scores = read_tensors(path)["scores"]
     except (ValueError, KeyError) as error:
@@ -316,10 +358,11 @@ def _scores(path: Path, beside: Path, circuit: Circuit) -> Tensor:
     if differ.any():
         first = tuple(differ.nonzero()[0].tolist())
         raise ValueError(
-            f"{beside} says that {circuit.graph.edge_name(*first)} scores "
+            f"{beside} says that {circuit.space.part_name(*first)} scores "
             f"{circuit.scores[first].item():g}, but {path.name} says {scores[first].item():g} "
-            f"({int(differ.sum())} of {len(circuit)} kept edges differ); if the former is right, "
-            f"delete {path.name} (edges off the circuit then score 0), else restore circuit.json"
+            f"({int(differ.sum())} of {int(circuit.kept.sum())} kept {noun} differ); if the former "
+            f"is right, delete {path.name} ({noun} off the circuit then score 0), else restore "
+            "circuit.json"
         )
     return scores
 

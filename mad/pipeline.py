@@ -17,6 +17,8 @@ from circuits.files import write_json
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel
 from circuits.objective import prepare
+from circuits.parts.circuit import UnitCircuit
+from circuits.parts.division import UnitsConfig
 from circuits.prompts import Prompts
 from circuits.selection import Selection
 from mad.calibration import Calibrated, fit, sequence_hashes
@@ -43,6 +45,8 @@ class RunConfig:
     method: Any = "???"  # how edges are judged
     # what a removed edge carries during discovery
     ablation: Any = field(default_factory=AblationConfig)
+    # what the circuit is made of; a detector is fitted to one of edges only
+    units: Any = field(default_factory=UnitsConfig)
     # the detector that is fitted and calibrated at the end
     detector: Any = field(default_factory=Fast)
     # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy;
@@ -72,9 +76,9 @@ class Run:
     folder: Path
     model: LoadedModel
     engine: Engine
-    circuit: Circuit
+    circuit: Circuit | UnitCircuit
     metrics: Mapping[str, Any]
-    detector: Calibrated
+    detector: Calibrated | None  # None: the circuit is of units
     splits: Mapping[str, Prompts]
 
 
@@ -103,6 +107,11 @@ def make_run(config: RunConfig) -> Run:
         prepared = prepare_run(config)
         extraction = _extracted(config, prepared, place)
         _write_figures(config, prepared, extraction, place.folder)
+        if not isinstance(extraction.circuit, Circuit):
+            metrics = {**extraction.metrics, "scoring": None}
+            write_json(place.folder / "metrics.json", metrics)
+            place.publish()
+            return _run(config, prepared, extraction, metrics, None)
         try:
             calibrated = _calibrated(config, prepared, extraction, place.folder)
         except ValueError as error:
@@ -115,8 +124,18 @@ def make_run(config: RunConfig) -> Run:
         metrics = {**extraction.metrics, "scoring": scoring}
         write_json(place.folder / "metrics.json", metrics)
         place.publish()
-    folder, circuit = Path(config.out), extraction.circuit
-    return Run(folder, prepared.model, engine, circuit, metrics, calibrated, splits)
+    return _run(config, prepared, extraction, metrics, calibrated)
+
+
+def _run(
+    config: RunConfig,
+    prepared: Prepared,
+    extraction: Extraction,
+    metrics: Mapping[str, Any],
+    calibrated: Calibrated | None,
+) -> Run:
+    folder, model, circuit = Path(config.out), prepared.model, extraction.circuit
+    return Run(folder, model, prepared.engine, circuit, metrics, calibrated, prepared.splits)
 
 
 def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extraction:
@@ -127,7 +146,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         bytes(12 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
     )
 
-    def keep(circuit: Circuit) -> None:
+    def keep(circuit: Circuit | UnitCircuit) -> None:
         reserved.unlink()
         circuit.save(place.folder)
 
@@ -139,6 +158,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         metric=metric_of(config),
         ablation=config.ablation,
         selection=config.selection,
+        units=config.units,
         memory=config.memory,
         random_draws=config.random_draws,
         accept_worse=config.accept_worse,
@@ -166,6 +186,7 @@ def _calibrated(
     config: RunConfig, prepared: Prepared, extraction: Extraction, folder: Path
 ) -> Calibrated:
     """The detector, fitted and saved."""
+    assert isinstance(extraction.circuit, Circuit)
     calibrated = fit(
         config.detector,
         Context(prepared.engine, extraction.circuit),

@@ -3,12 +3,14 @@
     madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction
     madcap extract model=FOLDER task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun
     madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine
+    madcap extract model=FOLDER task=pronoun method=eap_ig units=neurons selection.units=40 out=runs/n
     madcap extract model=X.pt task=prompts.jsonl method.tau=0.1,0.01 'out=runs/tau${method.tau}' -m
 
 The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
 means that new inputs are scored under, one calibrates the detector. `out` then holds circuit.json,
 scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw it with `madcap
-plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
+plot`, score new inputs with `madcap score`. A circuit may also be of units=nodes, neurons, or
+features of given sparse autoencoders and transcoders; no detector is fitted to it then. With check=true model, prompts, splits and alpha are
 checked, and nothing is looked for or left.
 """
 
@@ -27,6 +29,7 @@ class Extract(RunConfig):
 
     ablation: Any = "???"  # what a removed edge carries during discovery
     detector: Any = "???"  # the detector that is fitted and calibrated at the end
+    units: Any = "???"  # what the circuit is made of
     check: bool = False  # only check model, prompts, splits, alpha and `out`, and say what they are
 
 
@@ -44,9 +47,11 @@ def run(config: Extract) -> None:
         title_justify="left",
         show_header=False,
     )
-    kept, total = metrics["edges_kept"], metrics["edges_total"]
+    noun = done.circuit.space.noun
+    kept, total = metrics[f"{noun}_kept"], metrics[f"{noun}_total"]
     chance = metrics["random_circuits"]
-    table.add_row("edges kept", f"{kept} of {total} ({kept / total:.1%})")
+    made_of = noun if noun == "edges" else config.units.name
+    table.add_row(f"{made_of} kept", f"{kept} of {total} ({kept / total:.1%})")
     table.add_row(
         f"faithfulness ({done.circuit.about['metric']}, {config.ablation.name})",
         f"{metrics['faithfulness']:.3f}",
@@ -64,10 +69,11 @@ def run(config: Extract) -> None:
         )
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
-    table.add_row(
-        "calibration",
-        f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}",
-    )
+    if done.detector is None:
+        table.add_row("detector", "none: one needs units=edges")
+    else:
+        calibrated = f"{len(done.detector.calibration.scores)} trusted inputs"
+        table.add_row("calibration", f"{calibrated}, detector {config.detector.name}")
     console.print(table)
     console.print(f"wrote {done.folder}")
 

@@ -390,7 +390,7 @@ def test_a_selection_by_number_share_or_threshold(selection, arguments):
         (Selection(edges=47), "edges=47, but the graph has 46 edges"),
         (
             Selection(faithfulness=None),
-            "selection needs one of edges, share, threshold or faithfulness",
+            "selection needs one of edges, units, share, threshold or faithfulness",
         ),
         (Selection(how="threshold"), "how=threshold needs threshold=VALUE"),
         (Selection(how="threshold", edges=3), "how=threshold needs threshold=VALUE"),
