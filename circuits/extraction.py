@@ -105,7 +105,7 @@ def extract(
     chosen = metric_named(metric)
     selection = with_signs(selection_of(selection or Selection(), units), chosen, method)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
-    made = over(engine, units)
+    made = over(engine, units, discovery)
     fitted = fit_ablation(ablation, engine, discovery, memory=memory, source=made.source)
     objective = made.prepare(discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
@@ -120,8 +120,7 @@ def extract(
         "selection": None if found.kept is not None else asdict(selection),
         "splits": splits,
     }
-    how |= {} if units is None or isinstance(space, Graph) else {"of": asdict(units)}
-    circuit = made.circuit(kept, found.scores, {**(about or {}), **how})
+    circuit = made.circuit(kept, found.scores, {**(about or {}), **how, **made.about})
     if isinstance(circuit, Circuit) and found.trained is not None:
         circuit = replace(circuit, trained=found.trained(len(circuit)))
     if keep is not None:

@@ -154,14 +154,15 @@ def read_dictionary(folder: str | Path) -> Dictionary:
         told = read_json(folder / CONFIG)
         if not isinstance(told, dict):
             raise ValueError("it holds no mapping")
-        config = _Config(told)
-        hook, weights = config.hook(), read_tensors(folder / WEIGHTS)
-        weights = _checked(config, weights)
+        return _read(folder, _Config(told))
     except ValueError as error:
         raise ValueError(f"dictionary {folder} cannot be used: {error}") from error
-    return Dictionary(
-        str(folder), hook, weights, config.k, config.centre_input, config.flag(RESCALED)
-    )
+
+
+def _read(folder: Path, config: _Config) -> Dictionary:
+    hook, k, centre = config.hook(), config.k, config.centre_input
+    weights = _checked(config, read_tensors(folder / WEIGHTS))
+    return Dictionary(str(folder), hook, weights, k, centre, config.flag(RESCALED))
 
 
 RESCALED, CENTRED = "rescale_acts_by_decoder_norm", "center_writing_weights"

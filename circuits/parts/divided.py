@@ -28,7 +28,7 @@ from torch import Tensor
 from circuits.ablation.source import Source
 from circuits.engine.engine import Engine
 from circuits.engine.memory import Footprint
-from circuits.parts.readings import Reading
+from circuits.parts.readings import Decoded, Reading
 from circuits.parts.units import Units
 from circuits.prompts.prompts import Prompts
 
@@ -189,8 +189,6 @@ class Divided(Source):
 
     def unexplained(self, numbers: Float[Tensor, "B S Z"], prompts: Prompts) -> Mapping[str, float]:
         """Of each site with a dictionary: |error|^2 over what a constant value would leave."""
-        from circuits.parts.readings import Decoded
-
         shares, real = {}, prompts.key_mask.to(numbers.device)
         for reading, span, _ in self._spans.values():
             if isinstance(reading, Decoded):

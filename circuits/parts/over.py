@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,16 @@ from circuits.graph import Graph
 from circuits.objective import Objective, prepare
 from circuits.parts.circuit import UnitCircuit
 from circuits.parts.division import EDGES, UnitsConfig, check_units, divide
+from circuits.parts.divided import Divided
 from circuits.parts.objective import prepare_units
+from circuits.parts.readings import Decoded
+from circuits.prompts import Prompts
 from circuits.selection import Selection
+
+
+log = logging.getLogger(__name__)
+
+FEW = 16  # prompts on which dictionaries are checked
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,14 @@ class Over:
     source: Source  # of ablations
     prepare: Callable[..., Objective]  # (prompts, metric, ablation, memory=) -> objective
     circuit: Callable[..., Circuit | UnitCircuit]  # (kept, scores, about) -> circuit
+    about: Mapping[str, Any] = field(default_factory=dict)  # for `circuit.json`
 
 
-def over(engine: Engine, units: UnitsConfig | None) -> Over:
+def over(engine: Engine, units: UnitsConfig | None, prompts: Prompts) -> Over:
     """Returns what circuits of edges, or of units, are made with.
+
+    Of each dictionary it is measured on some of the prompts how much of its site's value it leaves
+    to the error; where that is more than a constant would, there is a warning.
 
     Raises:
         FileNotFoundError: there is no such dictionary.
@@ -38,7 +51,27 @@ def over(engine: Engine, units: UnitsConfig | None) -> Over:
     if units is None or units.name == EDGES:
         return Over(WRITERS, partial(prepare, engine), partial(Circuit, engine.graph))
     divided = divide(engine, units)
-    return Over(divided, partial(prepare_units, divided), partial(UnitCircuit, divided.units))
+    shares = _unexplained(divided, prompts)
+    about = {"of": {**asdict(units), "unexplained": shares}}
+    circuit = partial(UnitCircuit, divided.units)
+    return Over(divided, partial(prepare_units, divided), circuit, about)
+
+
+def _unexplained(divided: Divided, prompts: Prompts) -> dict[str, float]:
+    """Of each site with a dictionary the share of variance that its error holds."""
+    few = prompts.select(slice(0, FEW)).to(divided.engine.device)
+    if not any(isinstance(reading, Decoded) for reading in divided.readings):
+        return {}
+    shares = dict(divided.unexplained(divided.read(divided.engine, few)[0], few))
+    for site, share in shares.items():
+        if not share < 1:
+            log.warning(
+                "the dictionary of %s leaves %.2f of the variance there to its error, more than a "
+                "constant would: it is of another model or site, or wants another scale",
+                site,
+                share,
+            )
+    return shares
 
 
 def discovered(method: Any, objective: Objective) -> Found:

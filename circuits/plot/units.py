@@ -185,7 +185,15 @@ def _draw_row(
         _draw_unit(axes, unit, strength[id(unit)], LEFT + place * (WIDTH + GAP), y)
     if len(row) > per_row:
         x = LEFT + per_row * (WIDTH + GAP)
-        axes.text(x, y, f"+ {len(row) - per_row}", size=8.5, gid=f"more:{label}", **faint)
+        axes.text(
+            x,
+            y,
+            f"+ {len(row) - per_row}",
+            size=8.5,
+            gid=f"more:{label}",
+            backgroundcolor="white",
+            **faint,
+        )
 
 
 def _draw_unit(axes: Axes, unit: DrawnUnit, strength: float, x: float, y: float) -> None:
