@@ -25,7 +25,6 @@ from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
 from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
 from circuits.files import restored
-from circuits.graph import Graph
 from circuits.metrics import METRICS, Metric, metric_named
 from circuits.objective import Objective, prepare
 from circuits.parts.circuit import UnitCircuit
@@ -228,8 +227,8 @@ def _refuse_worse_than_none(metrics: Mapping[str, Any]) -> None:
         own, chosen = metrics["by_metric"][name], metrics["faithfulness_detail"]["metric"]
         figures = f"{own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g}"
         raise ValueError(
-            f"by {name} the circuit of {metrics[f'{noun}_kept']} {noun} ({figures}) is worse than the "
-            f"empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
+            f"by {name} the circuit of {metrics[f'{noun}_kept']} {noun} ({figures}) is worse than "
+            f"the empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
             f"discover by metric={name if METRICS[name].differentiable else 'kl'}, with other "
             "settings (method.share, selection), or take it as it is: accept_worse=true"
         )

@@ -47,10 +47,11 @@ from circuits.names import (
     reader_name,
     split_reader,
 )
+from circuits.space import Space
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Space):
     """The edges that can exist in a decoder of a given shape.
 
     >>> graph = Graph(n_layers=2, n_heads=4)
@@ -67,7 +68,7 @@ class Graph:
     causal: bool = True  # a position is read by itself and later ones; else by all
     n_positions: int | None = None  # edges per position, for prompts of exactly this many tokens
 
-    noun: ClassVar[str] = "edges"
+    noun: ClassVar[str] = "edges"  # as parts of a mask
 
     def __post_init__(self) -> None:
         sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.kv_heads}
@@ -175,9 +176,9 @@ class Graph:
         """How many edges there are: parts that a mask may keep."""
         return self.n_edges
 
-    def part_name(self, *edge: int) -> str:
+    def part_name(self, *index: int) -> str:
         """The name of an edge by its indices."""
-        return self.edge_name(*edge)
+        return self.edge_name(*index)
 
     def edges(self) -> list[tuple[int, ...]]:
         """All edges as (reader, writer) or (reader, writer, position) indices, in forward order."""

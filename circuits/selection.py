@@ -9,7 +9,8 @@ Units (`circuits.parts`) have no edges to grow along; of them `greedy` takes the
 
 Circuits of different sizes are nested: edges are put in order once, and a circuit is its beginning.
 
-Shapes: writers W, readers R, edges E; `*S` positions, where the graph tells them apart.
+Shapes: writers W, readers R, edges (or units) N; `*S` positions, where they are told apart; `*E`
+the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ class Ranking:
     """Edges in the order in which circuits of growing size take them."""
 
     graph: Space  # or units
-    edges: Int[np.ndarray, "E axes"]  # (reader, writer) or (reader, writer, position); or (unit,)
+    edges: Int[np.ndarray, "N axes"]  # (reader, writer) or (reader, writer, position); or (unit,)
     supported: int  # how many come before the first that scores 0
 
-    def circuit(self, edges: int | None) -> Bool[Tensor, "R W *S"]:
+    def circuit(self, edges: int | None) -> Bool[Tensor, "*E"]:
         """The first so many edges, without dead ends; ValueError for a number out of range."""
         noun, total = self.graph.noun, self.graph.n_parts
         if edges is None or not 0 <= edges <= total:
@@ -84,13 +85,13 @@ class Ranking:
         kept[tuple(torch.from_numpy(self.edges[:edges]).T)] = True
         return self.graph.without_dead_ends(kept)
 
-    def within(self, edges: int) -> Bool[Tensor, "R W *S"]:
+    def within(self, edges: int) -> Bool[Tensor, "*E"]:
         """The largest circuit, of edges that do not score 0, with at most so many edges left."""
         sizes = range(1, self.supported + 1)
         fit = bisect_right(sizes, edges, key=lambda size: int(self.circuit(size).sum()))
         return self.circuit(fit)  # they are nested, so as many sizes fit as edges are taken
 
-    def grown(self, edges: int) -> Bool[Tensor, "R W *S"]:
+    def grown(self, edges: int) -> Bool[Tensor, "*E"]:
         """The first circuit that has at least so many edges left once dead ends are dropped."""
         wanted, kept = edges, self.circuit(edges)
         while (short := edges - int(kept.sum())) > 0 and wanted < self.graph.n_parts:

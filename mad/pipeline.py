@@ -18,7 +18,7 @@ from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel
 from circuits.objective import prepare
 from circuits.parts.circuit import UnitCircuit
-from circuits.parts.division import UnitsConfig
+from circuits.parts.division import EDGES, UnitsConfig
 from circuits.prompts import Prompts
 from circuits.selection import Selection
 from mad.calibration import Calibrated, fit, sequence_hashes
@@ -76,9 +76,21 @@ class Run:
     folder: Path
     model: LoadedModel
     engine: Engine
-    circuit: Circuit | UnitCircuit
+    circuit: Circuit
     metrics: Mapping[str, Any]
-    detector: Calibrated | None  # None: the circuit is of units
+    detector: Calibrated
+    splits: Mapping[str, Prompts]
+
+
+@dataclass(frozen=True)
+class UnitRun:
+    """A finished run whose circuit is of units, in memory; it has no detector."""
+
+    folder: Path
+    model: LoadedModel
+    engine: Engine
+    circuit: UnitCircuit
+    metrics: Mapping[str, Any]
     splits: Mapping[str, Prompts]
 
 
@@ -100,18 +112,17 @@ def make_run(config: RunConfig) -> Run:
 
     Raises:
         FileExistsError: the folder is in use.
-        ValueError: see `circuits.extract` and `mad.fit`.
+        ValueError: see `circuits.extract` and `mad.fit`; or the circuit is to be of units.
     """
     check_settings(config)
+    if config.units.name != EDGES:
+        raise ValueError(
+            f"units={config.units.name}, but detectors read edges; use make_unit_run or units=edges"
+        )
     with staged_run(Path(config.out), config.overwrite) as place:
         prepared = prepare_run(config)
         extraction = _extracted(config, prepared, place)
         _write_figures(config, prepared, extraction, place.folder)
-        if not isinstance(extraction.circuit, Circuit):
-            metrics = {**extraction.metrics, "scoring": None}
-            write_json(place.folder / "metrics.json", metrics)
-            place.publish()
-            return _run(config, prepared, extraction, metrics, None)
         try:
             calibrated = _calibrated(config, prepared, extraction, place.folder)
         except ValueError as error:
@@ -124,18 +135,42 @@ def make_run(config: RunConfig) -> Run:
         metrics = {**extraction.metrics, "scoring": scoring}
         write_json(place.folder / "metrics.json", metrics)
         place.publish()
-    return _run(config, prepared, extraction, metrics, calibrated)
+    folder, circuit = Path(config.out), extraction.circuit
+    assert isinstance(circuit, Circuit)
+    return Run(folder, prepared.model, engine, circuit, metrics, calibrated, splits)
 
 
-def _run(
-    config: RunConfig,
-    prepared: Prepared,
-    extraction: Extraction,
-    metrics: Mapping[str, Any],
-    calibrated: Calibrated | None,
-) -> Run:
-    folder, model, circuit = Path(config.out), prepared.model, extraction.circuit
-    return Run(folder, model, prepared.engine, circuit, metrics, calibrated, prepared.splits)
+def make_unit_run(config: RunConfig) -> UnitRun:
+    """Extracts a circuit of units, measures it, and writes both into `config.out`.
+
+    No detector is fitted: they all read edges.  The rest is as in `make_run`.
+
+    >>> from circuits import EAPIG, ModelConfig, Selection
+    >>> from circuits.parts import EDGES, UnitsConfig
+    >>> from circuits.tasks.recall import Recall
+    >>> model = ModelConfig("pkg://mad/models/recall_redirect")
+    >>> config = RunConfig(model, Recall(), EAPIG(), units=UnitsConfig("nodes"), out="nodes")
+    >>> config.selection, config.random_draws = Selection(units=6), 0
+    >>> make_unit_run(config).circuit
+    UnitCircuit(6 of 11 units, method=eap_ig, metric=kl, ablation=counterfactual)
+
+    Raises:
+        FileExistsError: the folder is in use.
+        FileNotFoundError: a folder holds no dictionary.
+        ValueError: see `circuits.extract`; or the circuit is to be of edges.
+    """
+    check_settings(config)
+    if config.units.name == EDGES:
+        raise ValueError("units=edges makes a circuit of edges; use make_run")
+    with staged_run(Path(config.out), config.overwrite) as place:
+        prepared = prepare_run(config)
+        extraction = _extracted(config, prepared, place)
+        _write_figures(config, prepared, extraction, place.folder)
+        place.publish()
+    model, engine, circuit = prepared.model, prepared.engine, extraction.circuit
+    assert isinstance(circuit, UnitCircuit)
+    metrics, splits = extraction.metrics, prepared.splits
+    return UnitRun(Path(config.out), model, engine, circuit, metrics, splits)
 
 
 def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extraction:

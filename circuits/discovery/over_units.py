@@ -77,8 +77,8 @@ def exact_units(config: object, objective: Objective[UnitBatches]) -> Found:
     space = objective.batches.space
     if space.n_parts > MOST_RUNS:
         raise ValueError(
-            f"{space.n_parts} units take as many runs, more than {MOST_RUNS}; use method=eap_ig, or "
-            "fewer units (units.layers)"
+            f"{space.n_parts} units take as many runs, more than {MOST_RUNS}; use method=eap_ig, "
+            "or fewer units (units.layers)"
         )
     full = objective.measure(space.exists.double()).double().mean()  # rounded as the others are
     scores = torch.zeros(space.n_parts)

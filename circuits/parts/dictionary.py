@@ -5,8 +5,8 @@ A folder holds `cfg.json` and `sae_weights.safetensors`.  With x what the encode
     value = sum_f z_f d_f + b + error,     z = activation((x - c) W + a),
 
 d_f the rows of the decoder, b its bias, and c = b where `apply_b_dec_to_input` is set, else 0.  A
-sparse autoencoder reads the value itself; a transcoder reads what goes into an MLP, and its value is
-what the MLP writes.
+sparse autoencoder reads the value itself; a transcoder reads what goes into an MLP, and its value
+is what the MLP writes.
 
     standard    relu                              W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]
     jumprelu    relu, 0 up to a threshold         threshold [F] as well

@@ -102,7 +102,7 @@ class Divided(Source):
         embedded: Float[Tensor, "B S D"] | None = None,
         per_example: bool = False,
     ) -> Float[Tensor, "*KB P V"]:
-        """Runs the model under a mask of units, or under K masks at once; logits where it is scored.
+        """Runs the model under a mask of units, or K masks at once; logits where it is scored.
 
         Differentiable in the mask, in `embedded`, in `ablated` and in the weights.
 

@@ -40,7 +40,8 @@ def check_units(config: UnitsConfig) -> None:
         raise ValueError(f"units={config.name!r}, but they are {', '.join((EDGES, *KINDS))}")
     if config.dictionaries and config.name != "features":
         raise ValueError(
-            f"units.dictionaries are for units=features, not for units={config.name}; leave them out"
+            f"units.dictionaries are for units=features, not for units={config.name}; leave them "
+            "out"
         )
     if config.name == "features" and not config.dictionaries:
         raise ValueError(

@@ -15,13 +15,12 @@ from circuits.engine.engine import Engine
 from circuits.graph import Graph
 from circuits.objective import Objective, prepare
 from circuits.parts.circuit import UnitCircuit
-from circuits.parts.division import EDGES, UnitsConfig, check_units, divide
 from circuits.parts.divided import Divided
+from circuits.parts.division import EDGES, UnitsConfig, check_units, divide
 from circuits.parts.objective import prepare_units
 from circuits.parts.readings import Decoded
 from circuits.prompts import Prompts
 from circuits.selection import Selection
-
 
 log = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from circuits.files import restored
 from circuits.names import INPUT, UnitName, mlp_name, parse_unit
+from circuits.space import Space
 
 SiteKind = Literal["input", "heads", "mlp", "neurons", "mlp_features", "residual_features"]
 MOST_UNITS = 2**28  # entries of a mask that can be held
@@ -103,7 +104,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Units:
+class Units(Space):
     """All units of some sites, in forward order.
 
     >>> units = Units((Site("heads", 0, 4), Site("neurons", 0, 20)))
@@ -163,10 +164,11 @@ class Units:
             yield site, slice(start, start + len(site))
             start += len(site)
 
-    def part_name(self, unit: int, position: int | None = None) -> str:
-        """The name of a unit by its index."""
+    def part_name(self, *index: int) -> str:
+        """The name of a unit by its index: its number and, where told apart, its position."""
+        unit, *position = index
         site, span = next((s, at) for s, at in self.spans() if unit < at.stop)
-        return site.unit(unit - span.start) + ("" if position is None else f"@{position}")
+        return site.unit(unit - span.start) + "".join(f"@{one}" for one in position)
 
     def index(self, name: str) -> tuple[int, ...]:
         """The index of a unit by its name; ValueError for none of these."""

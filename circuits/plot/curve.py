@@ -51,7 +51,7 @@ def draw_faithfulness_curve(
     caption: str = "",
     noun: str = "edges",
 ) -> Path:
-    """Return the file drawn: faithfulness against edges (or units) kept (log axis), one line per curve.
+    """Return the file drawn: faithfulness against edges or units kept (log axis), a line per curve.
 
     Dotted rules mark 1 (the full model) and 0 (everything ablated), a grey band random circuits of
     the same size, and a line at `edges_total` the whole graph. Points at 0 edges have no place on a

@@ -2,8 +2,9 @@
 
     draw_units([("m1.n37", 0.8), ("a0.h3", -0.2)], Path("out"))  # -> out/circuit.svg, ...
 
-Box colour is kind, the frame's colour is sign, opacity of both is strength (`circuits.plot.layout`).
-Inputs are at the bottom.  A row holds so many boxes and then says how many more there are.
+Box colour is kind, the frame's colour is sign, opacity of both is strength, as defined in
+`circuits.plot.layout`.  Inputs are at the bottom.  A row holds so many boxes and then says how many
+more there are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from circuits.names import UnitName, parse_unit
 from circuits.plot.circuit import KIND_COLOURS, RULE, UNSCORED
@@ -178,7 +179,7 @@ def _draw_row(
     right: float,
 ) -> None:
     axes.plot([LEFT - 6, right], [y, y], color=RULE, linewidth=0.8, zorder=0)
-    faint = {"va": "center_baseline", "color": FAINT_INK}
+    faint: dict[str, Any] = {"va": "center_baseline", "color": FAINT_INK}
     label = row[0].row_label
     axes.text(LEFT - 12, y, label, ha="right", size=8.5, gid=f"row:{label}", **faint)
     for place, unit in enumerate(row[:per_row]):
@@ -214,7 +215,7 @@ def _draw_unit(axes: Axes, unit: DrawnUnit, strength: float, x: float, y: float)
         gid=f"unit:{unit.name.name}",
     )
     axes.add_patch(_backed(axes, box))
-    middle = {"ha": "center", "va": "center_baseline", "zorder": 4}
+    middle: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": 4}
     axes.text(x + WIDTH / 2, y + 4.5, unit.label, size=8.5, color=INK, **middle)
     score = f"{unit.score:+.2g}".replace("-", "\N{MINUS SIGN}")
     axes.text(x + WIDTH / 2, y - 7, score, size=6.5, color=FAINT_INK, **middle)

@@ -3,15 +3,17 @@
     madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction
     madcap extract model=FOLDER task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun
     madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine
-    madcap extract model=FOLDER task=pronoun method=eap_ig units=neurons selection.units=40 out=runs/n
+    madcap extract model=FOLDER task=pronoun method=eap_ig units=neurons out=runs/neurons
     madcap extract model=X.pt task=prompts.jsonl method.tau=0.1,0.01 'out=runs/tau${method.tau}' -m
 
 The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
 means that new inputs are scored under, one calibrates the detector. `out` then holds circuit.json,
 scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw it with `madcap
-plot`, score new inputs with `madcap score`. A circuit may also be of units=nodes, neurons, or
-features of given sparse autoencoders and transcoders; no detector is fitted to it then. With check=true model, prompts, splits and alpha are
+plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
 checked, and nothing is looked for or left.
+
+A circuit may also be of units=nodes, units=neurons or, with 'units.dictionaries=[FOLDER,...]',
+units=features of sparse autoencoders and transcoders. No detector is fitted to it: they read edges.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mad.pipeline import RunConfig, make_run
+from circuits.parts.division import EDGES
+from mad.pipeline import Run, RunConfig, make_run, make_unit_run
 
 
 @dataclass
@@ -40,7 +43,7 @@ def run(config: Extract) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    done = make_run(config)
+    done = make_run(config) if config.units.name == EDGES else make_unit_run(config)
     metrics, console = done.metrics, Console()
     table = Table(
         title=f"circuit of {config.task.name} by {config.method.name}",
@@ -61,7 +64,7 @@ def run(config: Extract) -> None:
             f"{chance['count']} random circuits of that size",
             f"mean {chance['mean']:.3f}, 95th percentile {chance['percentile_95']:.3f}",
         )
-    if scoring := metrics["scoring"]:
+    if scoring := metrics.get("scoring"):
         value = scoring["faithfulness"]
         table.add_row(
             f"faithfulness for scoring ({scoring['ablation']})",
@@ -69,11 +72,11 @@ def run(config: Extract) -> None:
         )
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
-    if done.detector is None:
-        table.add_row("detector", "none: one needs units=edges")
-    else:
+    if isinstance(done, Run):
         calibrated = f"{len(done.detector.calibration.scores)} trusted inputs"
         table.add_row("calibration", f"{calibrated}, detector {config.detector.name}")
+    else:
+        table.add_row("detector", "none: one needs units=edges")
     console.print(table)
     console.print(f"wrote {done.folder}")
 

@@ -110,6 +110,7 @@ def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
         "selection": {
             "how": "greedy",
             "edges": 20,
+            "units": None,
             "share": None,
             "faithfulness": 0.9,
             "threshold": None,

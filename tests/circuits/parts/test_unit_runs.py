@@ -4,6 +4,8 @@ against gradients in the mask.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -148,12 +150,9 @@ def test_masked_runs_are_those_with_changed_projections(name, kind):
     ours = divided.masked(PROMPTS, mask, numbers)
     for row, length in enumerate(PROMPTS.lengths.tolist()):
         corrupt, seen = PROMPTS.corrupt[row, None, :length], {}
-        keep = {one: lambda x, one=one: seen.setdefault(one, x) for one in shares}
+        keep = {one: partial(seen.setdefault, one) for one in shares}
         through_modules(engine, corrupt, keep)
-        mixed = {
-            one: lambda x, one=one, share=share: share * x + (1 - share) * seen[one]
-            for one, share in shares.items()
-        }
+        mixed = {one: partial(torch.lerp, seen[one], weight=share) for one, share in shares.items()}
         theirs = through_modules(engine, PROMPTS.clean[row, None, :length], mixed)[0]
         positions = PROMPTS.positions[row]
         real = positions >= 0
