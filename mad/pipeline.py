@@ -146,7 +146,7 @@ def make_unit_run(config: RunConfig) -> UnitRun:
     No detector is fitted: they all read edges.  The rest is as in `make_run`.
 
     >>> from circuits import EAPIG, ModelConfig, Selection
-    >>> from circuits.parts import EDGES, UnitsConfig
+    >>> from circuits.parts import UnitsConfig
     >>> from circuits.tasks.recall import Recall
     >>> model = ModelConfig("pkg://mad/models/recall_redirect")
     >>> config = RunConfig(model, Recall(), EAPIG(), units=UnitsConfig("nodes"), out="nodes")

@@ -69,7 +69,7 @@ def test_an_extraction_is_attribution_selection_and_evaluation():
 
 
 def test_an_exact_dictionary_finds_the_basis_that_matters(tmp_path):
-    """The stream before block 1 in an orthogonal basis: no error, so that features are the model."""
+    """The stream before block 1 in an orthogonal basis: no error, so that features are all."""
     folder = dictionaries.saved(tmp_path / "d", dictionaries.exact(12))
     config = UnitsConfig("features", dictionaries=[str(folder)])
     found = extracted(
@@ -77,7 +77,6 @@ def test_an_exact_dictionary_finds_the_basis_that_matters(tmp_path):
     )
     circuit = found.circuit
     assert isinstance(circuit, UnitCircuit)
-    assert "r1.error" not in dict(circuit.units)
     assert circuit.scores[-1].abs() < 1e-6 * circuit.scores.abs().max()
     assert found.metrics["faithfulness"] == pytest.approx(1.0, abs=1e-6)
     assert circuit.about["of"]["unexplained"]["r1"] < 1e-12
