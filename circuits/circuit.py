@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import networkx as nx
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
 from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
-from circuits.space import Space
 
 FORMAT = 1
 TRAINED, LOG_ALPHA = "trained_mask", "log_alpha."  # what the files call a trained mask
@@ -296,75 +295,6 @@ def _check_size(graph: Graph) -> None:
             f"its graph has {readers} readers and {writers} writers at {graph.n_positions or 1} "
             f"positions, more than the {MOST_CELLS} pairs that can be held"
         )
-
-
-def said(about: Mapping[str, Any], field_name: str) -> str:
-    """The name that a circuit gives to its task, method, metric or ablation; or empty."""
-    value = about.get(field_name)
-    name = value.get("name") if isinstance(value, Mapping) else value
-    return name if isinstance(name, str) else ""
-
-
-def circuit_file(path: str | Path) -> Path:
-    """The `circuit.json` of a folder, or the file itself; FileNotFoundError where it is not."""
-    path = Path(path)
-    path = own_file(path, "circuit.json") if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no circuit at {path}: `madcap extract ... out=DIR` writes one")
-    return path
-
-
-def check_finite(part: str, scores: Iterable[tuple[str, float]]) -> None:
-    """Raises ValueError for a score of a kept part that is not finite."""
-    for name, score in scores:
-        if not math.isfinite(score):
-            raise ValueError(
-                f"{part} {name} has score {score}; scores must be finite, so check metric and "
-                "weights"
-            )
-
-
-@runtime_checkable
-class Scored(Protocol):
-    """A circuit of whatever parts."""
-
-    @property
-    def space(self) -> Space: ...
-    @property
-    def kept(self) -> Tensor: ...
-    @property
-    def scores(self) -> Tensor: ...
-
-
-def stored_scores(path: Path, beside: Path, circuit: Scored) -> Tensor:
-    """The scores of all parts, which are those of `circuit.json` where a part is kept.
-
-    Raises:
-        ValueError: there are none, of other parts, or others where a part is kept.
-    """
-    noun = circuit.space.noun
-    try:
-        scores = read_tensors(path)["scores"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no scores: {error}") from error
-    if not scores.is_floating_point():
-        raise ValueError(f"{path} holds no scores: they are {scores.dtype}, but must be float")
-    if scores.shape != circuit.kept.shape:
-        raise ValueError(
-            f"{path} has shape {tuple(scores.shape)}, but the graph of {beside} is "
-            f"{tuple(circuit.kept.shape)}"
-        )
-    differ = (scores.to(circuit.scores.dtype) != circuit.scores) & circuit.kept
-    if differ.any():
-        first = tuple(differ.nonzero()[0].tolist())
-        raise ValueError(
-            f"{beside} says that {circuit.space.part_name(*first)} scores "
-            f"{circuit.scores[first].item():g}, but {path.name} says {scores[first].item():g} "
-            f"({int(differ.sum())} of {int(circuit.kept.sum())} kept {noun} differ); if the former "
-            f"is right, delete {path.name} ({noun} off the circuit then score 0), else restore "
-            "circuit.json"
-        )
-    return scores
 
 
 def _trained(path: Path, circuit: Circuit, mask: Any) -> MaskDistribution:

@@ -119,9 +119,7 @@ def extract(
         "selection": None if found.kept is not None else asdict(selection),
         "splits": splits,
     }
-    circuit = made.circuit(kept, found.scores, {**(about or {}), **how, **made.about})
-    if isinstance(circuit, Circuit) and found.trained is not None:
-        circuit = replace(circuit, trained=found.trained(len(circuit)))
+    circuit = made.circuit(kept, found, {**(about or {}), **how, **made.about})
     if keep is not None:
         keep(circuit)
     held_out = made.prepare(evaluation, chosen, fitted, memory=memory)

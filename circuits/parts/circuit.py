@@ -18,15 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.circuit import (
-    FORMAT,
-    MOST_SCORE,
-    Circuit,
-    check_finite,
-    circuit_file,
-    said,
-    stored_scores,
-)
+from circuits.circuit import FORMAT, MOST_SCORE, Circuit
+from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
 from circuits.files import own_file, read_json, write_tensors, write_text
 from circuits.parts.units import Units
 
@@ -144,7 +137,16 @@ class UnitCircuit:
 
 
 def load_circuit(path: str | Path) -> Circuit | UnitCircuit:
-    """Reads a circuit of edges or of units; raises as `Circuit.load` and `UnitCircuit.load`."""
+    """Reads a circuit of edges or of units; raises as `Circuit.load` and `UnitCircuit.load`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from circuits.parts.units import Site
+    >>> units = Units((Site("heads", 0, 2),))
+    >>> with TemporaryDirectory() as folder:
+    ...     UnitCircuit(units, units.exists, torch.ones(2)).save(folder)
+    ...     load_circuit(folder)
+    UnitCircuit(2 of 2 units)
+    """
     try:
         data = read_json(circuit_file(path))
     except ValueError:

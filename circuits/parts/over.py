@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from circuits.ablation.source import WRITERS, Source
 from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found
@@ -19,6 +21,7 @@ from circuits.parts.divided import Divided
 from circuits.parts.division import EDGES, UnitsConfig, check_units, divide
 from circuits.parts.objective import prepare_units
 from circuits.parts.readings import Decoded
+from circuits.parts.units import Units
 from circuits.prompts import Prompts
 from circuits.selection import Selection
 
@@ -33,7 +36,7 @@ class Over:
 
     source: Source  # of ablations
     prepare: Callable[..., Objective]  # (prompts, metric, ablation, memory=) -> objective
-    circuit: Callable[..., Circuit | UnitCircuit]  # (kept, scores, about) -> circuit
+    circuit: Callable[..., Circuit | UnitCircuit]  # (kept, found, about) -> circuit
     about: Mapping[str, Any] = field(default_factory=dict)  # for `circuit.json`
 
 
@@ -48,12 +51,21 @@ def over(engine: Engine, units: UnitsConfig | None, prompts: Prompts) -> Over:
         ValueError: as `divide`.
     """
     if units is None or units.name == EDGES:
-        return Over(WRITERS, partial(prepare, engine), partial(Circuit, engine.graph))
+        return Over(WRITERS, partial(prepare, engine), partial(_of_edges, engine.graph))
     divided = divide(engine, units)
     shares = _unexplained(divided, prompts)
     about = {"of": {**asdict(units), "unexplained": shares}}
-    circuit = partial(UnitCircuit, divided.units)
+    circuit = partial(_of_units, divided.units)
     return Over(divided, partial(prepare_units, divided), circuit, about)
+
+
+def _of_edges(graph: Graph, kept: Tensor, found: Found, about: Mapping[str, Any]) -> Circuit:
+    trained = None if found.trained is None else found.trained(int(kept.sum()))
+    return Circuit(graph, kept, found.scores, about, trained)
+
+
+def _of_units(units: Units, kept: Tensor, found: Found, about: Mapping[str, Any]) -> UnitCircuit:
+    return UnitCircuit(units, kept, found.scores, about)
 
 
 def _unexplained(divided: Divided, prompts: Prompts) -> dict[str, float]:

@@ -18,9 +18,6 @@ connected part of the circuit that has at most N edges, and says so below it.
 A circuit of units (nodes, neurons, features) is drawn without edges: the kept units of each layer,
 strongest first, at most per_row of them.
 
-A circuit of units (nodes, neurons, features) is drawn without edges: the kept units of each layer,
-strongest first, at most per_row of them.
-
 scored=FILE draws what `madcap score` wrote: FILE.scores, the scores with those flagged at alpha in
 red and, where inputs had a "label", FILE.roc; it prints the shares flagged, and AUROC.
 """

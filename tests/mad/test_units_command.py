@@ -54,6 +54,8 @@ def test_nodes_are_extracted_and_drawn(tmp_path, capsys):
     svg = (out / "circuit.svg").read_text()
     assert svg.count('id="unit:') == 6 and 'id="label:' not in svg
     capsys.readouterr()
+    assert main(["plot", f"circuit={out}", "edges=3"]) == 1
+    assert "is of units; per_row=N draws the strongest N" in capsys.readouterr().err
     inputs = tmp_path / "inputs.jsonl"
     inputs.write_text("{}\n")
     for words in (
@@ -110,6 +112,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_learned_masks_are_of_edges_only(tmp_path, capsys):
+    assert extracted(tmp_path / "run", "units=nodes", "method=ugs") == 1
+    assert "method=ugs finds circuits of edges only; use units=edges, or" in capsys.readouterr().err
 
 
 def test_a_dictionary_for_another_width_is_refused(tmp_path, capsys):
