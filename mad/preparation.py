@@ -85,7 +85,11 @@ def prepare_run(config: RunConfig) -> Prepared:
     model = load_model(config.model)
     remember(config.model.path, config.model.head)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
-    alpha = usable_alpha(config.alpha, len(splits["calibration"]), "splits.calibration")
+    calibration = len(splits["calibration"])
+    if config.units.name == EDGES:
+        alpha = usable_alpha(config.alpha, calibration, "splits.calibration")
+    else:  # nothing is calibrated
+        alpha = config.alpha or max(USUAL_ALPHA, smallest_alpha(calibration))
     for name in ("discovery", "evaluation"):
         metric_named(metric_of(config)).require(splits[name])
         ABLATIONS[config.ablation.name].require(splits[name])

@@ -174,8 +174,11 @@ def test_an_mlp_with_no_feature_and_no_error_is_removed(tmp_path, name, ablation
     )
 
 
-@pytest.mark.parametrize("unfolded", [False, True])
-def test_an_exact_transcoder_has_the_neurons_as_features(tmp_path, unfolded):
+READS = [("ln2.hook_normalized", False), ("ln2.hook_normalized", True), ("mlp.hook_in", True)]
+
+
+@pytest.mark.parametrize(("hook", "unfolded"), READS)
+def test_an_exact_transcoder_has_the_neurons_as_features(tmp_path, hook, unfolded):
     """Its encoder is the MLP's first layer, with the norm's gain in it where it reads without."""
     engine = ENGINES["gpt2"]
     block = engine.architecture.blocks[1]
@@ -187,16 +190,15 @@ def test_an_exact_transcoder_has_the_neurons_as_features(tmp_path, unfolded):
         into, bias = norm.weight.detach()[:, None] * into, bias + norm.bias.detach() @ into
     weights = {"W_enc": into, "b_enc": bias, "W_dec": down.weight.T.detach(), "b_dec": down.bias}
     weights = {key: value.detach().clone() for key, value in weights.items()}
-    loading = {"model_from_pretrained_kwargs": {"fold_ln": False}} if unfolded else {}
+    told = {"model_from_pretrained_kwargs": {"fold_ln": False}}
+    loading = told if unfolded and "ln2" in hook else {}
     folder = dictionaries.saved(
         tmp_path / "d",
         weights,
         architecture="transcoder",
         apply_b_dec_to_input=False,
         d_out=12,
-        metadata=dictionaries.at(
-            "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out", **loading
-        ),
+        metadata=dictionaries.at(f"blocks.1.{hook}", "blocks.1.hook_mlp_out", **loading),
     )
     divided, neurons = (
         divided_by("gpt2", folder),
