@@ -150,7 +150,7 @@ def _draw_edges(
     return paths
 
 
-def _figures(folder: Path, noun: str) -> dict[str, Any] | None:
+def _figures(folder: Path, noun: str = "edges") -> dict[str, Any] | None:
     """What is drawn of `metrics.json`, with sizes in edges or units; None where there is none.
 
     Raises:
