@@ -4,6 +4,7 @@
     prompts = model.prompts(records)          prompts, by its tokenizer
     engine = circuits.Engine(model)           the model as writers and readers
     found = circuits.extract(engine, ...)     a circuit with its figures
+    circuits.evaluate(found.circuit, ...)     all figures of a circuit, with their errors
     circuits.draw_circuit(found.circuit, ...) its picture
 
 Names are imported on first use, so that the command line answers before torch is loaded.
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from circuits.discovery import EdgePruning as EdgePruning
     from circuits.discovery import SubnetworkProbing as SubnetworkProbing
     from circuits.engine import Engine as Engine
+    from circuits.evaluation.evaluate import Effort as Effort
+    from circuits.evaluation.evaluate import evaluate as evaluate
     from circuits.extraction import Extraction as Extraction
     from circuits.extraction import extract as extract
     from circuits.graph import Graph as Graph
@@ -55,6 +58,7 @@ _WHERE = {
     "EAP": "circuits.discovery",
     "EAPIG": "circuits.discovery",
     "EdgePruning": "circuits.discovery",
+    "Effort": "circuits.evaluation.evaluate",
     "Engine": "circuits.engine",
     "Extraction": "circuits.extraction",
     "Graph": "circuits.graph",
@@ -70,6 +74,7 @@ _WHERE = {
     "UnitCircuit": "circuits.parts",
     "UnitsConfig": "circuits.parts",
     "draw_circuit": "circuits.plot",
+    "evaluate": "circuits.evaluation.evaluate",
     "extract": "circuits.extraction",
     "from_bridge": "circuits.model.load",
     "from_module": "circuits.model.load",

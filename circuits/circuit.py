@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
 from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
-from circuits.foreign import EAP_IG, from_eap_ig, is_eap_ig
+from circuits.foreign import EAP_IG, from_eap_ig, grouped, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
@@ -99,7 +99,7 @@ class Circuit:
         >>> scores = graph.exists.float()
         >>> scores[graph.edge_index("a0.h0->m0")] = 0.5
         >>> [name for name, _ in Circuit(graph, graph.exists, scores).strongest(7).edges][-3:]
-        ['input->m0', 'input->logits', 'a0.h0->logits']
+        ['input->logits', 'a0.h0->logits', 'm0->logits']
 
         Raises:
             ValueError: no part with so few edges joins an input to the logits, or a score is not
@@ -119,6 +119,21 @@ class Circuit:
                 "the logits; raise edges"
             )
         return replace(self, kept=kept)
+
+    def export(self, path: str | Path) -> Path:
+        """Writes it for other programs: .json (EAP-IG, MIB), .dot or .graphml.
+
+        >>> graph = Graph(n_layers=1, n_heads=1)
+        >>> path = Circuit(graph, graph.exists, graph.exists.float()).export("circuit.graphml")
+        >>> len(nx.read_graphml(path).edges)
+        8
+
+        Raises:
+            ValueError: another suffix, or a graph that the format cannot say.
+        """
+        from circuits.export import export_circuit
+
+        return export_circuit(self, path)
 
     def _repr_html_(self) -> str:
         from circuits.plot.notebook import circuit_html
@@ -250,8 +265,11 @@ class Circuit:
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:
         if is_eap_ig(data):
+            from circuits.regrouped import regrouped
+
             graph, entries = from_eap_ig(data)
-            return cls._of(graph, entries, {"read_from": EAP_IG})
+            about = {"read_from": EAP_IG, "d_model": data["cfg"].get("d_model")}
+            return regrouped(cls._of(graph, entries, about), grouped(data))
         if not isinstance(data, dict):
             raise TypeError("it holds no mapping")
         version = data.pop("format")
@@ -259,8 +277,8 @@ class Circuit:
             raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
         if "units" in data:
             raise ValueError(
-                "its circuit is of units, not of edges, which detectors need; extract with "
-                "units=edges, or read it with circuits.UnitCircuit"
+                "its circuit is of units, but this needs one of edges; extract with units=edges, "
+                "or read it with circuits.UnitCircuit"
             )
         graph = Graph.from_json(data.pop("graph"))
         entries = [(entry["edge"], entry["score"], True) for entry in data.pop("edges")]

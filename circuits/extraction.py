@@ -23,9 +23,12 @@ from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found, decides
 from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
-from circuits.faithfulness import FaithfulnessScale, evaluate, faithfulness_scale
+from circuits.evaluation.areas import rankings_of
+from circuits.evaluation.figures import figures
+from circuits.evaluation.verdicts import refuse_worse_than_none, target_of, warnings
+from circuits.faithfulness import FaithfulnessScale, faithfulness_scale
 from circuits.files import restored
-from circuits.metrics import METRICS, Metric, metric_named
+from circuits.metrics import Metric, metric_named
 from circuits.objective import Objective, prepare
 from circuits.parts.circuit import UnitCircuit
 from circuits.parts.division import UnitsConfig
@@ -108,7 +111,6 @@ def extract(
     fitted = fit_ablation(ablation, engine, discovery, memory=memory, source=made.source)
     objective = made.prepare(discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
-    space = objective.space
     splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
     used = {"discovery": discovery, "evaluation": evaluation}
@@ -123,17 +125,20 @@ def extract(
     if keep is not None:
         keep(circuit)
     held_out = made.prepare(evaluation, chosen, fitted, memory=memory)
-    metrics = evaluate(
+    metrics = figures(
         faithfulness_scale(held_out),
         kept,
-        ranked_by(space, found, selection),
+        rankings_of(circuit),
         random_draws=random_draws,
         seed=seed,
     )
     metrics |= {**cost, "method": found.details}
     if not accept_worse:
-        _refuse_worse_than_none(metrics)
-    _warn_of_poor_circuits(metrics)
+        refuse_worse_than_none(metrics)
+    asked = None if found.kept is not None else target_of(selection)
+    metrics["warnings"] = warnings(metrics, asked)
+    for line in metrics["warnings"]:
+        log.warning("%s", line)
     splits = {**splits, "evaluation": _split(held_out.batches.whole)}
     circuit = replace(circuit, about={**circuit.about, "splits": splits})
     return Extraction(circuit, metrics, fitted, used)
@@ -217,46 +222,6 @@ def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
     drawn = random_circuits(graph, len(circuit), count, seed)
     about = {"method": {"name": RANDOM, "seed": seed}}
     return [Circuit(graph, kept, kept.float(), about) for kept in drawn]
-
-
-def _refuse_worse_than_none(metrics: Mapping[str, Any]) -> None:
-    noun = _noun(metrics)
-    for name in metrics["worse_than_none"]:
-        own, chosen = metrics["by_metric"][name], metrics["faithfulness_detail"]["metric"]
-        figures = f"{own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g}"
-        raise ValueError(
-            f"by {name} the circuit of {metrics[f'{noun}_kept']} {noun} ({figures}) is worse than "
-            f"the empty one, though it keeps {metrics['faithfulness']:.2f} of {chosen}; "
-            f"discover by metric={name if METRICS[name].differentiable else 'kl'}, with other "
-            "settings (method.share, selection), or take it as it is: accept_worse=true"
-        )
-
-
-def _warn_of_poor_circuits(metrics: Mapping[str, Any]) -> None:
-    noun = _noun(metrics)
-    kept, total = metrics[f"{noun}_kept"], metrics[f"{noun}_total"]
-    chance = metrics["random_circuits"]["percentile_95"]
-    if kept == total:
-        log.warning(
-            "all %d %s are kept, so that this circuit explains nothing and no input departs "
-            "from it; ask for fewer (selection.%s, a lower selection.faithfulness, a higher "
-            "method.tau) or use another method",
-            total,
-            noun,
-            noun,
-        )
-    elif chance is not None and metrics["faithfulness"] <= chance:
-        log.warning(
-            "the circuit's faithfulness, %.3f, is no better than that of random circuits of its "
-            "size (95th percentile %.3f)",
-            metrics["faithfulness"],
-            chance,
-        )
-
-
-def _noun(metrics: Mapping[str, Any]) -> str:
-    """What the figures are of: edges or units."""
-    return "edges" if "edges_kept" in metrics else "units"
 
 
 def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "*E"]:

@@ -4,30 +4,28 @@
 
 m(M) is the full model's, m(C) the circuit's, m(0) that of the model with every edge removed.
 
-A circuit is of edges, or of units (`circuits.parts`): its figures name which.
+A circuit is of edges, or of units (`circuits.parts`).
 
-Shapes: prompts N; `*E` the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
+Shapes: prompts N, circuits K, draws of prompts D; `*E` the axes of a mask, [R, W, *S] of edges and
+[U, *S] of units.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.batches import joined
+from circuits.evaluation.bootstrap import Resampled
 from circuits.metrics import METRICS
 from circuits.objective import Objective
-from circuits.selection import Ranking, random_circuits, random_rankings, sizes
 
 log = logging.getLogger(__name__)
-
-RANDOM_SIZES, RANDOM_PER_SIZE = 9, 5  # of the band of random circuits beside the curve
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,47 @@ class Faithfulness:
     n_prompts: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaithfulnessScale:
     """The two ends of the scale, measured once: the full model, and every edge removed."""
 
     objective: Objective
-    full: float
-    empty: float
+    full_each: Float[Tensor, "N"]
+    empty_each: Float[Tensor, "N"]
+
+    @property
+    def full(self) -> float:
+        """The mean of the full model."""
+        return self.full_each.mean().item()
+
+    @property
+    def empty(self) -> float:
+        """The mean with every edge removed."""
+        return self.empty_each.mean().item()
 
     def faithfulness(self, mask: Bool[Tensor, "*E"] | Float[Tensor, "*E"]) -> Faithfulness:
         """Returns the faithfulness of a circuit."""
         return self.of(self.objective.measure(mask))
 
-    def faithfulness_each(
-        self, masks: Sequence[Bool[Tensor, "*E"] | Float[Tensor, "*E"]], label: str
-    ) -> list[Faithfulness]:
-        """Returns the faithfulness of each of some circuits, with a progress bar."""
-        return [self.of(values) for values in self.objective.measure_each(masks, label)]
+    def measure_each(self, masks: Sequence[Bool[Tensor, "*E"]], label: str) -> Float[Tensor, "K N"]:
+        """The oriented metric under each mask, with a progress bar; each mask is run once.
+
+        All parts kept and the empty circuit are known.
+        """
+        exists, places, new = self.objective.space.exists, [], {}
+        for mask in masks:
+            key = mask.numpy().tobytes()
+            places.append(key)
+            if mask.any() and not torch.equal(mask, exists):
+                new.setdefault(key, mask)
+        runs = self.objective.measure_each([*new.values()], label).double() if new else []
+        known = {exists.numpy().tobytes(): self.full_each} | dict(zip(new, runs))
+        return torch.stack([known.get(key, self.empty_each) for key in places])
+
+    def drawn(self, values: Float[Tensor, "*K N"], resampled: Resampled) -> Float[Tensor, "*K D"]:
+        """The faithfulness of circuits with these values, over the prompts of each draw."""
+        full, empty = resampled.means(self.full_each), resampled.means(self.empty_each)
+        return (resampled.means(values) - empty) / (full - empty)
 
     def of(self, values: Float[Tensor, "N"]) -> Faithfulness:
         """Returns the faithfulness of a circuit with these values of the oriented metric."""
@@ -101,59 +123,7 @@ def between(
             f"they are {abs(gap):.3g} apart, two standard errors are {noise:.3g} "
             f"over {len(full)} prompts; use more prompts, another metric or another ablation"
         )
-    return FaithfulnessScale(objective, full.mean().item(), empty.mean().item())
-
-
-def evaluate(
-    scale: FaithfulnessScale,
-    kept: Bool[Tensor, "*E"],
-    ranked: Ranking,
-    *,
-    random_draws: int = 20,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Returns a circuit's figures: by metric, beside random circuits of its size, over sizes.
-
-    `worse_than_none` names the metrics by which it is worse than the empty circuit.
-
-    Args:
-        ranked: the order in which circuits of other sizes take their edges.
-        random_draws: how many random circuits of its size it is compared with.
-        seed: of the random circuits.
-    """
-    graph, edges = scale.objective.space, int(kept.sum())
-    noun = graph.noun
-    values = under_each_metric(scale.objective, kept)
-    own = scale.of(values[scale.objective.metric.name].circuit)
-    drawn = random_circuits(graph, edges, random_draws, seed) if edges else []
-    ladder = {int(mask.sum()): mask for mask in map(ranked.circuit, sizes(graph))}
-    rungs = sizes(graph, RANDOM_SIZES) if drawn else []
-    rankings = random_rankings(graph, min(RANDOM_PER_SIZE, random_draws), seed + 1)
-    random_ladder = [other.grown(wanted) for wanted in rungs for other in rankings]
-    results = iter(scale.faithfulness_each([*drawn, *ladder.values(), *random_ladder], "evaluate"))
-    chance = torch.tensor([next(results).value for _ in drawn])
-    curve = [{noun: size, "faithfulness": next(results).value} for size in ladder]
-    band = [[next(results).value for _ in rankings] for _ in rungs]
-    return {
-        f"{noun}_total": graph.n_parts,
-        f"{noun}_kept": edges,
-        "faithfulness": own.value,
-        "faithfulness_detail": asdict(own),
-        "by_metric": {name: asdict(result) for name, result in by_metric(scale, values).items()},
-        "worse_than_none": worse_than_none(values),
-        "kl": -values["kl"].circuit.mean().item(),
-        "random_circuits": {
-            "count": len(drawn),
-            "mean": chance.mean().item() if drawn else None,
-            "percentile_95": chance.quantile(0.95).item() if drawn else None,
-            "best": chance.max().item() if drawn else None,
-        },
-        "curve": curve,
-        "random_curve": [
-            {noun: wanted, "low": min(at), "high": max(at)}
-            for wanted, at in zip(rungs, band, strict=True)
-        ],
-    }
+    return FaithfulnessScale(objective, full, empty)
 
 
 @dataclass(frozen=True)

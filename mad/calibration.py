@@ -284,9 +284,11 @@ def _check_unused(
                 )
 
 
+def sequence_hash(sequence: Sequence[int]) -> str:
+    """A short hash of a clean token sequence: it finds overlaps without keeping prompts."""
+    return hashlib.sha256(" ".join(map(str, sequence)).encode()).hexdigest()[:16]
+
+
 def sequence_hashes(prompts: Prompts) -> list[str]:
-    """A short hash of each clean token sequence: they find overlaps without keeping prompts."""
-    return sorted(
-        hashlib.sha256(" ".join(map(str, sequence)).encode()).hexdigest()[:16]
-        for sequence in prompts.sequences()
-    )
+    """The hashes of all clean token sequences, sorted."""
+    return sorted(map(sequence_hash, prompts.sequences()))

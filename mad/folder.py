@@ -2,6 +2,7 @@
 
 DIR/circuit.json, scores.safetensors    the circuit
 DIR/metrics.json                        its figures
+DIR/evaluation.json                     all its figures, if `madcap evaluate` was run
 DIR/splits.json                         a hash of every trusted prompt, by its part
 DIR/config.yaml                         the full configuration, overrides, seeds, versions and
                                         git commit; never read back
@@ -37,8 +38,10 @@ _PICTURES = {
     "positions": "svg png pdf",
     "curve": "png svg",
     "training": "png svg",
+    "evaluation": "png svg",
 }
 PICTURES = [f"{stem}.{form}" for stem, forms in _PICTURES.items() for form in forms.split()]
+EVALUATION = "evaluation.json"  # what `madcap evaluate` adds
 RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
 RESERVED = "reserved"  # room on the disk for the circuit, held while it is looked for
 DEFAULT_DETECTOR = "fast"  # where a run has several, and none is named
@@ -69,7 +72,7 @@ def staged_run(folder: Path, overwrite: bool) -> AbstractContextManager[Staged]:
         OSError: it cannot be written.
     """
     check_folder(folder, overwrite)
-    ours = (*RUN_FILES, *PICTURES, "detector", RESERVED)
+    ours = (*RUN_FILES, EVALUATION, *PICTURES, "detector", RESERVED)
     return staged(folder, ours=ours, keep="circuit.json", overwrite=overwrite)
 
 
@@ -116,7 +119,11 @@ class Opened:
         return names[0] if len(names) == 1 else DEFAULT_DETECTOR
 
     def used(self) -> dict[str, list[str]]:
-        """Hashes of the prompts that the circuit was found and measured on.
+        """Hashes of the prompts that the circuit was found and measured on; errors as `splits`."""
+        return {name: self.splits()[name] for name in ("discovery", "evaluation")}
+
+    def splits(self) -> dict[str, list[str]]:
+        """Hashes of all trusted prompts, by their part.
 
         Raises:
             FileNotFoundError: the folder does not say.
@@ -130,12 +137,13 @@ class Opened:
             )
         try:
             data = read_json(splits)
-            used = {name: list(data[name]) for name in ("discovery", "evaluation")}
-            if not all(isinstance(hashed, str) for part in used.values() for hashed in part):
+            parts = {name: list(data[name]) for name in ("discovery", "evaluation")}
+            parts |= {name: list(hashes) for name, hashes in data.items()}
+            if not all(isinstance(hashed, str) for part in parts.values() for hashed in part):
                 raise TypeError("a hash is no text")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{splits} cannot be read ({error}); extract again") from error
-        return used
+        return parts
 
 
 def open_run(

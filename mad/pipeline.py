@@ -25,6 +25,7 @@ from mad.calibration import Calibrated, fit, sequence_hashes
 from mad.detector import Context
 from mad.detectors import Fast
 from mad.folder import RESERVED, staged_run, write_config
+from mad.known_models import recorded
 from mad.model_reference import model_reference
 from mad.preparation import Prepared, check_settings, metric_of, prepare_run
 from mad.saved_detector import save_detector
@@ -200,11 +201,17 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         seed=config.seed,
         about={
             "model": model_reference(config.model, prepared.model),
-            "task": asdict(config.task),
+            "task": _task_reference(config.task),
             "seed": config.seed,
         },
         keep=keep,
     )
+
+
+def _task_reference(task: Any) -> dict[str, Any]:
+    """The task with its settings; a file of its own by its absolute path."""
+    told = asdict(task)
+    return told | ({"path": recorded(told["path"])} if "path" in told else {})
 
 
 def _write_figures(

@@ -85,6 +85,7 @@ def prepare_run(config: RunConfig) -> Prepared:
     model = load_model(config.model)
     remember(config.model.path, config.model.head)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
+    remember(getattr(config.task, "path", None))
     calibration = len(splits["calibration"])
     if config.units.name == EDGES:
         alpha = usable_alpha(config.alpha, calibration, "splits.calibration")

@@ -16,14 +16,9 @@ from torch import Tensor
 
 from circuits.circuit import Circuit
 from circuits.engine import Engine
+from circuits.evaluation.stability import redrawn
 from circuits.extraction import rediscover
 from circuits.prompts import Prompts
-
-
-def redrawn(prompts: Prompts, count: int, seed: int) -> Prompts:
-    """Returns so many of some prompts, drawn with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    return prompts.select(torch.randint(len(prompts), (count,), generator=generator))
 
 
 def further_circuits(

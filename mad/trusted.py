@@ -53,7 +53,7 @@ def trusted_splits(task: Any, model: LoadedModel, splits: Splits, seed: int) -> 
     """
     sizes = asdict(splits)
     total = sum(sizes.values())
-    prompts = load_trusted(TASKS[task.name].generate(task, total, seed), model)
+    prompts = load_trusted(TASKS[task.name].records(task, total, seed, model.tokenizer), model)
     if len(prompts) < len(sizes):
         raise ValueError(
             f"{len(prompts)} different trusted prompts, but at least {len(sizes)} are needed"

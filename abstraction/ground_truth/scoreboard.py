@@ -34,6 +34,7 @@ from abstraction.ground_truth.trained import TRUTHS, load_trained
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import METHODS, Found, default_metric
 from circuits.engine import Engine
+from circuits.evaluation.known import auc, kept_first
 from circuits.graph import Graph
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
@@ -150,7 +151,7 @@ def judge(
     """Compares what a method found with the truth."""
     rank = found.scores.abs().double()
     if found.kept is not None:
-        rank = rank / rank.max().clamp(min=1e-30) + 2.0 * found.kept
+        rank = kept_first(rank, found.kept)
     kept = best(graph, rank, int(truth.sum())) if found.kept is None else found.kept
     ranked = rank[graph.exists], truth[graph.exists]
     out, wanted = (rank * graph.exists).amax(0), truth.any(0)
@@ -188,12 +189,3 @@ def best(graph: Graph, rank: Float[Tensor, "R W"], count: int) -> Bool[Tensor, "
     for edge in order[:count]:
         kept[edge] = True
     return kept
-
-
-def auc(rank: Float[Tensor, "n"], true: Bool[Tensor, "n"]) -> float:
-    """The share of (true, other) pairs ranked right, ties counted half; NaN without such pairs."""
-    from sklearn.metrics import roc_auc_score
-
-    if true.all() or not true.any():
-        return float("nan")
-    return float(roc_auc_score(true.numpy(), rank.numpy()))

@@ -29,6 +29,8 @@ class FaithfulnessCurve:
     name: str
     edges: Sequence[int]
     faithfulness: Sequence[float]
+    errors: Sequence[float] | None = None  # standard errors, drawn as bars
+    chosen: tuple[int, float] | None = None  # edges and faithfulness of the circuit itself
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,13 @@ def _draw_curve(axes: Axes, curve: FaithfulnessCurve, colour: str) -> None:
     edges, faithfulness = _rising(curve.edges, curve.faithfulness)
     style = {"color": colour, "marker": "o", "markersize": 3.5, "gid": f"curve:{curve.name}"}
     axes.plot(edges, faithfulness, label=_legend_name(curve.name), **style)
+    if curve.chosen is not None and curve.chosen[0] > 0:
+        ring: Style = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "color": colour}
+        axes.plot(*curve.chosen, **ring, gid=f"chosen:{curve.name}")
+    if curve.errors is not None:
+        _, errors = _rising(curve.edges, curve.errors)
+        bars: Style = {"fmt": "none", "ecolor": colour, "elinewidth": 0.8, "alpha": 0.6}
+        axes.errorbar(edges, faithfulness, errors, **bars)
 
 
 def _rising(edges: Sequence[int], *values: Sequence[float]) -> list[tuple[float, ...]]:
@@ -118,6 +127,8 @@ def _check(curves: Sequence[FaithfulnessCurve], band: RandomBand | None) -> None
         raise ValueError("there are 0 curves to draw; pass at least one")
     for curve in curves:
         _check_series(curve.name, curve.edges, curve.faithfulness)
+        if curve.errors is not None:
+            _check_series(curve.name, curve.edges, curve.errors)
     if band is not None:
         _check_series(band.name, band.edges, band.low)
         _check_series(band.name, band.edges, band.high)

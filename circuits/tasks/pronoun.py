@@ -5,8 +5,7 @@ the other gender. Both have the same number of tokens under the tokenizer of `st
 (karpathy/tinyllamas, MIT; a Llama with 260 thousand weights, trained on TinyStories, Eldan & Li
 2023, arXiv 2305.07759).  Subjects and frames were chosen for that model: it prefers the right
 pronoun in each of the 6700 prompts, by 3.5 logits on average in the trusted ones.  The module
-itself needs no tokenizer; with another one, prompts of unequal length are refused when they are
-encoded.
+itself needs no tokenizer; with another one, pairs of subjects of unequal length are left out.
 
 A frame that ends a sentence asks for " He" or " She", any other for " he" or " she".  The model was
 trained with BOS in front of each story, so use `prepend_bos=true`.
@@ -18,12 +17,16 @@ tried on the shifted ones, which the same mechanism answers.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from circuits.tasks.task import Task
+from circuits.tasks.words import Lexicon
 
 GROUPS = ("trusted", "shifted")
+PRONOUNS = (" he", " she", " He", " She")
 
 # Male and female subjects of equal token length; only names may enter the frames that name.
 SUBJECTS = {
@@ -124,6 +127,21 @@ class Pronoun:
     name: str = "pronoun"
     names: str = "trusted"  # which subjects: "trusted", "shifted" or "all"
     frames: str = "trusted"  # which sentences stand around them: "trusted", "shifted" or "all"
+    subjects: list[str] | None = None  # only these male ones, with their partners; null: all
+
+    def fitted(self, tokenizer: Any) -> Pronoun:
+        """With the pairs of equal length, if not all are; ValueError where none is."""
+        lexicon = Lexicon.of(self.name, tokenizer)
+        if out := [word.strip() for word in PRONOUNS if not lexicon.is_one(word)]:
+            raise ValueError(
+                f"task=pronoun needs{','.join(PRONOUNS)} as one token each, but with this model's "
+                f"tokenizer {', '.join(out)} is not; use another model or task"
+            )
+        pairs = [pair for group in chosen("names", self.names, GROUPS) for pair in SUBJECTS[group]]
+        pairs = [pair for pair in pairs if self.subjects is None or pair[0] in self.subjects]
+        equal = [pair[0] for pair in pairs if _is_equal(pair, lexicon)]
+        lexicon.require("subjects", equal, [pair[0] for pair in pairs], 1)
+        return self if len(equal) == len(pairs) else replace(self, subjects=equal)
 
 
 def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
@@ -134,7 +152,8 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     """
     names = chosen("names", config.names, GROUPS)
     frames = chosen("frames", config.frames, GROUPS)
-    prompts = [r for r in all_prompts() if r["names"] in names and r["frames"] in frames]
+    everything = all_prompts(config.subjects)
+    prompts = [r for r in everything if r["names"] in names and r["frames"] in frames]
     if not 1 <= count <= len(prompts):
         raise ValueError(
             f"count={count}, but names={config.names} with frames={config.frames} give 1 to "
@@ -143,13 +162,16 @@ def generate(config: Pronoun, count: int, seed: int) -> list[dict]:
     return random.Random(seed).sample(prompts, count)
 
 
-def all_prompts() -> list[dict]:
-    """Every prompt of every group, always in the same order; `id` counts them through."""
+def all_prompts(only: Collection[str] | None = None) -> list[dict]:
+    """Every prompt of every group, always in the same order; `id` counts them through.
+
+    `only` names the male subjects to use; None: all.
+    """
     prompts = []
     for frames, names in product(GROUPS, GROUPS):
         for frame in FRAMES[frames] + NAMING_FRAMES[frames]:
             pronouns = (" He", " She") if frame.endswith(".") else (" he", " she")
-            for filled, pair in product(fill_slots(frame), _subjects(frame, frames, names)):
+            for filled, pair in product(fill_slots(frame), _subjects(frame, frames, names, only)):
                 texts = [_sentence(filled, *who) for who in zip(pair, ("boy", "girl"))]
                 for gender in (0, 1):
                     prompts.append(
@@ -167,10 +189,25 @@ def all_prompts() -> list[dict]:
     return prompts
 
 
-def _subjects(frame: str, frames: str, names: str) -> list[tuple[str, str]]:
+def _subjects(
+    frame: str, frames: str, names: str, only: Collection[str] | None
+) -> list[tuple[str, str]]:
     """The subjects that may enter a frame."""
     naming = frame in NAMING_FRAMES[frames]
-    return [pair for pair in SUBJECTS[names] if not naming or _is_name(pair[0])]
+    pairs = [pair for pair in SUBJECTS[names] if only is None or pair[0] in only]
+    return [pair for pair in pairs if not naming or _is_name(pair[0])]
+
+
+def _is_equal(pair: tuple[str, str], lexicon: Lexicon) -> bool:
+    """Whether both subjects are equally long for a tokenizer, in each frame that they enter."""
+    for group in GROUPS:
+        frames = (*FRAMES[group], *(NAMING_FRAMES[group] if _is_name(pair[0]) else ()))
+        for frame in frames:
+            filled = fill_slots(frame)[0]
+            texts = [_sentence(filled, *who) for who in zip(pair, ("boy", "girl"))]
+            if len({len(lexicon.tokens(text)) for text in texts}) > 1:
+                return False
+    return True
 
 
 def fill_slots(frame: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The `madcap` command: finds the sub-command, hands it its configuration, tells errors in a line.
 
     madcap COMMAND [key=value ...]
+    madcap compare FOLDER FOLDER ... [key=value ...]
 
 A sub-command is a module with a docstring (its help), a dataclass named after it (`extract.py`:
 `Extract`), and `run(config: Extract) -> int | None`. It is imported when it is run, and `--help`
@@ -21,6 +22,9 @@ COMMANDS = {
     "demo": "the whole path on a small shipped model, in a minute",
     "extract": "find the circuit behind a behaviour, and fit a detector to it",
     "plot": "draw a circuit: SVG, PNG, PDF",
+    "evaluate": "measure a circuit in every way, beside random ones",
+    "compare": "put several runs side by side",
+    "export": "write a circuit for EAP-IG, MIB, Graphviz, Gephi",
     "score": "score new inputs by how far the model departs from the circuit",
     "fit": "fit another detector to a circuit",
     "train": "train a small model on a task",
@@ -79,10 +83,12 @@ def _run(command: str, overrides: list[str], *, sweep: bool, show: bool) -> int:
     from circuits.collector import collector_paused
     from mad.commands.config import run_command, show_config
     from mad.commands.help import class_name
+    from mad.commands.overrides import gathered
 
     with collector_paused():
         module = importlib.import_module(f"{PACKAGE}.{command}")
     run = show_config if show else module.run
+    overrides = gathered(command, overrides)
     return run_command(command, getattr(module, class_name(command)), run, overrides, sweep=sweep)
 
 

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 OPEN_GROUPS = {"model": "path", "task": "file"}
 
 # Keys that are groups of other commands: Hydra would take `model=X` for a choice among presets.
-PLAIN = {"model": "path", "detector": "name"}
+PLAIN = {"model": "path", "detector": "name", "ablation": "name"}
 
 # Keys whose value is taken literally, so that a path may hold spaces, commas, quotes and `=`.
-PATHS = {"calibration", "circuit", "inputs", "out", "scored", "trusted", "model.path", "task.path"}
+PATHS = {
+    *("against", "calibration", "circuit", "inputs", "out", "scored", "to", "trusted"),
+    *("model.path", "task.path"),
+}
+
+# Commands that take paths without a key, and the list that these paths make.
+WORDS = {"compare": "runs"}
 
 Presets = Callable[[str], list[str]]  # the names of a group's presets
 
@@ -59,6 +65,21 @@ def normalise(
         for text in typed
         for override in _meaning(_Typed.read(text, sweep), taken, presets)
     ]
+
+
+def gathered(command: str, typed: Iterable[str]) -> list[str]:
+    """The overrides, with paths that stand without a key made into the list that takes them.
+
+    >>> gathered("compare", ["runs/a", "runs/tau=0.1", "out=both"])
+    ["runs=['runs/a','runs/tau=0.1']", 'out=both']
+    """
+    words = list(typed)
+    if command not in WORDS:
+        return words
+    paths = [word for word in words if not re.match(r"[+~]*[\w.]+=", word)]
+    settings = [word for word in words if word not in paths]
+    listed = ",".join(quote(os.path.expanduser(path)) for path in paths)
+    return [*([f"{WORDS[command]}=[{listed}]"] if paths else []), *settings]
 
 
 def quote(value: str) -> str:

@@ -191,7 +191,8 @@ def _draw_curve(
     if len(points) < 2:
         return []
     name = circuit.says("method") or "circuit"
-    curve = FaithfulnessCurve(name, *_columns(points, noun, "faithfulness"))
+    edges, faithfulness = _columns(points, noun, "faithfulness")
+    curve = FaithfulnessCurve(name, edges, faithfulness)
     band = None
     if chance := figures["random_curve"]:
         edges, low, high = _columns(chance, noun, "low", "high")

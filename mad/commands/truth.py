@@ -26,6 +26,14 @@ FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 
 
 @dataclass
+class By:
+    """The ablation that methods and truth go by."""
+
+    # ablation=NAME: zero, mean, positional_mean, counterfactual or resample
+    name: str = "resample"
+
+
+@dataclass
 class Truth:
     """What is tested on what."""
 
@@ -35,7 +43,7 @@ class Truth:
     variants: list[str] = field(default_factory=list)  # empty: all
     # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
     metric: str | None = None
-    ablation: str = "resample"  # zero, mean, positional_mean, counterfactual or resample
+    ablation: By = field(default_factory=By)
     prompts: int = 64  # per program
     seed: int = 0  # of prompts and donors
     out: str | None = None  # folder for the table and the picture; null: print only
@@ -63,7 +71,7 @@ def run(config: Truth) -> None:
         programs,
         variants,
         metric=config.metric,
-        ablation=config.ablation,
+        ablation=config.ablation.name,
         prompts=config.prompts,
         seed=config.seed,
     )
@@ -134,7 +142,7 @@ def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
     ]
     (folder / "truth.md").write_text(markdown_table(headers, rows) + "\n")
     metric = config.metric or "KL (plain EAP: logit difference)"
-    measured = f"{metric}, {config.ablation} ablation, {config.prompts} prompts"
+    measured = f"{metric}, {config.ablation.name} ablation, {config.prompts} prompts"
     for form in ("png", "svg"):
         draw_truth(
             results,

@@ -14,12 +14,12 @@ from circuits.ablation.means import writer_means
 from circuits.circuit import Circuit
 from circuits.discovery import ACDC, EAP, EAPIG, METHODS, Found, Method, eap_ig
 from circuits.engine import Engine
+from circuits.evaluation.areas import Rankings
+from circuits.evaluation.figures import RANDOM_PER_SIZE, figures
 from circuits.extraction import Extraction, choose, extract
 from circuits.faithfulness import (
-    RANDOM_PER_SIZE,
     FaithfulnessScale,
     by_metric,
-    evaluate,
     faithfulness_scale,
     under_each_metric,
 )
@@ -72,6 +72,11 @@ def scale(
 
 def scored() -> Found:
     return eap_ig(EAPIG(), scale().objective)
+
+
+def in_one_order(found: Found) -> Rankings:
+    ranked = ranking(GRAPH, found.scores)
+    return Rankings(ranked, ranked, ranked)
 
 
 # ---- the whole of it -----------------------------------------------------------------------------
@@ -428,7 +433,7 @@ def test_metrics_that_need_answers_are_left_out_without_them():
     bare = prompts_from_records(
         [{k: r[k] for k in ("clean", "corrupt", "positions")} for r in tiny.records(12, 1)]
     )
-    metrics = evaluate(scale(bare), GRAPH.exists, ranking(GRAPH, scored().scores), random_draws=1)
+    metrics = figures(scale(bare), GRAPH.exists, in_one_order(scored()), random_draws=1)
     assert set(metrics["by_metric"]) == {"kl"}
 
 
@@ -445,8 +450,8 @@ def test_an_order_is_computed_once_and_sliced_for_all_sizes(draws, monkeypatch):
         return _greedily(graph, rank)
 
     monkeypatch.setattr("circuits.selection._greedily", counted)
-    ranked = ranking(GRAPH, found.scores)
-    metrics = evaluate(held_out, ranked.circuit(20), ranked, random_draws=draws)
+    ranked = in_one_order(found)
+    metrics = figures(held_out, ranked.own.circuit(20), ranked, random_draws=draws)
     assert len(metrics["curve"]) > 10
     assert len(orders) == 1 + draws + min(RANDOM_PER_SIZE, draws)
 
@@ -461,7 +466,7 @@ def test_the_circuit_is_run_once_for_all_metrics(monkeypatch):
         return masked(engine, prompts, mask, *arguments, **options)
 
     monkeypatch.setattr(Engine, "masked", counted)
-    metrics = evaluate(held_out, kept, ranking(GRAPH, scored().scores), random_draws=0)
+    metrics = figures(held_out, kept, in_one_order(scored()), random_draws=0)
     assert {"kl", "logit_diff"} <= set(metrics["by_metric"])
     own = [mask for mask in runs if torch.equal(mask, kept)]
     assert len(own) == len(held_out.objective.batches) == 1

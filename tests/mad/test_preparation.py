@@ -157,7 +157,7 @@ def test_a_circuit_is_on_the_disk_before_it_is_measured(old, monkeypatch, error)
     def cut_short(*_, **__):
         raise error("cut short")
 
-    monkeypatch.setattr(extraction_module, "evaluate", cut_short)
+    monkeypatch.setattr(extraction_module, "figures", cut_short)
     with pytest.raises(error, match="cut short"):
         make_run(config)
     partial = folder.with_name("run.partial")

@@ -65,7 +65,10 @@ def test_nodes_are_extracted_and_drawn(tmp_path, capsys):
         words = [*words, f"circuit={out}"]
         assert main(words) == 1
         error = capsys.readouterr().err
-        assert "its circuit is of units, not of edges" in error and error.count("\n") == 1
+        assert (
+            "its circuit is of units, but this needs one of edges" in error
+            and error.count("\n") == 1
+        )
 
 
 def test_neurons_with_nodes_by_position(tmp_path):

@@ -117,7 +117,7 @@ def test_circuits_of_edges_and_of_units_are_told_apart(tmp_path):
     graph = Graph(1, 1)
     Circuit(graph, graph.exists, graph.exists.float()).save(tmp_path / "edges")
     assert isinstance(load_circuit(tmp_path / "edges"), Circuit)
-    with pytest.raises(ValueError, match="its circuit is of units, not of edges, which detectors"):
+    with pytest.raises(ValueError, match="its circuit is of units, but this needs one of edges"):
         Circuit.load(tmp_path / "units")
     with pytest.raises(ValueError, match="it lacks 'space'"):
         UnitCircuit.load(tmp_path / "edges")

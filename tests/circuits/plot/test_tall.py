@@ -1,4 +1,4 @@
-"""Pictures of tall circuits: rows that no edge joins are shared, legends repeat, PNGs are bounded."""
+"""Pictures of tall circuits: rows that no edge joins are shared, legends repeat, PNGs bounded."""
 
 from __future__ import annotations
 

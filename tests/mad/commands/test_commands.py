@@ -450,6 +450,17 @@ def shipped_presets():
     ]
 
 
+@pytest.mark.parametrize("command", ["truth", "evaluate", "extract"])
+def test_an_ablation_is_chosen_by_name_whether_it_is_a_group_or_not(command):
+    required = {"truth": [], "evaluate": ["circuit=x"]}
+    required["extract"] = ["model=x", "task=recall", "out=x"]
+    composed = []
+    schema = getattr(importlib.import_module(f"mad.commands.{command}"), command.title())
+    typed = ["ablation=mean", *required[command]]
+    config.run_command(command, schema, composed.append, typed)
+    assert composed[0].ablation.name == "mean"
+
+
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_has_help(command):
     modules, text = imported_by(command, "--help")
