@@ -55,7 +55,9 @@ def test_an_extraction_is_attribution_selection_and_evaluation():
     own = faithfulness_scale(held_out).faithfulness(circuit.mask)
     assert metrics["faithfulness"] == pytest.approx(own.value)
     assert (metrics["units_kept"], metrics["units_total"]) == (30, 96)
-    assert metrics["curve"][-1] == {"units": 96, "faithfulness": pytest.approx(1.0)}
+    last = metrics["curve"][-1]
+    assert (last["units"], last["faithfulness"]) == (96, pytest.approx(1.0))
+    assert [point["units"] for point in metrics["areas"]["sizes"]][-3:] == [19, 48, 96]
     assert {"units", "low", "high"} == set(metrics["random_curve"][0])
     assert "edges_kept" not in metrics
     assert circuit.about["of"] == {
