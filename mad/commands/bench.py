@@ -62,12 +62,11 @@ def run(config: Bench) -> None:
 
 def _detectors(config: Bench) -> None:
     """Which detectors tell anomalies from normals."""
-    from rich.console import Console
-
     from mad.benchmark.pictures import draw_all
     from mad.benchmark.report import write
     from mad.benchmark.run import is_trained, run_benchmark
     from mad.benchmark.tables import terminal_table
+    from mad.commands.console import output
 
     if config.out is None:
         raise ValueError(
@@ -83,7 +82,7 @@ def _detectors(config: Bench) -> None:
     pictures = draw_all(summary, folder)
     title = "worst case over tasks, groups of normals, strata and seeds"
     headers = ("detector", "AUROC", "in", "random circuits", "false alarms at 1 %")
-    Console().print(terminal_table(title, headers, _worst_rows(summary), left=("detector",)))
+    output().print(terminal_table(title, headers, _worst_rows(summary), left=("detector",)))
     print(f"wrote {folder}/report.md, report.json and {', '.join(path.name for path in pictures)}")
 
 
@@ -158,12 +157,11 @@ def _set_threads(config: Bench) -> None:
 
 def _report(out: str | None, stem: str, tables: Mapping[str, Table], data: dict) -> None:
     """Prints tables, and writes them and the data where a folder is given."""
-    from rich.console import Console
-
     from mad.benchmark.tables import markdown_table, terminal_table
+    from mad.commands.console import output
 
     for title, (headers, rows) in tables.items():
-        Console().print(terminal_table(title, headers, rows, left=("shape", "work", "agreement")))
+        output().print(terminal_table(title, headers, rows, left=("shape", "work", "agreement")))
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

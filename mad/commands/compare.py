@@ -35,16 +35,15 @@ class Compare:
 
 def run(config: Compare) -> None:
     """Compares, prints the table, and writes it with the picture."""
-    from rich.console import Console
-
     from mad.benchmark.tables import terminal_table
+    from mad.commands.console import output
     from mad.comparison import caption, compared, table, table_by_metric
 
     folder = None if config.out is None else Path(config.out)
     if folder is not None and not config.overwrite:
         _refuse_used(folder)
     runs = compared([Path(one) for one in config.runs])
-    console, left = Console(), ("run", "method")
+    console, left = output(), ("run", "method")
     console.print(terminal_table(caption(runs), *table(runs), left=left))
     console.print(terminal_table("faithfulness by metric", *table_by_metric(runs), left=left))
     if folder is not None:

@@ -60,13 +60,12 @@ class Demo(RunConfig):
 
 def run(config: Demo) -> None:
     """Runs the demonstration and prints the table."""
-    from rich.console import Console
-
     from mad.benchmark.results import Scorer
+    from mad.commands.console import output
     from mad.commands.plot import Plot, draw
     from mad.pipeline import make_run
 
-    console = Console()
+    console = output()
     console.print(
         f"1. the circuit of {config.task.name} by {config.method.name}, on trusted prompts"
     )

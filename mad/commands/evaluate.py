@@ -88,16 +88,15 @@ def run(config: Evaluate) -> None:
 
 
 def _print(told: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
     from mad.benchmark.tables import terminal_table
+    from mad.commands.console import output
 
     title = (
         f"{told['edges_kept']} of {told['edges_total']} edges on {told['prompts']['prompts']} "
         f"prompts, {told['metric']}, {told['ablation']} ablation, {told['seconds']:.0f} s"
     )
     headers = ("figure", "value", "error", "random")
-    Console().print(terminal_table(title, headers, _rows(told), left=("figure",)))
+    output().print(terminal_table(title, headers, _rows(told), left=("figure",)))
 
 
 def _rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -40,11 +40,12 @@ def run(config: Extract) -> None:
     """Extracts, and prints the figures that matter most."""
     if config.check:
         return _check(config)
-    from rich.console import Console
     from rich.table import Table
 
+    from mad.commands.console import output
+
     done = make_run(config) if config.units.name == EDGES else make_unit_run(config)
-    metrics, console = done.metrics, Console()
+    metrics, console = done.metrics, output()
     table = Table(
         title=f"circuit of {config.task.name} by {config.method.name}",
         title_justify="left",

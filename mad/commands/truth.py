@@ -52,13 +52,13 @@ class Truth:
 
 def run(config: Truth) -> None:
     """Tests, prints a summary, and writes the table and the picture."""
-    from rich.console import Console
     from tqdm.auto import tqdm
 
     from abstraction.ground_truth.programs import PROGRAMS
     from abstraction.ground_truth.scoreboard import VARIANTS, cases, put_to_the_test
     from circuits.discovery import METHODS
     from mad.benchmark.tables import terminal_table
+    from mad.commands.console import output
 
     folder = None if config.out is None else Path(config.out)
     if folder is not None and not config.overwrite:
@@ -80,7 +80,7 @@ def run(config: Truth) -> None:
     rows = _summary(results)
     title = "discovery where the circuit is known; AUCs are means"
     headers = ("variant", "method", "exact", "edge AUC", "lowest", "node AUC", "s")
-    Console().print(terminal_table(title, headers, rows, left=("variant", "method")))
+    output().print(terminal_table(title, headers, rows, left=("variant", "method")))
     if folder is not None:
         _write(results, config, folder)
         print(f"wrote {folder}/truth.json, truth.md, truth.png and truth.svg")
