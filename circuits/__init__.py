@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from circuits.model.load import from_module as from_module
     from circuits.model.load import load_model as load_model
     from circuits.model.output_head import OutputHead as OutputHead
+    from circuits.parts import UnitCircuit as UnitCircuit
+    from circuits.parts import UnitsConfig as UnitsConfig
+    from circuits.parts import load_circuit as load_circuit
     from circuits.plot import draw_circuit as draw_circuit
     from circuits.prompts import Prompts as Prompts
     from circuits.prompts import prompts_from_records as prompts_from_records
@@ -68,11 +71,14 @@ _WHERE = {
     "Selection": "circuits.selection",
     "SubnetworkProbing": "circuits.discovery",
     "UGS": "circuits.discovery",
+    "UnitCircuit": "circuits.parts",
+    "UnitsConfig": "circuits.parts",
     "draw_circuit": "circuits.plot",
     "evaluate": "circuits.evaluation.evaluate",
     "extract": "circuits.extraction",
     "from_bridge": "circuits.model.load",
     "from_module": "circuits.model.load",
+    "load_circuit": "circuits.parts",
     "load_model": "circuits.model.load",
     "prompts_from_records": "circuits.prompts",
     "read_records": "circuits.prompts",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
 from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, grouped, is_eap_ig
 from circuits.graph import Graph
@@ -66,9 +66,7 @@ class Circuit:
 
     def says(self, field_name: str) -> str:
         """The name of its task, method, metric or ablation; empty where it does not say."""
-        value = self.about.get(field_name)
-        name = value.get("name") if isinstance(value, Mapping) else value
-        return name if isinstance(name, str) else ""
+        return said(self.about, field_name)
 
     def draw(self, path: str | Path, *, edges: int | None = None) -> Path:
         """Draws it, or its `strongest(edges)`, into an .svg, .png or .pdf file.
@@ -167,6 +165,11 @@ class Circuit:
         return self.over_positions.edges
 
     @property
+    def space(self) -> Graph:
+        """What a mask is over: its graph."""
+        return self.graph
+
+    @property
     def mask(self) -> Float[Tensor, "R W *S"]:
         """1 where an edge is kept, else 0."""
         return self.kept.float()
@@ -207,12 +210,7 @@ class Circuit:
 
         `circuit.json` comes first: if there is no room for the other file, the circuit is there.
         """
-        for name, score in self.edges:
-            if not math.isfinite(score):
-                raise ValueError(
-                    f"edge {name} has score {score}; scores must be finite, so check metric and "
-                    "weights"
-                )
+        check_finite("edge", self.edges)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = {
@@ -243,12 +241,7 @@ class Circuit:
             ValueError: it is broken, of another format, names edges that its graph lacks, or
                 `scores.safetensors` beside it has other scores, or no mask that fits.
         """
-        path = Path(path)
-        path = own_file(path, "circuit.json") if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no circuit at {path}: `madcap extract ... out=DIR` writes one"
-            )
+        path = circuit_file(path)
         try:
             data = read_json(path)
             foreign, circuit = is_eap_ig(data), cls._from_json(data)
@@ -264,7 +257,7 @@ class Circuit:
         circuit = replace(circuit, about=about)
         if foreign or not tensors.is_file():
             return circuit
-        circuit = replace(circuit, scores=_scores(tensors, path, circuit))
+        circuit = replace(circuit, scores=stored_scores(tensors, path, circuit))
         return (
             circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
         )
@@ -282,6 +275,11 @@ class Circuit:
         version = data.pop("format")
         if version != FORMAT:
             raise ValueError(f"it has format {version}, but this version reads format {FORMAT}")
+        if "units" in data:
+            raise ValueError(
+                "its circuit is of units, but this needs one of edges; extract with units=edges, "
+                "or read it with circuits.UnitCircuit"
+            )
         graph = Graph.from_json(data.pop("graph"))
         entries = [(entry["edge"], entry["score"], True) for entry in data.pop("edges")]
         return cls._of(graph, entries, data)
@@ -315,31 +313,6 @@ def _check_size(graph: Graph) -> None:
             f"its graph has {readers} readers and {writers} writers at {graph.n_positions or 1} "
             f"positions, more than the {MOST_CELLS} pairs that can be held"
         )
-
-
-def _scores(path: Path, beside: Path, circuit: Circuit) -> Tensor:
-    """The scores of all edges, which are those of `circuit.json` where an edge is kept."""
-    try:
-        scores = read_tensors(path)["scores"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no scores: {error}") from error
-    if not scores.is_floating_point():
-        raise ValueError(f"{path} holds no scores: they are {scores.dtype}, but must be float")
-    if scores.shape != circuit.kept.shape:
-        raise ValueError(
-            f"{path} has shape {tuple(scores.shape)}, but the graph of {beside} is "
-            f"{tuple(circuit.kept.shape)}"
-        )
-    differ = (scores.to(circuit.scores.dtype) != circuit.scores) & circuit.kept
-    if differ.any():
-        first = tuple(differ.nonzero()[0].tolist())
-        raise ValueError(
-            f"{beside} says that {circuit.graph.edge_name(*first)} scores "
-            f"{circuit.scores[first].item():g}, but {path.name} says {scores[first].item():g} "
-            f"({int(differ.sum())} of {len(circuit)} kept edges differ); if the former is right, "
-            f"delete {path.name} (edges off the circuit then score 0), else restore circuit.json"
-        )
-    return scores
 
 
 def _trained(path: Path, circuit: Circuit, mask: Any) -> MaskDistribution:

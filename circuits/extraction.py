@@ -3,7 +3,7 @@
 Discovery sees one set of prompts and evaluation another.  Every figure names its metric, ablation
 and prompts, because faithfulness means nothing without them.
 
-Shapes: writers W, readers R.
+Shapes: writers W, readers R; `*E` the axes of a mask, of edges or units.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from circuits.evaluation.figures import figures
 from circuits.evaluation.verdicts import refuse_worse_than_none, target_of, warnings
 from circuits.faithfulness import FaithfulnessScale, faithfulness_scale
 from circuits.files import restored
-from circuits.graph import Graph
 from circuits.metrics import Metric, metric_named
 from circuits.objective import Objective, prepare
+from circuits.parts.circuit import UnitCircuit
+from circuits.parts.division import UnitsConfig
+from circuits.parts.over import discovered, over, selection_of
 from circuits.prompts.prompts import Prompts
 from circuits.selection import Ranking, Selection, above, random_circuits, ranking, sizes
+from circuits.space import Space
 from circuits.timing import seconds
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ RANDOM = "random"  # in place of a method's name, for circuits that were drawn
 class Extraction:
     """A circuit, its figures for `metrics.json`, and the fitted ablation."""
 
-    circuit: Circuit
+    circuit: Circuit | UnitCircuit
     metrics: dict[str, Any]
     ablation: Ablation
     used: Mapping[str, Prompts]  # on what it was found and measured, which may not calibrate it
@@ -59,12 +62,13 @@ def extract(
     metric: str = "kl",
     ablation: AblationConfig | str = "counterfactual",
     selection: Selection | None = None,
+    units: UnitsConfig | None = None,
     memory: str = "2GB",
     random_draws: int = 20,
     accept_worse: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
-    keep: Callable[[Circuit], object] | None = None,
+    keep: Callable[[Circuit | UnitCircuit], object] | None = None,
 ) -> Extraction:
     """Finds the circuit of a behaviour and measures it on prompts that discovery has not seen.
 
@@ -77,6 +81,7 @@ def extract(
         metric: what the circuit has to keep (`METRICS`).
         ablation: what removed edges carry (`ABLATIONS`); by default the corrupt prompt's values.
         selection: which scored edges are kept, for methods that only score.
+        units: what the circuit is made of, if not of edges: nodes, neurons or features.
         memory: working memory beside the model's own weights, such as 500MB.
         random_draws: how many random circuits of the same size to compare with.
         accept_worse: even a circuit that is worse than the empty one by another metric.
@@ -100,10 +105,11 @@ def extract(
     """
     _check(discovery, evaluation, method, selection, random_draws)
     chosen = metric_named(metric)
-    selection = with_signs(selection or Selection(), chosen, method)
+    selection = with_signs(selection_of(selection or Selection(), units), chosen, method)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
-    fitted = fit_ablation(ablation, engine, discovery, memory=memory)
-    objective = prepare(engine, discovery, chosen, fitted, memory=memory)
+    made = over(engine, units, discovery)
+    fitted = fit_ablation(ablation, engine, discovery, memory=memory, source=made.source)
+    objective = made.prepare(discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
     splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
@@ -115,11 +121,10 @@ def extract(
         "selection": None if found.kept is not None else asdict(selection),
         "splits": splits,
     }
-    trained = None if found.trained is None else found.trained(int(kept.sum()))
-    circuit = Circuit(engine.graph, kept, found.scores, {**(about or {}), **how}, trained)
+    circuit = made.circuit(kept, found, {**(about or {}), **how, **made.about})
     if keep is not None:
         keep(circuit)
-    held_out = prepare(engine, evaluation, chosen, fitted, memory=memory)
+    held_out = made.prepare(evaluation, chosen, fitted, memory=memory)
     metrics = figures(
         faithfulness_scale(held_out),
         kept,
@@ -163,14 +168,14 @@ def _check(
 
 def _discover(
     objective: Objective, method: Any, selection: Selection
-) -> tuple[Found, Bool[Tensor, "R W *S"], dict[str, float]]:
+) -> tuple[Found, Bool[Tensor, "*E"], dict[str, float]]:
     """What a method found, the edges to keep, and what it cost."""
     scale = faithfulness_scale(objective)  # refuses now what it would after the expensive part
     engine = objective.engine
     batches = [batch.to(engine.device) for batch in objective.batches.prompts]
     forward = seconds(engine.device, lambda: [engine.logits(batch) for batch in batches])
     started = time.perf_counter()
-    found = METHODS[method.name].run(method, objective)
+    found = discovered(method, objective)
     taken = time.perf_counter() - started
     kept = found.kept if found.kept is not None else choose(scale, found, selection)
     return found, kept, {"seconds": taken, "forwards": taken / forward}
@@ -219,24 +224,24 @@ def random_controls(circuit: Circuit, count: int, seed: int) -> list[Circuit]:
     return [Circuit(graph, kept, kept.float(), about) for kept in drawn]
 
 
-def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "R W *S"]:
+def choose(scale: FaithfulnessScale, found: Found, selection: Selection) -> Bool[Tensor, "*E"]:
     """The kept edges that a selection asks for; for a target, the smallest circuit found.
 
     Raises:
         ValueError: more than one of edges, share and threshold, a threshold that `how` does not
             use, or a target that no circuit or only the whole model reaches.
     """
-    graph = scale.objective.engine.graph
+    graph = scale.objective.space
     _check_selection(selection)
     if selection.how == "threshold":
         return above(graph, found.scores, selection.threshold, absolute=bool(selection.absolute))
     ranked = ranked_by(graph, found, selection)
-    if selection.edges is not None:
-        return ranked.circuit(selection.edges)
+    if selection.edges is not None or selection.units is not None:
+        return ranked.circuit(selection.edges or selection.units)
     if selection.share is not None:
-        return ranked.circuit(max(1, round(selection.share * graph.n_edges)))
+        return ranked.circuit(max(1, round(selection.share * graph.n_parts)))
     if selection.faithfulness is None:
-        raise ValueError("selection needs one of edges, share, threshold or faithfulness")
+        raise ValueError("selection needs one of edges, units, share, threshold or faithfulness")
     return _smallest(scale, ranked, selection.faithfulness)
 
 
@@ -248,18 +253,19 @@ def _check_selection(selection: Selection) -> None:
             f"selection.threshold={selection.threshold} is used by how=threshold only, not by "
             f"how={selection.how}; set how=threshold, or give edges, share or faithfulness"
         )
-    if selection.edges is not None and selection.edges < 1:
-        raise ValueError(f"selection.edges={selection.edges}, but it must be at least 1")
+    for name in ("edges", "units"):
+        if (size := getattr(selection, name)) is not None and size < 1:
+            raise ValueError(f"selection.{name}={size}, but it must be at least 1")
     if selection.share is not None and not 0 < selection.share <= 1:
         raise ValueError(f"selection.share={selection.share}, but it must be above 0 and at most 1")
 
 
-def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[Tensor, "R W *S"]:
+def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[Tensor, "*E"]:
     """The smallest circuit found to reach a faithfulness: up a ladder of sizes, then by halving.
 
     Edges that score 0 are in none of them.
     """
-    total, best = ranked.graph.n_edges, (float("-inf"), 0)
+    total, best, noun = ranked.graph.n_parts, (float("-inf"), 0), ranked.graph.noun
     ladder = [size for size in sizes(ranked.graph) if size < ranked.supported]
     below = 0
     for edges in tqdm([*ladder, ranked.supported], desc="select", unit="size", disable=None):
@@ -270,7 +276,7 @@ def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[
     else:
         raise ValueError(
             f"no circuit reaches selection.faithfulness={target} on the discovery prompts: the "
-            f"best is {best[0]:.3f} with {best[1]} edges; lower it"
+            f"best is {best[0]:.3f} with {best[1]} {noun}; lower it"
         )
     while edges - below > 1:
         middle = (below + edges) // 2
@@ -281,9 +287,9 @@ def _smallest(scale: FaithfulnessScale, ranked: Ranking, target: float) -> Bool[
     kept = ranked.circuit(edges)
     if int(kept.sum()) == total:
         raise ValueError(
-            f"only all {total} edges reach selection.faithfulness={target} on the discovery "
+            f"only all {total} {noun} reach selection.faithfulness={target} on the discovery "
             f"prompts, and the whole model explains nothing: the best of less is {best[0]:.3f} "
-            f"with {best[1]} edges; lower it, or use method=acdc or another ablation"
+            f"with {best[1]} {noun}; lower it, or use method=acdc or another ablation"
         )
     return kept
 
@@ -299,7 +305,7 @@ def with_signs(selection: Selection, metric: Metric, method: Any) -> Selection:
     return replace(selection, absolute=metric.flat_at_model and not decides(method))
 
 
-def ranked_by(graph: Graph, found: Found, selection: Selection) -> Ranking:
+def ranked_by(graph: Space, found: Found, selection: Selection) -> Ranking:
     """The order in which a selection takes edges; for a threshold, that of greedy growth."""
     how = "greedy" if selection.how == "threshold" else selection.how
     return ranking(graph, found.scores, how=how, absolute=bool(selection.absolute))

@@ -4,8 +4,10 @@
 
 m(M) is the full model's, m(C) the circuit's, m(0) that of the model with every edge removed.
 
-Shapes: prompts N, circuits K, draws of prompts D, writers W, readers R; `*S` positions, where edges
-are told apart by position.
+A circuit is of edges, or of units (`circuits.parts`).
+
+Shapes: prompts N, circuits K, draws of prompts D; `*E` the axes of a mask, [R, W, *S] of edges and
+[U, *S] of units.
 """
 
 from __future__ import annotations
@@ -57,18 +59,16 @@ class FaithfulnessScale:
         """The mean with every edge removed."""
         return self.empty_each.mean().item()
 
-    def faithfulness(self, mask: Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]) -> Faithfulness:
+    def faithfulness(self, mask: Bool[Tensor, "*E"] | Float[Tensor, "*E"]) -> Faithfulness:
         """Returns the faithfulness of a circuit."""
         return self.of(self.objective.measure(mask))
 
-    def measure_each(
-        self, masks: Sequence[Bool[Tensor, "R W *S"]], label: str
-    ) -> Float[Tensor, "K N"]:
+    def measure_each(self, masks: Sequence[Bool[Tensor, "*E"]], label: str) -> Float[Tensor, "K N"]:
         """The oriented metric under each mask, with a progress bar; each mask is run once.
 
-        The whole graph and the empty circuit are known.
+        All parts kept and the empty circuit are known.
         """
-        exists, places, new = self.objective.engine.graph.exists, [], {}
+        exists, places, new = self.objective.space.exists, [], {}
         for mask in masks:
             key = mask.numpy().tobytes()
             places.append(key)
@@ -135,7 +135,7 @@ class Measured:
     circuit: Float[Tensor, "N"]
 
 
-def under_each_metric(objective: Objective, kept: Bool[Tensor, "R W *S"]) -> dict[str, Measured]:
+def under_each_metric(objective: Objective, kept: Bool[Tensor, "*E"]) -> dict[str, Measured]:
     """Returns every metric that the prompts allow, of the same two runs under a mask."""
     metrics = [one for one in METRICS.values() if not one.lacks(objective.batches.prompts[0])]
     parts: dict[str, list[Measured]] = {metric.name: [] for metric in metrics}

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
+from typing import ClassVar
 
 import networkx as nx
 import torch
@@ -46,10 +47,11 @@ from circuits.names import (
     reader_name,
     split_reader,
 )
+from circuits.space import Space
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Space):
     """The edges that can exist in a decoder of a given shape.
 
     >>> graph = Graph(n_layers=2, n_heads=4)
@@ -65,6 +67,8 @@ class Graph:
     split_input: bool = False  # the input as two writers, token and position
     causal: bool = True  # a position is read by itself and later ones; else by all
     n_positions: int | None = None  # edges per position, for prompts of exactly this many tokens
+
+    noun: ClassVar[str] = "edges"  # as parts of a mask
 
     def __post_init__(self) -> None:
         sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.kv_heads}
@@ -166,6 +170,15 @@ class Graph:
     @cached_property
     def n_edges(self) -> int:
         return sum(self.upstream) * (self.n_positions or 1)
+
+    @property
+    def n_parts(self) -> int:
+        """How many edges there are: parts that a mask may keep."""
+        return self.n_edges
+
+    def part_name(self, *index: int) -> str:
+        """The name of an edge by its indices."""
+        return self.edge_name(*index)
 
     def edges(self) -> list[tuple[int, ...]]:
         """All edges as (reader, writer) or (reader, writer, position) indices, in forward order."""

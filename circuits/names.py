@@ -4,6 +4,8 @@
              heads), m1, logits
     reader   a node's name, with a port where it reads more than once: a1.h2<q>, a1.kv2<k>, m1
     edge     writer->reader, and @position where positions are told apart: a0.h3->a1.h2<q>@5
+    unit     what a mask may act on besides edges: a node that writes, or a part of one or of the
+             residual stream: m1.n37 (a neuron), m1.f12, r3.f12 (features), r3.error; and @position
 
 Which of these exist in a given model is the business of `circuits.graph`.
 """
@@ -32,6 +34,12 @@ _EDGE = re.compile(
     "(?P<node>{head}(?=<)|{kv}(?=<[kv])|{mlp}(?!<)|{logits}(?!<))(?:<(?P<port>[qkv])>)?"
     "(?:@(?P<position>{number}))?".format(number=_NUMBER, **_NODES)
 )
+_UNIT = re.compile(
+    "(?:(?P<input>input)|a(?P<block>{number})\\.h(?P<head>{number})|"
+    "(?P<at>[mr])(?P<layer>{number})(?:\\.(?P<part>[nf])(?P<number>{number})|\\.(?P<error>error))?)"
+    "(?:@(?P<position>{number}))?".format(number="(?:0|[1-9][0-9]*)")
+)
+UnitKind = Literal["input", "head", "mlp", "neuron", "feature", "error"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,18 @@ class EdgeName:
     @property
     def reader(self) -> str:
         return reader_name(self.node, self.port)
+
+
+@dataclass(frozen=True)
+class UnitName:
+    """A unit's name taken apart; `layer` and `number` are 0 where it says nothing."""
+
+    name: str  # without its position
+    kind: UnitKind
+    site: str  # a0, m1, r3 or input
+    layer: int
+    number: int  # of the head, neuron or feature
+    position: int | None
 
 
 def head_name(layer: int, head: int) -> str:
@@ -114,3 +134,32 @@ def parse_edge(name: str) -> EdgeName:
         )
     position = None if match["position"] is None else int(match["position"])
     return EdgeName(match["writer"], match["node"], match["port"] or "", position)
+
+
+def parse_unit(name: str) -> UnitName:
+    """Return a unit's name taken apart; raises ValueError for one of another form.
+
+    >>> parse_unit("r3.f12@5")
+    UnitName(name='r3.f12', kind='feature', site='r3', layer=3, number=12, position=5)
+    """
+    match = _UNIT.fullmatch(name)
+    kind = None if match is None else _unit_kind(match)
+    if match is None or kind is None or (kind == "neuron" and match["at"] == "r"):
+        raise ValueError(
+            f"{name!r} is no unit; units look like input, a0.h3, m1, m1.n37, m1.f12, r3.f12 or "
+            "r3.error"
+        )
+    own, _, position = name.partition("@")
+    layer = int(match["layer"] or match["block"] or 0)
+    number = int(match["number"] or match["head"] or 0)
+    site = own.partition(".")[0]
+    return UnitName(own, kind, site, layer, number, int(position) if position else None)
+
+
+def _unit_kind(match: re.Match[str]) -> UnitKind | None:
+    """What a unit's name is the name of; None for a residual stream as a whole."""
+    if match["input"] or match["block"]:
+        return "input" if match["input"] else "head"
+    if match["part"] or match["error"]:
+        return "error" if match["error"] else "neuron" if match["part"] == "n" else "feature"
+    return "mlp" if match["at"] == "m" else None

@@ -3,13 +3,17 @@
 Discovery and evaluation both ask one question: how large is the metric when only these edges are
 kept?  An `Objective` answers it; every value is per prompt and oriented so that higher is better.
 
-Shapes: prompts N (all batches), B (one batch), writers W, readers R, candidate masks K.
+A mask is over edges here, and over units where `circuits.parts.objective` prepares the runs.
+
+Shapes: prompts N (all batches), B (one batch), writers W, readers R, candidate masks K; `*E` the
+axes of a mask, [R, W, *S] of edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,8 +26,45 @@ from circuits.engine.masked import Ablated, Start
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import Metric
 from circuits.prompts import Prompts
+from circuits.space import Space
 
-Mask = Bool[Tensor, "*K_R_W_S"] | Float[Tensor, "*K_R_W_S"]  # share of each edge that is kept
+Mask = Bool[Tensor, "*K_E"] | Float[Tensor, "*K_E"]  # share of each part that is kept
+One = TypeVar("One")
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """Prepared batches of prompts, and how the model runs on them under a mask.
+
+    Of each batch `prompts` and `clean.logits` can be read.
+    """
+
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def ablation(self) -> Ablation: ...
+    @property
+    def whole(self) -> Prompts: ...
+    @property
+    def prompts(self) -> tuple[Prompts, ...]: ...
+    @property
+    def kept(self) -> tuple[Any, ...]: ...
+    @property
+    def space(self) -> Space: ...
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def masks_at_once(self, batch: Any) -> int:
+        """Under how many masks a batch can be run at once."""
+        ...
+
+    def logits(self, batch: Any, mask: Mask, first_layer: int) -> Float[Tensor, "*K_B_P_V"]:
+        """The logits of one batch at its scored positions when the model runs under the mask(s)."""
+        ...
+
+
+Prepared = TypeVar("Prepared", bound=Runs)
 
 
 @dataclass(frozen=True)
@@ -61,6 +102,11 @@ class Batches:
     footprint: Footprint
     work: int  # bytes for the work on one batch, with its own prepared values where it is not kept
 
+    @property
+    def space(self) -> Space:
+        """What a mask is over."""
+        return self.engine.graph
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -89,14 +135,25 @@ class Batches:
         left = self.work - _held(footprint, self.ablation, prompts)
         return max(1, left // (prompts * footprint.masked() + footprint.mask))
 
+    def logits(self, batch: Batch, mask: Mask, first_layer: int) -> Float[Tensor, "*K_B_P_V"]:
+        """The logits of one batch at its scored positions when the model runs under the mask(s)."""
+        before = batch.clean.writers[: self.engine.graph.first_writer(first_layer)]
+        start = Start(first_layer, before)
+        return self.engine.masked(batch.prompts, mask, batch.ablated, start=start)
+
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Generic[Prepared]):
     """What a circuit is to explain."""
 
     engine: Engine
     metric: Metric
-    batches: Batches
+    batches: Prepared
+
+    @property
+    def space(self) -> Space:
+        """What a mask is over: the edges of the graph, or units."""
+        return self.batches.space
 
     @torch.no_grad()
     def measure(self, mask: Mask, *, first_layer: int = 0) -> Float[Tensor, "*K N"]:
@@ -105,7 +162,7 @@ class Objective:
         A run from `first_layer` on starts from the clean values of all writers before it: the same
         result, for less, when the mask keeps every edge into earlier layers.
         """
-        values, edge_axes = [], self.engine.graph.exists.ndim
+        values, edge_axes = [], self.space.exists.ndim
         for batch in self.batches:
             if mask.ndim == edge_axes:
                 values.append(self._on(batch, mask, first_layer))
@@ -116,7 +173,7 @@ class Objective:
 
     @torch.no_grad()
     def measure_each(
-        self, masks: Sequence[Bool[Tensor, "R W *S"] | Float[Tensor, "R W *S"]], label: str
+        self, masks: Sequence[Bool[Tensor, "*E"] | Float[Tensor, "*E"]], label: str
     ) -> Float[Tensor, "K N"]:
         """Like `measure`, each mask in a run of its own, for masks that have little in common.
 
@@ -132,17 +189,15 @@ class Objective:
                     progress.update()
         return torch.cat([torch.stack(rows) for rows in values], -1)
 
-    def _on(self, batch: Batch, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K B"]:
+    def _on(self, batch: Any, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K B"]:
         """`measure` on one batch."""
         logits = self.logits(batch, mask, first_layer)
         return self.metric.oriented(logits, batch.prompts, batch.clean.logits)
 
     @torch.no_grad()
-    def logits(self, batch: Batch, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K_B_P_V"]:
+    def logits(self, batch: Any, mask: Mask, first_layer: int = 0) -> Float[Tensor, "*K_B_P_V"]:
         """The logits of one batch at its scored positions when the model runs under the mask(s)."""
-        before = batch.clean.writers[: self.engine.graph.first_writer(first_layer)]
-        start = Start(first_layer, before)
-        return self.engine.masked(batch.prompts, mask, batch.ablated, start=start)
+        return self.batches.logits(batch, mask, first_layer)
 
     @torch.no_grad()
     def full(self) -> Float[Tensor, "N"]:
@@ -151,13 +206,13 @@ class Objective:
         return torch.cat([self.metric.oriented(own, prompts, own) for prompts, own in runs])
 
     def empty(self) -> Float[Tensor, "N"]:
-        """The oriented metric with every edge removed."""
-        return self.measure(torch.zeros_like(self.engine.graph.exists))
+        """The oriented metric with every edge (or unit) removed."""
+        return self.measure(torch.zeros_like(self.space.exists))
 
 
 def prepare(
     engine: Engine, prompts: Prompts, metric: Metric, ablation: Ablation, *, memory: str = "2GB"
-) -> Objective:
+) -> Objective[Batches]:
     """Returns an objective with as many clean and ablated runs done as half of `memory` can hold.
 
     The other half is for the work on one batch.  Each pass over the objective prepares anew what
@@ -175,14 +230,30 @@ def prepare(
     each, shared = size.objective(ablation.per_prompt), size.shared(ablation.per_prompt) + size.mask
     work = budget // 2 if each + shared <= budget // 2 else budget
     parts = tuple(prompts.batches(most_prompts(prompts, each, work, shared)))
-    held, kept = 0, []
-    for part in parts:
-        held += _held(size, ablation, len(part))
-        if held > budget - work:
-            break
-        kept.append(_prepared(engine, part, ablation))
-    batches = Batches(engine, ablation, prompts, parts, tuple(kept), size, work)
+    kept = prepared_within(
+        budget - work,
+        parts,
+        lambda part: _held(size, ablation, len(part)),
+        lambda part: _prepared(engine, part, ablation),
+    )
+    batches = Batches(engine, ablation, prompts, parts, kept, size, work)
     return Objective(engine, metric, batches)
+
+
+def prepared_within(
+    budget: int,
+    parts: Sequence[Prompts],
+    held: Callable[[Prompts], int],
+    made: Callable[[Prompts], One],
+) -> tuple[One, ...]:
+    """Returns what is made of the first parts, as many as together hold no more than a budget."""
+    kept, total = [], 0
+    for part in parts:
+        total += held(part)
+        if total > budget:
+            break
+        kept.append(made(part))
+    return tuple(kept)
 
 
 def _held(size: Footprint, ablation: Ablation, n_prompts: int) -> int:

@@ -5,9 +5,12 @@ nodes that are already included, the best-scoring one comes next.  Ties are brok
 forward first.  Edges that score exactly 0, as those of a head that writes nothing do, come after
 all others, whatever the sign of theirs.
 
+Units (`circuits.parts`) have no edges to grow along; of them `greedy` takes the best, as `top_n`.
+
 Circuits of different sizes are nested: edges are put in order once, and a circuit is its beginning.
 
-Shapes: writers W, readers R, edges E; `*S` positions, where the graph tells them apart.
+Shapes: writers W, readers R, edges (or units) N; `*S` positions, where they are told apart; `*E`
+the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph import Graph
+from circuits.space import Space
 
 HOW = ("greedy", "top_n", "threshold")
 
@@ -39,7 +43,8 @@ class Selection:
     # greedy: grow from the logits; top_n: best scores anywhere; threshold: scores above a value
     how: str = "greedy"
     edges: int | None = None  # greedy, top_n: how many edges
-    share: float | None = None  # greedy, top_n: how many edges, as a share of all
+    units: int | None = None  # top_n: how many units, where a circuit is of units (units=NAME)
+    share: float | None = None  # greedy, top_n: how many edges or units, as a share of all
     # greedy, top_n, where no size is given: the smallest circuit to reach this, looked for up a
     # ladder of 25 sizes on a log scale, then by halving
     faithfulness: float | None = 0.9
@@ -49,13 +54,14 @@ class Selection:
     absolute: bool | None = None
 
     def given(self) -> list[str]:
-        """Which of edges, share and threshold are set; at most one may be."""
-        return [name for name in ("edges", "share", "threshold") if getattr(self, name) is not None]
+        """Which of edges, units, share and threshold are set; at most one may be."""
+        names = ("edges", "units", "share", "threshold")
+        return [name for name in names if getattr(self, name) is not None]
 
 
-def sizes(graph: Graph, points: int = 25) -> list[int]:
-    """Numbers of edges on a logarithmic ladder from 2 to all of them."""
-    ladder = np.geomspace(min(2, graph.n_edges), graph.n_edges, points).round().astype(int)
+def sizes(space: Space, points: int = 25) -> list[int]:
+    """Numbers of edges (or units) on a logarithmic ladder from 2 to all of them."""
+    ladder = np.geomspace(min(2, space.n_parts), space.n_parts, points).round().astype(int)
     return sorted(set(ladder.tolist()))
 
 
@@ -63,32 +69,33 @@ def sizes(graph: Graph, points: int = 25) -> list[int]:
 class Ranking:
     """Edges in the order in which circuits of growing size take them."""
 
-    graph: Graph
-    edges: Int[np.ndarray, "E axes"]  # (reader, writer) or (reader, writer, position)
+    graph: Space  # or units
+    edges: Int[np.ndarray, "N axes"]  # (reader, writer) or (reader, writer, position); or (unit,)
     supported: int  # how many come before the first that scores 0
 
-    def circuit(self, edges: int | None) -> Bool[Tensor, "R W *S"]:
+    def circuit(self, edges: int | None) -> Bool[Tensor, "*E"]:
         """The first so many edges, without dead ends; ValueError for a number out of range."""
-        if edges is None or not 0 <= edges <= self.graph.n_edges:
+        noun, total = self.graph.noun, self.graph.n_parts
+        if edges is None or not 0 <= edges <= total:
+            whole = "graph" if noun == "edges" else "model"
             raise ValueError(
-                f"edges={edges}, but the graph has {self.graph.n_edges} edges; choose 0 to "
-                f"{self.graph.n_edges}"
+                f"{noun}={edges}, but the {whole} has {total} {noun}; choose 0 to {total}"
             )
         kept = torch.zeros_like(self.graph.exists)
         kept[tuple(torch.from_numpy(self.edges[:edges]).T)] = True
         return self.graph.without_dead_ends(kept)
 
-    def within(self, edges: int) -> Bool[Tensor, "R W *S"]:
+    def within(self, edges: int) -> Bool[Tensor, "*E"]:
         """The largest circuit, of edges that do not score 0, with at most so many edges left."""
         sizes = range(1, self.supported + 1)
         fit = bisect_right(sizes, edges, key=lambda size: int(self.circuit(size).sum()))
         return self.circuit(fit)  # they are nested, so as many sizes fit as edges are taken
 
-    def grown(self, edges: int) -> Bool[Tensor, "R W *S"]:
+    def grown(self, edges: int) -> Bool[Tensor, "*E"]:
         """The first circuit that has at least so many edges left once dead ends are dropped."""
         wanted, kept = edges, self.circuit(edges)
-        while (short := edges - int(kept.sum())) > 0 and wanted < self.graph.n_edges:
-            wanted = min(self.graph.n_edges, wanted + short)
+        while (short := edges - int(kept.sum())) > 0 and wanted < self.graph.n_parts:
+            wanted = min(self.graph.n_parts, wanted + short)
             kept = self.circuit(wanted)
         return kept
 
@@ -109,15 +116,15 @@ def select(
 
 
 def ranking(
-    graph: Graph, scores: Float[Tensor, "R W *S"], *, how: str = "greedy", absolute: bool = False
+    graph: Space, scores: Float[Tensor, "*E"], *, how: str = "greedy", absolute: bool = False
 ) -> Ranking:
-    """Returns the order in which `greedy` or `top_n` takes edges.
+    """Returns the order in which `greedy` or `top_n` takes edges, or units.
 
     Raises:
         ValueError: another `how`, or scores that are not finite.
     """
     rank = _rank(scores, how, absolute)
-    if how == "greedy":
+    if how == "greedy" and isinstance(graph, Graph):
         by_position = rank if graph.n_positions is not None else rank[..., None]
         order = np.array(list(_greedily(graph, by_position.numpy())))
         order = order if graph.n_positions is not None else order[:, :2]
@@ -129,8 +136,8 @@ def ranking(
 
 
 def above(
-    graph: Graph, scores: Float[Tensor, "R W *S"], threshold: float | None, *, absolute: bool
-) -> Bool[Tensor, "R W *S"]:
+    graph: Space, scores: Float[Tensor, "*E"], threshold: float | None, *, absolute: bool
+) -> Bool[Tensor, "*E"]:
     """The edges with scores, other than 0, of at least a threshold, without dead ends.
 
     Raises:
@@ -203,7 +210,7 @@ class _Frontier:
             heapq.heappush(self.heap, entry)
 
 
-def random_rankings(graph: Graph, count: int, seed: int) -> list[Ranking]:
+def random_rankings(graph: Space, count: int, seed: int) -> list[Ranking]:
     """Returns greedy orders by uniformly random scores.
 
     Circuits of them are connected.  Edges drawn one by one would hardly ever connect input and
@@ -214,6 +221,6 @@ def random_rankings(graph: Graph, count: int, seed: int) -> list[Ranking]:
     return [ranking(graph, scores) for scores in drawn]
 
 
-def random_circuits(graph: Graph, edges: int, count: int, seed: int) -> list[Tensor]:
+def random_circuits(graph: Space, edges: int, count: int, seed: int) -> list[Tensor]:
     """Returns connected circuits of (about) the same size, each grown until it is as large."""
     return [drawn.grown(edges) for drawn in random_rankings(graph, count, seed)]

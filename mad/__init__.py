@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mad.folder import open_run as open_run
     from mad.pipeline import RunConfig as RunConfig
     from mad.pipeline import make_run as make_run
+    from mad.pipeline import make_unit_run as make_unit_run
     from mad.scoring import Scoring as Scoring
     from mad.scoring import score as score
     from mad.tasks import ANOMALY_TASKS as ANOMALY_TASKS
@@ -61,6 +62,7 @@ _WHERE = {
     "TokenCount": "mad.detectors",
     "fit": "mad.calibration",
     "make_run": "mad.pipeline",
+    "make_unit_run": "mad.pipeline",
     "open_run": "mad.folder",
     "score": "mad.scoring",
 }

@@ -17,6 +17,8 @@ from circuits.files import write_json
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel
 from circuits.objective import prepare
+from circuits.parts.circuit import UnitCircuit
+from circuits.parts.division import EDGES, UnitsConfig
 from circuits.prompts import Prompts
 from circuits.selection import Selection
 from mad.calibration import Calibrated, fit, sequence_hashes
@@ -44,6 +46,8 @@ class RunConfig:
     method: Any = "???"  # how edges are judged
     # what a removed edge carries during discovery
     ablation: Any = field(default_factory=AblationConfig)
+    # what the circuit is made of; a detector is fitted to one of edges only
+    units: Any = field(default_factory=UnitsConfig)
     # the detector that is fitted and calibrated at the end
     detector: Any = field(default_factory=Fast)
     # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy;
@@ -79,6 +83,18 @@ class Run:
     splits: Mapping[str, Prompts]
 
 
+@dataclass(frozen=True)
+class UnitRun:
+    """A finished run whose circuit is of units, in memory; it has no detector."""
+
+    folder: Path
+    model: LoadedModel
+    engine: Engine
+    circuit: UnitCircuit
+    metrics: Mapping[str, Any]
+    splits: Mapping[str, Prompts]
+
+
 def make_run(config: RunConfig) -> Run:
     """Extracts a circuit, measures it, fits a detector, and writes all into `config.out`.
 
@@ -97,9 +113,13 @@ def make_run(config: RunConfig) -> Run:
 
     Raises:
         FileExistsError: the folder is in use.
-        ValueError: see `circuits.extract` and `mad.fit`.
+        ValueError: see `circuits.extract` and `mad.fit`; or the circuit is to be of units.
     """
     check_settings(config)
+    if config.units.name != EDGES:
+        raise ValueError(
+            f"units={config.units.name}, but detectors read edges; use make_unit_run or units=edges"
+        )
     with staged_run(Path(config.out), config.overwrite) as place:
         prepared = prepare_run(config)
         extraction = _extracted(config, prepared, place)
@@ -117,7 +137,41 @@ def make_run(config: RunConfig) -> Run:
         write_json(place.folder / "metrics.json", metrics)
         place.publish()
     folder, circuit = Path(config.out), extraction.circuit
+    assert isinstance(circuit, Circuit)
     return Run(folder, prepared.model, engine, circuit, metrics, calibrated, splits)
+
+
+def make_unit_run(config: RunConfig) -> UnitRun:
+    """Extracts a circuit of units, measures it, and writes both into `config.out`.
+
+    No detector is fitted: they all read edges.  The rest is as in `make_run`.
+
+    >>> from circuits import EAPIG, ModelConfig, Selection
+    >>> from circuits.parts import UnitsConfig
+    >>> from circuits.tasks.recall import Recall
+    >>> model = ModelConfig("pkg://mad/models/recall_redirect")
+    >>> config = RunConfig(model, Recall(), EAPIG(), units=UnitsConfig("nodes"), out="nodes")
+    >>> config.selection, config.random_draws = Selection(units=6), 0
+    >>> make_unit_run(config).circuit
+    UnitCircuit(6 of 11 units, method=eap_ig, metric=kl, ablation=counterfactual)
+
+    Raises:
+        FileExistsError: the folder is in use.
+        FileNotFoundError: a folder holds no dictionary.
+        ValueError: see `circuits.extract`; or the circuit is to be of edges.
+    """
+    check_settings(config)
+    if config.units.name == EDGES:
+        raise ValueError("units=edges makes a circuit of edges; use make_run")
+    with staged_run(Path(config.out), config.overwrite) as place:
+        prepared = prepare_run(config)
+        extraction = _extracted(config, prepared, place)
+        _write_figures(config, prepared, extraction, place.folder)
+        place.publish()
+    model, engine, circuit = prepared.model, prepared.engine, extraction.circuit
+    assert isinstance(circuit, UnitCircuit)
+    metrics, splits = extraction.metrics, prepared.splits
+    return UnitRun(Path(config.out), model, engine, circuit, metrics, splits)
 
 
 def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extraction:
@@ -128,7 +182,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         bytes(12 * exists.numel() + min(100 * prepared.engine.graph.n_edges, 2**24))
     )
 
-    def keep(circuit: Circuit) -> None:
+    def keep(circuit: Circuit | UnitCircuit) -> None:
         reserved.unlink()
         circuit.save(place.folder)
 
@@ -140,6 +194,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         metric=metric_of(config),
         ablation=config.ablation,
         selection=config.selection,
+        units=config.units,
         memory=config.memory,
         random_draws=config.random_draws,
         accept_worse=config.accept_worse,
@@ -173,6 +228,7 @@ def _calibrated(
     config: RunConfig, prepared: Prepared, extraction: Extraction, folder: Path
 ) -> Calibrated:
     """The detector, fitted and saved."""
+    assert isinstance(extraction.circuit, Circuit)
     calibrated = fit(
         config.detector,
         Context(prepared.engine, extraction.circuit),

@@ -17,7 +17,10 @@ from circuits.engine import Engine
 from circuits.engine.memory import parse_memory
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, load_model
+from circuits.parts.division import EDGES, divide
+from circuits.parts.over import check_over
 from circuits.prompts import Prompts
+from circuits.space import Space
 from mad.calibration import check_alpha, inputs_for
 from mad.known_models import remember
 from mad.trusted import one_length, trusted_splits
@@ -38,6 +41,7 @@ class Prepared:
     engine: Engine
     splits: Mapping[str, Prompts]
     alpha: float  # the false-alarm rate that calibration allows
+    space: Space  # what a mask is over: edges, or units
 
     def about(self) -> dict[str, Any]:
         """What a dry check tells, by its name."""
@@ -45,7 +49,7 @@ class Prepared:
         lengths = [int(length) for prompts in parts for length in prompts.lengths]
         return {
             "model": f"{self.model.path}, weights {self.model.weight_hash[:16]}",
-            "graph": f"{self.engine.graph.n_edges} edges",
+            "graph": f"{self.space.n_parts} {self.space.noun}",
             "prompts": ", ".join(f"{len(part)} {name}" for name, part in self.splits.items()),
             "tokens": f"{min(lengths)} to {max(lengths)} in a prompt",
             "alpha": f"{self.alpha:g}; calibration allows {smallest_alpha(calibration):g} or more",
@@ -59,6 +63,7 @@ def check_settings(config: RunConfig) -> None:
     parse_memory(config.memory)
     config.detector.check()
     metric_named(metric_of(config))
+    check_over(config.method.name, config.selection, config.units)
     if config.ablation.name not in ABLATIONS:
         raise ValueError(
             f"ablation={config.ablation.name!r}, but the ablations are {', '.join(ABLATIONS)}"
@@ -81,12 +86,19 @@ def prepare_run(config: RunConfig) -> Prepared:
     remember(config.model.path, config.model.head)
     splits = trusted_splits(config.task, model, config.splits, config.seed)
     remember(getattr(config.task, "path", None))
-    alpha = usable_alpha(config.alpha, len(splits["calibration"]), "splits.calibration")
+    calibration = len(splits["calibration"])
+    if config.units.name == EDGES:
+        alpha = usable_alpha(config.alpha, calibration, "splits.calibration")
+    else:  # nothing is calibrated
+        alpha = config.alpha or max(USUAL_ALPHA, smallest_alpha(calibration))
     for name in ("discovery", "evaluation"):
         metric_named(metric_of(config)).require(splits[name])
         ABLATIONS[config.ablation.name].require(splits[name])
     engine = Engine(model, n_positions=one_length(splits) if config.positions else None)
-    return Prepared(model, engine, splits, alpha)
+    space = engine.graph
+    if config.units.name != EDGES:
+        space = divide(engine, config.units).units
+    return Prepared(model, engine, splits, alpha, space)
 
 
 def smallest_alpha(calibration: int) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.ablation.ablation import Ablation, able_prompts
 from circuits.ablation.means import Mean, PositionalMean
 from circuits.ablation.runs import Counterfactual, Resample
+from circuits.ablation.source import WRITERS, Source
 from circuits.ablation.zero import Zero
 from circuits.engine.engine import Engine
 from circuits.prompts.prompts import Prompts
@@ -47,10 +48,27 @@ class AblationConfig:
 
 
 def fit_ablation(
-    config: AblationConfig, engine: Engine, reference: Prompts, *, memory: str = "2GB"
+    config: AblationConfig,
+    engine: Engine,
+    reference: Prompts,
+    *,
+    memory: str = "2GB",
+    source: Source = WRITERS,
 ) -> Ablation:
-    """Returns an ablation fitted on reference prompts; ValueError where there is none such."""
-    return _kind(config.name).fit(engine, reference, seed=config.seed, memory=memory)
+    """Returns an ablation fitted on reference prompts; by default of what writers write.
+
+    Raises:
+        ValueError: there is none such, or none for such a source.
+    """
+    kind = _kind(config.name)
+    if source is WRITERS:
+        return kind.fit(engine, reference, seed=config.seed, memory=memory)
+    if not kind.any_source:
+        able = ", ".join(name for name, other in ABLATIONS.items() if other.any_source)
+        raise ValueError(
+            f"ablation={config.name} has values for edges only; use units=edges, or ablation={able}"
+        )
+    return kind.fit(engine, reference, seed=config.seed, memory=memory, source=source)
 
 
 def restore_ablation(name: str, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:

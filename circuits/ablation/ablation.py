@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.ablation.source import WRITERS, Source
 from circuits.engine.engine import Engine
 from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint
@@ -27,11 +28,23 @@ class Ablation(ABC):
 
     name: ClassVar[str]
     per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
+    any_source: ClassVar[bool] = False  # whether it can take values of other things than writers
+
+    def __init__(self, source: Source = WRITERS) -> None:
+        self.source = source
 
     @classmethod
-    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Ablation:
+    def fit(
+        cls,
+        engine: Engine,
+        reference: Prompts,
+        *,
+        seed: int,
+        memory: str,
+        source: Source = WRITERS,
+    ) -> Ablation:
         """Returns the ablation fitted on reference prompts; of some there is nothing to fit."""
-        return cls()
+        return cls(source)
 
     def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
         """Which prompts it has values for, on the CPU."""
@@ -44,7 +57,10 @@ class Ablation(ABC):
 
     @abstractmethod
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
-        """What writers write on these prompts, B and S 1 where rows are equal, or ValueError."""
+        """What writers write on these prompts, B and S 1 where rows are equal, or ValueError.
+
+        Of an ablation that was fitted to another source it is what that reads.
+        """
 
     def values(self, engine: Engine, prompts: Prompts) -> Ablated:
         """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError."""

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation.ablation import Ablation
+from circuits.ablation.source import WRITERS, Source
 from circuits.batches import in_batches
 from circuits.engine.engine import Engine
 from circuits.prompts.errors import InputError
@@ -21,7 +22,7 @@ from circuits.prompts.prompts import Prompts
 
 @dataclass(frozen=True)
 class Means:
-    """Mean output of every writer over a reference set.
+    """Mean output of every writer, or of every row of another source, over a reference set.
 
     `count[p]` is how many prompts reach position p; `rest` pools positions 1 and later.
     """
@@ -33,16 +34,18 @@ class Means:
 
 
 @torch.no_grad()
-def writer_means(engine: Engine, prompts: Prompts, *, memory: str = "2GB") -> Means:
-    """Every writer's mean over the real tokens of prompts, summed in float64."""
+def writer_means(
+    engine: Engine, prompts: Prompts, *, memory: str = "2GB", source: Source = WRITERS
+) -> Means:
+    """Every writer's mean over the real tokens of prompts, summed in float64; or a source's."""
     longest = int(prompts.lengths.max())
-    shape = (len(engine.graph.writers), longest, engine.architecture.width)
-    total = torch.zeros(shape, dtype=torch.float64, device=engine.device)
+    rows, numbers = source.shape(engine)
+    total = torch.zeros((rows, longest, numbers), dtype=torch.float64, device=engine.device)
     count = torch.zeros(longest, dtype=torch.int64, device=engine.device)
     for batch in in_batches(
-        engine, prompts, lambda size: size.clean, memory=memory, shared=lambda _: 2 * total.nbytes
+        engine, prompts, source.footprint, memory=memory, shared=lambda _: 2 * total.nbytes
     ):
-        writers = engine.writers(batch)
+        writers = source.read(engine, batch)
         length, real = batch.clean.shape[1], batch.key_mask[..., None]
         for row in range(len(writers)):  # one at a time, since float64 takes twice as much
             total[row, :length] += (writers[row].double() * real).sum(0)
@@ -57,13 +60,23 @@ class Mean(Ablation):
     """The mean over positions; position 0 has its own."""
 
     name = "mean"
+    any_source = True
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: Means, source: Source = WRITERS) -> None:
+        super().__init__(source)
         self.means = means
 
     @classmethod
-    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Mean:
-        return cls(writer_means(engine, reference, memory=memory))
+    def fit(
+        cls,
+        engine: Engine,
+        reference: Prompts,
+        *,
+        seed: int,
+        memory: str,
+        source: Source = WRITERS,
+    ) -> Mean:
+        return cls(writer_means(engine, reference, memory=memory, source=source), source)
 
     def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
         return prompts.lengths.cpu() <= (1 if len(self.means.count) == 1 else torch.inf)

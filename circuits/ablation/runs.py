@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.ablation.ablation import Ablation
+from circuits.ablation.source import WRITERS, Source
 from circuits.engine.engine import Engine
 from circuits.prompts.errors import InputError
 from circuits.prompts.prompts import Prompts
@@ -24,6 +25,7 @@ class Counterfactual(Ablation):
 
     name = "counterfactual"
     per_prompt = True
+    any_source = True
 
     @classmethod
     def require(cls, prompts: Prompts) -> None:
@@ -37,7 +39,7 @@ class Counterfactual(Ablation):
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W B S D"]:
         """What is written on the corrupt prompts; ValueError where there are none."""
         self.require(prompts)
-        return engine.writers(prompts.corrupted())
+        return self.source.read(engine, prompts.corrupted())
 
 
 class Resample(Ablation):
@@ -48,15 +50,25 @@ class Resample(Ablation):
 
     name = "resample"
     per_prompt = True
+    any_source = True
 
-    def __init__(self, donors: Prompts, seed: int) -> None:
+    def __init__(self, donors: Prompts, seed: int, source: Source = WRITERS) -> None:
+        super().__init__(source)
         self.donors, self.seed = donors, seed
         self._sequences = donors.sequences()
         self._lengths = donors.lengths.cpu()
 
     @classmethod
-    def fit(cls, engine: Engine, reference: Prompts, *, seed: int, memory: str) -> Resample:
-        return cls(reference.to(engine.device), seed)
+    def fit(
+        cls,
+        engine: Engine,
+        reference: Prompts,
+        *,
+        seed: int,
+        memory: str,
+        source: Source = WRITERS,
+    ) -> Resample:
+        return cls(reference.to(engine.device), seed, source)
 
     def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
         """Those for which a donor is at least as long that is not the prompt itself."""
@@ -78,7 +90,8 @@ class Resample(Ablation):
         donors = self.donors.select(torch.stack([self._drawn(x) for x in prompts.sequences()]))
         width = prompts.clean.shape[1]
         # In a bidirectional model what comes later may matter.
-        return engine.writers(donors.cut(width) if engine.graph.causal else donors)[:, :, :width]
+        donors = donors.cut(width) if engine.graph.causal else donors
+        return self.source.read(engine, donors)[:, :, :width]
 
     def _drawn(self, tokens: tuple[int, ...]) -> Tensor:
         """The number of a prompt's donor."""

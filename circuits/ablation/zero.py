@@ -17,10 +17,11 @@ class Zero(Ablation):
     """Nothing."""
 
     name = "zero"
+    any_source = True
 
     def writers(self, engine: Engine, prompts: Prompts) -> Float[Tensor, "W 1 1 D"]:
-        shape = (len(engine.graph.writers), 1, 1, engine.architecture.width)
-        return torch.zeros(shape, dtype=engine.dtype, device=engine.device)
+        rows, numbers = self.source.shape(engine)
+        return torch.zeros((rows, 1, 1, numbers), dtype=engine.dtype, device=engine.device)
 
     def state(self) -> Mapping[str, Tensor]:
         return {}

@@ -6,13 +6,14 @@ from circuits.discovery.acdc import ACDC, acdc
 from circuits.discovery.attribution import EAP, EAPIG, eap, eap_ig
 from circuits.discovery.edge_pruning import EdgePruning, edge_pruning
 from circuits.discovery.method import Found, Method
+from circuits.discovery.over_units import acdc_units, eap_ig_units, eap_units, exact_units
 from circuits.discovery.subnetwork_probing import SubnetworkProbing, subnetwork_probing
 from circuits.discovery.ugs import UGS, ugs
 
 METHODS = {
-    "acdc": Method(ACDC, acdc, decides=True),
-    "eap": Method(EAP, eap, needs_slope=True),
-    "eap_ig": Method(EAPIG, eap_ig),
+    "acdc": Method(ACDC, acdc, decides=True, over_units=acdc_units),
+    "eap": Method(EAP, eap, needs_slope=True, over_units=eap_units),
+    "eap_ig": Method(EAPIG, eap_ig, over_units=eap_ig_units),
     "edge_pruning": Method(EdgePruning, edge_pruning),
     "subnetwork_probing": Method(SubnetworkProbing, subnetwork_probing),
     "ugs": Method(UGS, ugs),
@@ -48,11 +49,15 @@ __all__ = [
     "Method",
     "SubnetworkProbing",
     "acdc",
+    "acdc_units",
     "decides",
     "default_metric",
     "eap",
     "eap_ig",
+    "eap_ig_units",
+    "eap_units",
     "edge_pruning",
+    "exact_units",
     "subnetwork_probing",
     "ugs",
 ]

@@ -24,7 +24,8 @@ import torch
 from tqdm.auto import tqdm
 
 from circuits.discovery.method import Found
-from circuits.objective import Objective
+from circuits.metrics import Metric
+from circuits.objective import Batches, Objective
 
 
 @dataclass
@@ -42,34 +43,51 @@ class EAPIG:
     steps: int = 5  # gradients from the ablated input towards the clean one; the paper's default
 
 
-def eap(config: EAP, objective: Objective) -> Found:
+def eap(config: EAP, objective: Objective[Batches]) -> Found:
     """Returns the EAP score of every edge; ValueError for a metric flat at the clean run (KL)."""
-    if objective.metric.flat_at_model:
-        raise ValueError(
-            f"metric={objective.metric.name} has zero gradient at the clean run, so that plain EAP "
-            "scores are all 0; use method=eap_ig, or metric=logit_diff"
-        )
-    return Found(_attribute(objective, (1.0,), "eap"))
+    return Found(_attribute(objective, points_of(config, objective), "eap"))
 
 
-def eap_ig(config: EAPIG, objective: Objective) -> Found:
+def eap_ig(config: EAPIG, objective: Objective[Batches]) -> Found:
     """Returns the EAP-IG-inputs score of every edge; ValueError for fewer than 1 step."""
+    return Found(_attribute(objective, points_of(config, objective), "eap-ig"))
+
+
+def points_of(config: EAP | EAPIG, objective: Objective) -> tuple[float, ...]:
+    """How far from the ablated to the clean input gradients are taken.
+
+    Raises:
+        ValueError: fewer than 1 step or, at the clean input alone, a metric flat there (KL).
+    """
+    if isinstance(config, EAP):
+        if objective.metric.flat_at_model:
+            raise ValueError(
+                f"metric={objective.metric.name} has zero gradient at the clean run, so that plain "
+                "EAP scores are all 0; use method=eap_ig, or metric=logit_diff"
+            )
+        return (1.0,)
     if config.steps < 1:
         raise ValueError(
             f"steps={config.steps}, but at least 1 is needed (5 is the published default)"
         )
-    points = tuple(k / config.steps for k in range(config.steps))
-    return Found(_attribute(objective, points, "eap-ig"))
+    return tuple(k / config.steps for k in range(config.steps))
 
 
-def _attribute(objective: Objective, points: tuple[float, ...], label: str) -> torch.Tensor:
-    """Edge scores by gradients at `ablated + point * (clean - ablated)`, averaged over points."""
-    engine, metric = objective.engine, objective.metric
-    graph = engine.graph
+def check_differentiable(metric: Metric) -> None:
+    """Raises ValueError for a metric without a gradient."""
     if not metric.differentiable:
         raise ValueError(
             f"metric={metric.name} has no gradient; use logit_diff, prob_diff or cross_entropy"
         )
+
+
+def _attribute(
+    objective: Objective[Batches], points: tuple[float, ...], label: str
+) -> torch.Tensor:
+    """Edge scores by gradients at `ablated + point * (clean - ablated)`, averaged over points."""
+    engine, metric = objective.engine, objective.metric
+    graph = engine.graph
+    check_differentiable(metric)
     scores = torch.zeros(graph.exists.shape, dtype=torch.float32, device=engine.device)
     n_prompts, batches = 0, objective.batches
     progress = {"total": len(batches), "desc": label, "unit": "batch", "disable": None}

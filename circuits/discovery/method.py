@@ -1,6 +1,6 @@
 """What a discovery method is, and what it returns.
 
-Shapes: writers W, readers R; `*S` positions, where edges are told apart by position.
+Shapes: `*E` the axes of a mask: [R, W, *S] of edges, [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from circuits.objective import Objective
 
 @dataclass(frozen=True)
 class Found:
-    """Scores of all edges and, from methods that decide themselves, the kept ones.
+    """Scores of all edges (or units) and, from methods that decide themselves, the kept ones.
 
     A positive score supports the behaviour.  Entries of edges that cannot exist are 0.
     """
 
-    scores: Float[Tensor, "R W *S"]
-    kept: Bool[Tensor, "R W *S"] | None = None
+    scores: Float[Tensor, "*E"]
+    kept: Bool[Tensor, "*E"] | None = None
     details: dict = field(default_factory=dict)
     # of learned masks: the trained one that a circuit of so many edges was taken from
     trained: Callable[[int], MaskDistribution] | None = None
@@ -38,3 +38,4 @@ class Method:
     run: Callable[[Any, Objective], Found]
     decides: bool = False  # which edges to keep, so that no selection follows
     needs_slope: bool = False  # of the metric at the clean run, where KL has none
+    over_units: Callable[[Any, Objective], Found] | None = None  # the same over units; None: none

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits.engine.live_nodes import live_nodes
 from circuits.engine.masked import Ablated, MaskedRun, Seen, Start
-from circuits.engine.plain import Record, Sides, reader_gradients, residual_stream
+from circuits.engine.plain import Edit, Record, Sides, reader_gradients, residual_stream
 from circuits.graph import Graph
 from circuits.model.architecture import Architecture
 from circuits.model.attention import attend
@@ -117,6 +117,19 @@ class Engine:
         """The residual stream after the last block, before the final norm, where it is scored."""
         prompts = prompts.to(self.device)
         return residual_stream(self.architecture, prompts, self.embed(prompts).sum(0))
+
+    def edited(
+        self, prompts: Prompts, edit: Edit, embedded: Float[Tensor, "B S D"] | None = None
+    ) -> Float[Tensor, "B P V"]:
+        """The logits of a plain run in which `edit` may change values on their way.
+
+        Differentiable in what `edit` puts in, in `embedded` (the stream that the run starts from,
+        by default what the input writers write) and in the weights.
+        """
+        prompts = prompts.to(self.device)
+        embedded = self.embed(prompts).sum(0) if embedded is None else embedded
+        residual = residual_stream(self.architecture, prompts, embedded, edit=edit)
+        return self.architecture.logits(residual)
 
     def embed(self, prompts: Prompts) -> Float[Tensor, "inputs B S D"]:
         """What the input writers write; InputError where a prompt is longer than the context."""

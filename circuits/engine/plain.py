@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +19,15 @@ from circuits.model.attention import attend
 from circuits.prompts.prompts import Prompts
 
 Sides = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of one layer, [heads, B, S, E]
+
+# What may change values on their way: (place, value, given) -> value.  The places are
+#     input     what the input writers write, [B, S, D]
+#     r{l}      the residual stream before block l, or after all L blocks (r{L}), [B, S, D]
+#     a{l}.z    what the heads of block l have moved and their projection reads, [B, S, heads * E]
+#     m{l}.z    what the last projection of an MLP reads: its neurons, [B, S, F]
+#     m{l}      what an MLP writes, [B, S, D]; `given` is the residual stream that its norm reads
+# where `given` is otherwise the value itself.
+Edit = Callable[[str, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -36,14 +46,15 @@ def residual_stream(
     prompts: Prompts,
     embedded: Float[Tensor, "B S D"],
     record: Record | None = None,
+    edit: Edit | None = None,
 ) -> Float[Tensor, "B P D"]:
     """Returns the residual stream before the final norm, at the scored positions."""
     graph, record = architecture.graph, record or Record()
     key_mask = None if graph.causal else prompts.key_mask
-    residual = embedded
+    residual = _edited(edit, "input", embedded)
     for layer, block in enumerate(architecture.blocks):
-        before = residual
-        residual = residual + _attention(architecture, layer, before, key_mask, record)
+        before = residual = _edited(edit, f"r{layer}", residual)
+        residual = residual + _attention(architecture, layer, before, key_mask, record, edit)
         if block.mlp is None or block.norm2 is None:
             continue
         mlp_input = before if graph.parallel else residual
@@ -51,11 +62,16 @@ def residual_stream(
         if record.taps is not None:  # without a norm it is the residual itself, which others read
             normed = normed.view_as(normed)
             record.taps.append((mlp_input, (normed,)))
-        written = block.feed_forward(normed)
+        written = block.feed_forward(normed, partial(_edited, edit, f"m{layer}.z"))
+        written = _edited(edit, f"m{layer}", written, mlp_input)
         residual = residual + written
         if record.writers is not None:
             record.writers[graph.first_writer(layer) + graph.n_heads] = written
-    return prompts.at_scored(residual)
+    return prompts.at_scored(_edited(edit, f"r{graph.n_layers}", residual))
+
+
+def _edited(edit: Edit | None, place: str, value: Tensor, given: Tensor | None = None) -> Tensor:
+    return value if edit is None else edit(place, value, value if given is None else given)
 
 
 def _attention(
@@ -64,6 +80,7 @@ def _attention(
     residual: Float[Tensor, "B S D"],
     key_mask: Bool[Tensor, "B S"] | None,
     record: Record,
+    edit: Edit | None,
 ) -> Float[Tensor, "B S D"]:
     """What the attention of a block adds to the residual stream."""
     graph, block = architecture.graph, architecture.blocks[layer]
@@ -75,7 +92,7 @@ def _attention(
         record.taps.append((residual, sides))
     z = attend(architecture, attention, *sides, key_mask)
     if record.writers is None:
-        written = attention.o(z.movedim(0, -2).flatten(-2))
+        written = attention.o(_edited(edit, f"a{layer}.z", z.movedim(0, -2).flatten(-2)))
         return written if block.post_norm1 is None else block.post_norm1(written)
     first = graph.first_writer(layer)
     heads = record.writers[first : first + graph.n_heads]

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from circuits.circuit import Circuit
 from circuits.files import restored
-from circuits.graph import Graph
 from circuits.metrics import metric_named
+from circuits.parts.circuit import UnitCircuit
 from circuits.selection import Ranking, Selection, ranking
+from circuits.space import Space
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -41,13 +42,13 @@ class Rankings:
     own: Ranking  # whichever of the two the circuit was selected by
 
 
-def rankings_of(circuit: Circuit) -> Rankings:
+def rankings_of(circuit: Circuit | UnitCircuit) -> Rankings:
     """Returns both orders of a circuit's edges; without signs that mean something, both by |score|.
 
     Raises:
         ValueError: the circuit's word on its metric or selection makes no sense.
     """
-    graph, scores, about = circuit.graph, circuit.scores, circuit.about
+    graph, scores, about = circuit.space, circuit.scores, circuit.about
     told = restored(Selection, about.get("selection") or {}, "selection of the circuit")
     how = "greedy" if told.how == "threshold" else told.how
     decided = "method" in about and about.get("selection") is None
@@ -60,13 +61,14 @@ def rankings_of(circuit: Circuit) -> Rankings:
     return Rankings(by_size if flat and not decided else by_sign, by_size, own)
 
 
-def edges_at(graph: Graph) -> list[int]:
-    """How many edges MIB's ten sizes are, rounded down.
+def edges_at(graph: Space) -> list[int]:
+    """How many edges (or units) MIB's ten sizes are, rounded down.
 
+    >>> from circuits.graph import Graph
     >>> edges_at(Graph(n_layers=2, n_heads=4))
     [0, 0, 0, 1, 2, 5, 11, 22, 55, 110]
     """
-    return [int(share * graph.n_edges + 1e-9) for share in SHARES]
+    return [int(share * graph.n_parts + 1e-9) for share in SHARES]
 
 
 def area(values: Float[Tensor, "Z *D"], *, log: bool = False) -> Float[Tensor, "*D"]:

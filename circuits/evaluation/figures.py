@@ -7,7 +7,9 @@ the same as every edge removed under counterfactual ablation).  Faithfulness let
 the circuit does too much make up for those on which it does too little; NDF does not.  Prompts on
 which the model and the ablated model are equal have none and are left out.
 
-Shapes: prompts N; circuits K; draws of prompts D; readers R, writers W.
+What they count is edges, or units where the circuit is of units.
+
+Shapes: prompts N; circuits K; draws of prompts D; `*E` the axes of a mask.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from circuits.faithfulness import (
     under_each_metric,
     worse_than_none,
 )
-from circuits.graph import Graph
 from circuits.selection import Ranking, random_circuits, random_rankings, sizes
+from circuits.space import Space
 
 RANDOM_PER_SIZE = 5  # random orders of the band beside the curve
 
 
 def figures(
     scale: FaithfulnessScale,
-    kept: Bool[Tensor, "R W *S"],
+    kept: Bool[Tensor, "*E"],
     ranked: Rankings,
     *,
     random_draws: int = 20,
@@ -50,7 +52,8 @@ def figures(
         random_draws: how many random circuits of its size it is compared with.
         seed: of the random circuits.
     """
-    graph, edges = scale.objective.engine.graph, int(kept.sum())
+    graph, edges = scale.objective.space, int(kept.sum())
+    noun = graph.noun
     resampled = Resampled.of(len(scale.full_each), seed)
     values = under_each_metric(scale.objective, kept)
     own = scale.of(values[scale.objective.metric.name].circuit)
@@ -68,8 +71,8 @@ def figures(
     found = {name: scale.drawn(runs, resampled) for name, runs in measured.items()}
     band = found["chance"].unflatten(0, (-1, len(SHARES)))  # random orders, sizes, draws
     return {
-        "edges_total": graph.n_edges,
-        "edges_kept": edges,
+        f"{noun}_total": graph.n_parts,
+        f"{noun}_kept": edges,
         "faithfulness": own.value,
         "faithfulness_detail": asdict(own),
         "by_metric": _by_metric(scale, values, resampled),
@@ -78,7 +81,7 @@ def figures(
         "ndf": _ndf(scale, values[scale.objective.metric.name].circuit, measured["drawn"], seed),
         "random_circuits": _random_circuits(found["drawn"][:, 0]),
         "curve": [
-            {"edges": size, **_point("faithfulness", here)}
+            {noun: size, **_point("faithfulness", here)}
             for size, here in zip(ladder, found["curve"], strict=True)
         ],
         "random_curve": _band(graph, band[..., 0]),
@@ -87,7 +90,7 @@ def figures(
     }
 
 
-def _at_sizes(ranked: Ranking, *, grown: bool = False) -> list[Bool[Tensor, "R W *S"]]:
+def _at_sizes(ranked: Ranking, *, grown: bool = False) -> list[Bool[Tensor, "*E"]]:
     """The circuits at MIB's ten sizes; `grown`: until they are as large without dead ends."""
     take = ranked.grown if grown else ranked.circuit
     return [take(edges) for edges in edges_at(ranked.graph)]
@@ -154,13 +157,13 @@ def _random_circuits(chance: Float[Tensor, "K"]) -> dict[str, Any]:
     }
 
 
-def _band(graph: Graph, chance: Float[Tensor, "K Z"]) -> list[dict[str, float]]:
+def _band(graph: Space, chance: Float[Tensor, "K Z"]) -> list[dict[str, float]]:
     """The lowest and highest of random circuits at each size that has edges."""
     if not len(chance):
         return []
     columns = {edges: column for edges, column in zip(edges_at(graph), chance.T) if edges}
     return [
-        {"edges": edges, "low": column.min().item(), "high": column.max().item()}
+        {graph.noun: edges, "low": column.min().item(), "high": column.max().item()}
         for edges, column in columns.items()
     ]
 
@@ -186,14 +189,14 @@ def _areas(
 
 
 def _sizes(
-    graph: Graph, masks: dict[str, list[Tensor]], found: dict[str, Float[Tensor, "K D"]]
+    graph: Space, masks: dict[str, list[Tensor]], found: dict[str, Float[Tensor, "K D"]]
 ) -> list[dict[str, Any]]:
     """The points of both areas: edges asked for, and those left without dead ends."""
     return [
-        {"share": share, "edges": edges}
+        {"share": share, graph.noun: edges}
         | {
             way: {
-                "edges": int(masks[way][place].sum()),
+                graph.noun: int(masks[way][place].sum()),
                 **_point("faithfulness", found[way][place]),
             }
             for way in ("signed", "absolute")

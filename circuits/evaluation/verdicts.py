@@ -56,11 +56,21 @@ def target_of(selection: Selection | None) -> float | None:
     return selection.faithfulness
 
 
+def noun_of(figures: Mapping[str, Any]) -> str:
+    """What figures count: edges, or units.
+
+    >>> noun_of({"units_kept": 3})
+    'units'
+    """
+    return "units" if "units_kept" in figures else "edges"
+
+
 def _worse(figures: Mapping[str, Any], name: str) -> str:
+    noun = noun_of(figures)
     own, chosen = figures["by_metric"][name], figures["faithfulness_detail"]["metric"]
     numbers = f"{own['circuit']:.3g}; empty {own['empty']:.3g}, model {own['model']:.3g}"
     return (
-        f"by {name} the circuit of {figures['edges_kept']} edges ({numbers}) is worse than the "
+        f"by {name} the circuit of {figures[f'{noun}_kept']} {noun} ({numbers}) is worse than the "
         f"empty one, though it keeps {figures['faithfulness']:.2f} of {chosen}"
     )
 
@@ -86,12 +96,13 @@ def _contradictions(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _explains_nothing(figures: Mapping[str, Any]) -> list[str]:
-    kept, total = figures["edges_kept"], figures["edges_total"]
+    noun = noun_of(figures)
+    kept, total = figures[f"{noun}_kept"], figures[f"{noun}_total"]
     chance = figures["random_circuits"]["percentile_95"]
     if kept == total:
         return [
-            f"all {total} edges are kept, so that this circuit explains nothing and no input "
-            "departs from it; ask for fewer (selection.edges, a lower selection.faithfulness, a "
+            f"all {total} {noun} are kept, so that this circuit explains nothing and no input "
+            f"departs from it; ask for fewer (selection.{noun}, a lower selection.faithfulness, a "
             "higher method.tau) or use another method"
         ]
     if chance is not None and figures["faithfulness"] <= chance:
@@ -114,5 +125,6 @@ def _short_of_target(figures: Mapping[str, Any], target: float | None) -> list[s
     return [
         f"selection.faithfulness={target:g} was reached on the discovery prompts, but on "
         f"{detail['n_prompts']} held-out ones faithfulness is {value:.2f} (standard error "
-        f"{error:.2f}): give more discovery prompts (splits.discovery), or ask for more edges"
+        f"{error:.2f}): give more discovery prompts (splits.discovery), or ask for more "
+        f"{noun_of(figures)}"
     ]

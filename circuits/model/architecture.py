@@ -222,11 +222,15 @@ class MLP:
     gate: Linear | None = None
     inner_norm: Norm | None = None  # SoLU's norm between activation and output
 
-    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def neurons(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch F"]:
+        """What `down` reads: F numbers."""
         hidden = self.activation((self.gate or self.up)(x))
         if self.gate is not None:
             hidden = hidden * self.up(x)
-        return self.down(hidden if self.inner_norm is None else self.inner_norm(hidden))
+        return hidden if self.inner_norm is None else self.inner_norm(hidden)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.down(self.neurons(x))
 
 
 @dataclass(frozen=True)
@@ -243,10 +247,12 @@ class Block:
     post_norm1: Norm | None = None
     post_norm2: Norm | None = None
 
-    def feed_forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What the MLP writes, from its normed input."""
+    def feed_forward(
+        self, x: Float[Tensor, "*batch d_model"], edit: Activation | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP writes, from its normed input; `edit` may change its neurons."""
         assert self.mlp is not None
-        written = self.mlp(x)
+        written = self.mlp(x) if edit is None else self.mlp.down(edit(self.mlp.neurons(x)))
         return written if self.post_norm2 is None else self.post_norm2(written)
 
 

@@ -51,8 +51,9 @@ def draw_faithfulness_curve(
     edges_total: int | None = None,
     title: str = "",
     caption: str = "",
+    noun: str = "edges",
 ) -> Path:
-    """Return the file drawn: faithfulness against edges kept (log axis), one line per curve.
+    """Return the file drawn: faithfulness against edges or units kept (log axis), a line per curve.
 
     Dotted rules mark 1 (the full model) and 0 (everything ablated), a grey band random circuits of
     the same size, and a line at `edges_total` the whole graph. Points at 0 edges have no place on a
@@ -64,12 +65,12 @@ def draw_faithfulness_curve(
     """
     _check(curves, random_band)
     with saved_figure(path, (6.6, _height(curves, random_band)), title, caption) as figure:
-        axes = figure.add_subplot(xscale="log", xlabel="edges kept", ylabel="faithfulness")
+        axes = figure.add_subplot(xscale="log", xlabel=f"{noun} kept", ylabel="faithfulness")
         _draw_bounds(axes, random_band)
         for index, curve in enumerate(curves):
             _draw_curve(axes, curve, SERIES_COLOURS[index % len(SERIES_COLOURS)])
         if edges_total is not None:
-            _draw_whole_graph(axes, edges_total)
+            _draw_whole_graph(axes, edges_total, noun)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.legend(loc="outside right upper", fontsize=8.5)
     return Path(path)
@@ -85,10 +86,10 @@ def _draw_bounds(axes: Axes, band: RandomBand | None) -> None:
         axes.fill_between(edges, low, high, label=_legend_name(band.name), **style)
 
 
-def _draw_whole_graph(axes: Axes, edges_total: int) -> None:
+def _draw_whole_graph(axes: Axes, edges_total: int, noun: str) -> None:
     axes.axvline(edges_total, color=RULE, linewidth=0.8, zorder=1)
     place = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-    axes.annotate("all edges", (edges_total, 0), size=8, color=FAINT_INK, rotation=90, **place)
+    axes.annotate(f"all {noun}", (edges_total, 0), size=8, color=FAINT_INK, rotation=90, **place)
 
 
 def _draw_curve(axes: Axes, curve: FaithfulnessCurve, colour: str) -> None:

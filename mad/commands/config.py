@@ -31,6 +31,7 @@ CONFIGS = "configs"
 SCHEMAS = {
     "model": "circuits.model.load:ModelConfig",
     "ablation": "circuits.ablation:AblationConfig",
+    "units": "circuits.parts.division:UnitsConfig",
     "task": "mad.tasks:TASKS",
     "method": "circuits.discovery:METHODS",
     "detector": "mad.detectors:DETECTORS",

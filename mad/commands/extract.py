@@ -3,6 +3,7 @@
     madcap extract model=gpt2 task=induction method=eap_ig out=runs/induction
     madcap extract model=FOLDER task=pronoun method=eap_ig selection.edges=80 out=runs/pronoun
     madcap extract model=X.pt task=prompts.jsonl method=acdc method.tau=0.05 metric=kl out=runs/mine
+    madcap extract model=FOLDER task=pronoun method=eap_ig units=neurons out=runs/neurons
     madcap extract model=X.pt task=prompts.jsonl method.tau=0.1,0.01 'out=runs/tau${method.tau}' -m
 
 The trusted prompts are split into four parts: one finds the circuit, one measures it, one gives the
@@ -10,6 +11,9 @@ means that new inputs are scored under, one calibrates the detector. `out` then 
 scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw it with `madcap
 plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
 checked, and nothing is looked for or left.
+
+A circuit may also be of units=nodes, units=neurons or, with 'units.dictionaries=[FOLDER,...]',
+units=features of sparse autoencoders and transcoders. No detector is fitted to it: they read edges.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mad.pipeline import RunConfig, make_run
+from circuits.parts.division import EDGES
+from mad.pipeline import Run, RunConfig, make_run, make_unit_run
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Extract(RunConfig):
 
     ablation: Any = "???"  # what a removed edge carries during discovery
     detector: Any = "???"  # the detector that is fitted and calibrated at the end
+    units: Any = "???"  # what the circuit is made of
     check: bool = False  # only check model, prompts, splits, alpha and `out`, and say what they are
 
 
@@ -38,16 +44,18 @@ def run(config: Extract) -> None:
 
     from mad.commands.console import output
 
-    done = make_run(config)
+    done = make_run(config) if config.units.name == EDGES else make_unit_run(config)
     metrics, console = done.metrics, output()
     table = Table(
         title=f"circuit of {config.task.name} by {config.method.name}",
         title_justify="left",
         show_header=False,
     )
-    kept, total = metrics["edges_kept"], metrics["edges_total"]
+    noun = done.circuit.space.noun
+    kept, total = metrics[f"{noun}_kept"], metrics[f"{noun}_total"]
     chance = metrics["random_circuits"]
-    table.add_row("edges kept", f"{kept} of {total} ({kept / total:.1%})")
+    made_of = noun if noun == "edges" else config.units.name
+    table.add_row(f"{made_of} kept", f"{kept} of {total} ({kept / total:.1%})")
     table.add_row(
         f"faithfulness ({done.circuit.about['metric']}, {config.ablation.name})",
         f"{metrics['faithfulness']:.3f}",
@@ -57,7 +65,7 @@ def run(config: Extract) -> None:
             f"{chance['count']} random circuits of that size",
             f"mean {chance['mean']:.3f}, 95th percentile {chance['percentile_95']:.3f}",
         )
-    if scoring := metrics["scoring"]:
+    if scoring := metrics.get("scoring"):
         value = scoring["faithfulness"]
         table.add_row(
             f"faithfulness for scoring ({scoring['ablation']})",
@@ -65,10 +73,11 @@ def run(config: Extract) -> None:
         )
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
-    table.add_row(
-        "calibration",
-        f"{len(done.detector.calibration.scores)} trusted inputs, detector {config.detector.name}",
-    )
+    if isinstance(done, Run):
+        calibrated = f"{len(done.detector.calibration.scores)} trusted inputs"
+        table.add_row("calibration", f"{calibrated}, detector {config.detector.name}")
+    else:
+        table.add_row("detector", "none: one needs units=edges")
     console.print(table)
     console.print(f"wrote {done.folder}")
 

@@ -115,6 +115,7 @@ def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
         "selection": {
             "how": "greedy",
             "edges": 20,
+            "units": None,
             "share": None,
             "faithfulness": 0.9,
             "threshold": None,
@@ -395,7 +396,7 @@ def test_a_selection_by_number_share_or_threshold(selection, arguments):
         (Selection(edges=47), "edges=47, but the graph has 46 edges"),
         (
             Selection(faithfulness=None),
-            "selection needs one of edges, share, threshold or faithfulness",
+            "selection needs one of edges, units, share, threshold or faithfulness",
         ),
         (Selection(how="threshold"), "how=threshold needs threshold=VALUE"),
         (Selection(how="threshold", edges=3), "how=threshold needs threshold=VALUE"),
