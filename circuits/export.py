@@ -51,8 +51,8 @@ def export_circuit(circuit: Circuit, path: str | Path) -> Path:
 
 def exported_graph(circuit: Circuit) -> nx.MultiDiGraph:
     """Returns the kept edges between nodes, with plain attributes that every format can hold."""
-    view = nx.MultiDiGraph(**_about(circuit))
-    graph = circuit.graph
+    view, graph = nx.MultiDiGraph(), circuit.graph
+    view.graph.update(_about(circuit))
     for edge in circuit.kept.nonzero().tolist():
         name = graph.edge_name(*edge)
         parsed = parse_edge(name)

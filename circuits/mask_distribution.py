@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.gates import edge_shares, gate_shapes
 from circuits.graph import Graph
-from circuits.units import edge_shares, gate_shapes
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete
 LEAST = 1e-6  # the narrowest window, and how near to 0 and 1 uniform numbers may be
@@ -67,7 +67,7 @@ class MaskDistribution:
 
     graph: Graph
     kind: str  # of `KINDS`
-    over: str  # of `circuits.units.UNITS`
+    over: str  # of `circuits.gates.OVER`
     gates: Mapping[str, Tensor]  # theta of each gate, by its kind
 
     def __post_init__(self) -> None:

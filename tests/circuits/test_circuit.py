@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from circuits.circuit import Circuit
+from circuits.gates import OVER, gate_shapes
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
-from circuits.units import UNITS, gate_shapes
 
 GRAPH = Graph(2, 2, 1)
 KEPT = ["input->a0.h1<q>", "input->a0.kv0<v>", "a0.h1->m0", "m0->logits", "a0.h1->logits"]
@@ -337,7 +337,7 @@ def learned(over: str = "edges_and_nodes") -> Circuit:
     return replace(circuit(), trained=MaskDistribution(GRAPH, "hard_concrete", over, gates))
 
 
-@pytest.mark.parametrize("over", UNITS)
+@pytest.mark.parametrize("over", OVER)
 def test_a_trained_mask_is_saved_and_loaded_to_the_bit(tmp_path, over):
     saved = learned(over)
     saved.save(tmp_path)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from circuits.gates import OVER, edge_shares, gate_shapes
 from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
-from circuits.units import UNITS, edge_shares, gate_shapes
 
 GRAPH = Graph(2, 2, 1)
 BY_POSITION = Graph(1, 2, n_positions=3)
@@ -66,7 +66,7 @@ def test_window_gates_have_the_mean_p_and_its_gradient(theta):
 
 
 @pytest.mark.parametrize("graph", [GRAPH, BY_POSITION])
-@pytest.mark.parametrize("over", UNITS)
+@pytest.mark.parametrize("over", OVER)
 def test_an_edge_is_as_probable_as_all_of_its_gates(graph, over):
     mask = random_mask(graph, over)
     expected = torch.zeros(graph.exists.shape)
@@ -79,7 +79,7 @@ def test_an_edge_is_as_probable_as_all_of_its_gates(graph, over):
     assert mask.size() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("over", UNITS)
+@pytest.mark.parametrize("over", OVER)
 def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over):
     graph = Graph(1, 1, attention_only=True)
     gates = {

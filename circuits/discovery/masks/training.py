@@ -37,12 +37,12 @@ from circuits.discovery.masks.state import Point, State
 from circuits.discovery.masks.warm_start import first_parameters
 from circuits.discovery.method import Found
 from circuits.engine.memory import MOST_PROMPTS, TooLittleMemory, written
+from circuits.gates import edge_shares
 from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
 from circuits.minibatches import Minibatch, minibatch
 from circuits.objective import Objective
 from circuits.prompts.errors import InputError
-from circuits.units import edge_shares
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Trainer:
 
     config: MaskTraining
     objective: Objective
-    over: str  # of `circuits.units.UNITS`
+    over: str  # of `circuits.gates.OVER`
     kind: str  # of `circuits.mask_distribution.KINDS`
     model: float  # the oriented metric's mean over all discovery prompts
     empty: float
@@ -84,7 +84,7 @@ def train(config: MaskTraining, objective: Objective, over: str, kind: str) -> F
     """Returns the ranking of edges by the mask as it shrank and, of a size asked for, its circuit.
 
     Args:
-        over: what the mask is over (`circuits.units.UNITS`).
+        over: what the mask is over (`circuits.gates.OVER`).
         kind: of the distribution of its gates (`circuits.mask_distribution.KINDS`).
 
     Raises:

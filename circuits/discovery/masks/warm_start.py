@@ -14,9 +14,9 @@ from torch import Tensor
 
 from circuits.circuit import Circuit
 from circuits.discovery.masks.settings import MaskTraining
+from circuits.gates import gate_shapes
 from circuits.graph import Graph
 from circuits.objective import Objective
-from circuits.units import gate_shapes
 
 NOISE = 0.01  # standard deviation of the first parameters
 HALF = 0.1  # the gate of this rank, as a share of all, is open half of the time

@@ -25,12 +25,12 @@ from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory
 from circuits.extraction import extract, rediscover
 from circuits.files import read_tensors, write_tensors
+from circuits.gates import OVER, edge_shares, gate_shapes
 from circuits.mask_distribution import KINDS, MaskDistribution
 from circuits.metrics import METRICS
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts, prompts_from_records
 from circuits.selection import Selection, ranking
-from circuits.units import UNITS, edge_shares, gate_shapes
 from tests import tiny
 
 ENGINE = Engine(tiny.gpt2(n_embd=8, n_head=2))
@@ -302,7 +302,7 @@ def test_a_mask_over_nodes_keeps_all_edges_of_a_writer_alike():
     assert len(chances.unique()) > 3
 
 
-@pytest.mark.parametrize("over", UNITS)
+@pytest.mark.parametrize("over", OVER)
 def test_masks_by_position_are_trained_on_templated_prompts_and_no_others(over):
     engine = Engine(ENGINE.model, n_positions=5)
     ours = objective(engine, ablation="mean", prompts=tiny.prompts(6, shortest=5, longest=5))

@@ -29,7 +29,7 @@ KINDS: Mapping[str, Callable[[Graph], tuple[int, ...]]] = {
     "edge": lambda graph: tuple(graph.exists.shape),
     "writer": lambda graph: (1, *graph.exists.shape[1:]),
 }
-UNITS: Mapping[str, tuple[str, ...]] = {
+OVER: Mapping[str, tuple[str, ...]] = {
     "edges": ("edge",),
     "nodes": ("writer",),
     "edges_and_nodes": ("edge", "writer"),
@@ -45,9 +45,9 @@ def gate_shapes(graph: Graph, over: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: there are no such units.
     """
-    if over not in UNITS:
-        raise ValueError(f"over={over!r}, but a mask is over {', '.join(UNITS)}")
-    return {kind: KINDS[kind](graph) for kind in UNITS[over]}
+    if over not in OVER:
+        raise ValueError(f"over={over!r}, but a mask is over {', '.join(OVER)}")
+    return {kind: KINDS[kind](graph) for kind in OVER[over]}
 
 
 def edge_shares(gates: Gates, graph: Graph) -> Float[Tensor, "*B R W *S"]:
