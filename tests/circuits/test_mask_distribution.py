@@ -87,22 +87,28 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
         for name, shape in gate_shapes(graph, over).items()
     }
     mask = MaskDistribution(graph, "hard_concrete", over, gates)
-    drawn = mask.sample(4000, seed=3)
-    assert torch.equal(drawn, mask.sample(4000, seed=3))
-    assert not torch.equal(drawn, mask.sample(4000, seed=4))
+    drawn = mask.sample(1500, seed=3)
+    assert torch.equal(mask.sample(20, seed=3), mask.sample(20, seed=3))
+    assert not torch.equal(mask.sample(20, seed=3), mask.sample(20, seed=4))
     for kept in drawn[:50]:
         assert torch.equal(kept, graph.without_dead_ends(kept))
     expected = torch.zeros(graph.exists.shape)
     own = {name: theta.sigmoid() for name, theta in gates.items()}
-    states = [itertools.product((0.0, 1.0), repeat=theta.numel()) for theta in gates.values()]
-    for values in itertools.product(*states):  # every state of all gates
-        state = {n: torch.tensor(v).view(own[n].shape) for n, v in zip(own, values, strict=True)}
-        chance = math.prod(
-            (s * own[n] + (1 - s) * (1 - own[n])).prod().item() for n, s in state.items()
-        )
+    real = {
+        name: graph.exists if theta.shape == graph.exists.shape else torch.ones_like(theta).bool()
+        for name, theta in own.items()
+    }
+    states = [itertools.product((0.0, 1.0), repeat=int(gate.sum())) for gate in real.values()]
+    for values in itertools.product(*states):  # every state of all gates that are an edge's
+        state, chance = {}, 1.0
+        for name, drawn_state in zip(own, values, strict=True):
+            state[name] = torch.zeros(own[name].shape)
+            state[name][real[name]] = at = torch.tensor(drawn_state)
+            open_ = own[name][real[name]]
+            chance *= (at * open_ + (1 - at) * (1 - open_)).prod().item()
         kept = (edge_shares(state, graph) > 0).bool()
         expected += chance * graph.without_dead_ends(kept)
-    torch.testing.assert_close(drawn.float().mean(0), expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.float().mean(0), expected, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from mad.commands.main import main
 from tests import tiny
 from tests.published import PUBLISHED, small, write_checkpoint
 
+FAMILIES = tuple(tiny.HUGGINGFACE)
+QUICK = ("gpt2", "neox", "llama", "gemma3")  # between them all that families differ in
 SPLITS = ["splits.discovery=16", "splits.evaluation=16", "splits.fit=16", "splits.calibration=24"]
 
 
@@ -40,7 +42,10 @@ def through(folder, words: list[str], inputs: list[dict]) -> tuple[Circuit, dict
     return Circuit.load(out), json.loads((folder / "run" / "metrics.json").read_text()), lines
 
 
-@pytest.mark.parametrize("name", tiny.HUGGINGFACE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_every_family_goes_through_the_commands(name, tmp_path):
     tiny.HUGGINGFACE[name]().save_pretrained(tmp_path / "model")
     metrics = goes_through(tmp_path)
