@@ -5,7 +5,7 @@
 Readers have their own inputs, so that heads come first and share nothing; what an architecture
 lacks of the above (norm, rotary positions, soft-cap, window) is left out.
 
-Shapes: N flattened batch, pos S, head width E, chosen positions P.
+Shapes: N flattened batch, pos S, queries Q, head width E, chosen positions P.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ Pair = tuple[Tensor, Tensor]
 def attend(
     architecture: Architecture,
     attention: Attention,
-    q: Float[Tensor, "heads N S E"],
+    q: Float[Tensor, "heads N Q E"],
     k: Float[Tensor, "kv N S E"],
     v: Float[Tensor, "kv N S E"],
     key_mask: Bool[Tensor, "N S"] | None,
     kv_of_head: list[int] | None = None,
     at: Int[Tensor, "N P"] | None = None,
-) -> Float[Tensor, "heads N S E"]:
+) -> Float[Tensor, "heads N Q E"]:
     """Returns what each head moves, before its output projection.
 
     Args:
         key_mask: True on real tokens; needed by bidirectional models, as padding is on the right.
         kv_of_head: each query head's place among the key-value heads; None: in equal groups.
-        at: the positions of the queries, which are then [heads, N, P, E], and so the result; None:
-            they are at all positions.
+        at: the positions of the queries, Q = P; None: they are at all of them, Q = S.
     """
     q, k = _positioned(attention, q, k, at)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
