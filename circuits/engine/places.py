@@ -125,7 +125,7 @@ class Places:
 
 def at_positions(
     values: Float[Tensor, "*n b S D"], positions: Int[Tensor, "B P"]
-) -> Float[Tensor, "*n B P D"]:
+) -> Float[Tensor, "*n c p D"]:
     """Values at some positions of each prompt; what has one row for all positions stays so."""
     if values.shape[-2] == 1:
         return values
