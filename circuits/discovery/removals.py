@@ -89,7 +89,7 @@ class Removals:
     def _lacking(self, lost: Bool[np.ndarray, "E"]) -> Bool[Tensor, "R W *S"]:
         """The present circuit without some of the edges that were last in question."""
         kept, (edges, _) = self.kept.clone(), self.candidates
-        for number in np.flatnonzero(lost):
+        for number in np.flatnonzero(lost).tolist():
             kept[edges[number]] = False
         return kept
 

@@ -70,7 +70,7 @@ class Incremental:
     def without(
         self, edges: Sequence[Edge], removed: Bool[np.ndarray, "K E"]
     ) -> Float[Tensor, "K B P V"]:
-        """The logits of K circuits, of which the k-th lacks those kept edges that `removed[k]` says."""
+        """The logits of K circuits; the k-th lacks those kept edges that `removed[k]` says."""
         candidates = Candidates(self.present, edges, removed)
         self.everywhere.expect(_writers(candidates.steps, everywhere=True), len(removed))
         self.scored.expect(_writers(candidates.steps), len(removed))
@@ -162,9 +162,7 @@ class Incremental:
         ]
         return [self._projected(step, *side, inputs, len(candidates)) for side in sides]
 
-    def _alike(
-        self, candidates: Candidates, readers: list[int], places: Places
-    ) -> list[list[int]]:
+    def _alike(self, candidates: Candidates, readers: list[int], places: Places) -> list[list[int]]:
         """Readers that get other inputs under each candidate, and those that get the same."""
         changes = self.present.by_reader[:, places.changed[: places.count]].any(1)
         vary = [reader for reader in readers if changes[reader] or reader in candidates.into]

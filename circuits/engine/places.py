@@ -40,8 +40,10 @@ class Places:
 
     def at(self, positions: Int[Tensor, "B P"]) -> Places:
         """The same at some positions of each prompt."""
-        parts = (self.differences, self.removed, self.base)
-        return Places(*(at_positions(part, positions) for part in parts), positions)
+        differences, removed, base = (
+            at_positions(part, positions) for part in (self.differences, self.removed, self.base)
+        )
+        return Places(differences, removed, base, positions)
 
     def expect(self, writers: Sequence[int], n_candidates: int) -> None:
         """Makes room for what some writers, in the order of running, write under candidates."""

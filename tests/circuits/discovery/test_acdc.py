@@ -1,4 +1,4 @@
-"""The fast sweep against the plain one: one run under a whole mask for each edge, nothing shared."""
+"""The fast sweep against the plain one: one run under a whole mask for each edge."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def test_incremental_runs_are_those_under_whole_masks(name, positions):
         kept = graph.exists & torch.from_numpy(draw.random(graph.exists.shape) < 0.7)
         run = Incremental(engine, prompts, kept, ablated)
         for few in (2, 12, 3):
-            edges = [tuple(edge) for edge in draw.permutation(kept.nonzero().numpy())[:few].tolist()]
+            edges = [
+                tuple(edge) for edge in draw.permutation(kept.nonzero().numpy())[:few].tolist()
+            ]
             removed = draw.random((3, len(edges))) < 0.6
             masks = kept[None].repeat(3, *[1] * kept.ndim)
             for candidate, number in np.argwhere(removed):
