@@ -41,7 +41,7 @@ class Present:
     ) -> None:
         """Takes the kept edges, and the layers whose heads share a post-norm."""
         self.graph, self.kept, self.normed_together = graph, kept, normed_together
-        self.by_reader: Bool[np.ndarray, "R W"] = kept.reshape(*kept.shape[:2], -1).any(2)
+        self.by_reader = np.logical_or.reduce(kept.reshape(*kept.shape[:2], -1), 2)  # [R, W]
         self.needed: Needed = needed(graph, self.by_reader, normed_together)
         # which writers are read; only post-norms ask
         self.read = graph.read(torch.from_numpy(kept)[None])[0] if normed_together else None
