@@ -10,6 +10,10 @@ good iff
 and then cost(now) becomes cost(without e).  The cost is the negated, oriented metric: KL(model ||
 run) in the paper.  A node that no kept edge reads loses all of its incoming edges unevaluated.
 
+Several edges ahead are run at once, each without those before it that are expected to be removed.
+What is decided is right as far as expectations were: up to the first edge that the rule decides
+otherwise.  So the circuit is that of a sweep with one run an edge (`sweeping`).
+
 Metrics differ in size (a logit difference of 10 beside a KL of 2), so that by default tau is a
 share of the gap between the model and the empty circuit.  The sweep starts from the run that keeps
 all edges, which rounding sets apart from the model itself: in bfloat16 by more than a small tau.
@@ -17,8 +21,8 @@ all edges, which rounding sets apart from the model itself: in bfloat16 by more 
 
 from __future__ import annotations
 
-import itertools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +32,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.method import Found
+from circuits.discovery.removals import Removals
+from circuits.discovery.sweeping import Sweep, sweep_order
+from circuits.engine.candidates import Edge
 from circuits.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -41,12 +48,18 @@ class ACDC:
     # an edge is removed iff the metric worsens by less than this, in its units; null: by `share`
     tau: float | None = None
     share: float = 0.01  # tau as a share of the metric's gap between model and empty circuit
+    # several thresholds, in its units, in place of one: each is swept, an edge's score is the
+    # smallest at which it was removed, and the circuit is that of the first
+    taus: list[float] | None = None
     order: str = "sweep"  # sweep: the fixed order; shuffle: random within each reader, by `seed`
     seed: int = 0  # of the shuffled order
 
 
 def acdc(config: ACDC, objective: Objective) -> Found:
     """Returns the circuit of the sweep; an edge's score is the delta at which it was judged.
+
+    With `taus` the circuit is that of the first, and an edge's score the smallest tau at which it
+    was removed; of those that the largest one keeps it is the delta there, which is no less.
 
     Raises:
         ValueError: tau or share is not above 0, the order is unknown, or tau would be a share of no
@@ -55,42 +68,80 @@ def acdc(config: ACDC, objective: Objective) -> Found:
     _check(config)
     _warn_of_memory(objective)
     graph = objective.engine.graph
-    kept = graph.exists.clone()
-    scores = torch.zeros(kept.shape)
-    full, current = _cost(objective.full()), _cost(objective.measure(kept))
-    tau = _tau(config, objective, full)
-    _warn_of_noise(objective, abs(current - full), tau)
-    evaluated, closest = 0, float("inf")
-    generator = np.random.default_rng(config.seed)
-    progress = tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None)
-    for reader, group in itertools.groupby(graph.sweep_order(), key=lambda edge: edge[0]):
-        edges = list(group)
-        progress.update(len(edges))
-        _, read = graph.read(kept[None])
-        kept[reader] &= read[0, reader].view(kept.shape[2:])  # unread nodes need no input
-        edges = [edge for edge in edges if kept[edge]]
-        layer = min(reader // graph.readers_per_block, graph.n_layers)  # what is before is whole
-        if config.order == "shuffle":
-            generator.shuffle(edges)
-        for edge in edges:
-            kept[edge] = False
-            without = _cost(objective.measure(kept, first_layer=layer))
-            delta = without - current
-            scores[edge] = delta
-            evaluated += 1
-            closest = min(closest, abs(delta - tau))
-            if delta < tau:
-                current = without
-            else:
-                kept[edge] = True
-    progress.close()
-    details = {"tau": tau, "runs": evaluated, "closest_to_tau": closest, "final_cost": current}
-    return Found(scores=scores, kept=kept, details=details)
+    order = sweep_order(graph, config.seed if config.order == "shuffle" else None)
+    if config.taus is None:
+        tau = _tau(config, objective, _cost(objective.full()))
+        sweep, forwards = swept(objective, order, tau)
+        deltas, kept = torch.from_numpy(sweep.deltas).float(), torch.from_numpy(sweep.kept)
+        return Found(deltas, kept, _details(sweep, forwards))
+    sweeps: dict[float, Sweep] = {}
+    forecast, details = None, []
+    for tau in sorted(config.taus):
+        sweeps[tau], forwards = swept(objective, order, tau, forecast)
+        forecast = sweeps[tau].judgements
+        told = {"edges": int(sweeps[tau].kept.sum()), **_details(sweeps[tau], forwards)}
+        details.append(told)
+    first = torch.from_numpy(sweeps[config.taus[0]].kept)
+    return Found(smallest_taus(sweeps), first, {"tau": config.taus[0], "taus": details})
+
+
+def swept(
+    objective: Objective,
+    order: Sequence[Edge],
+    tau: float,
+    forecast: Float[np.ndarray, "R W *S"] | None = None,
+) -> tuple[Sweep, float]:
+    """Returns a sweep that is done, and what its runs took, in plain forwards.
+
+    `forecast` are deltas that edges are expected to have: they cost or save runs, and change
+    nothing else.
+    """
+    graph = objective.engine.graph
+    removals = Removals(objective, graph.exists)
+    sweep = Sweep(graph, order, tau, _cost(removals.present()), forecast)
+    _warn_of_noise(objective, abs(sweep.cost - _cost(objective.full())), tau)
+    with tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None) as progress:
+        while (window := sweep.ahead(removals.most)).edges:
+            costs = -removals.without(window.edges, window.removed).double().mean(-1)
+            last = sweep.judge(window, costs.tolist())
+            if last is not None:
+                removals.accept(last)
+            progress.update(sweep.at - progress.n)
+        progress.update(graph.n_edges - progress.n)
+    return sweep, removals.forwards
+
+
+def _details(sweep: Sweep, forwards: float) -> dict[str, float]:
+    """What is told of a sweep."""
+    return {
+        "tau": sweep.tau,
+        "runs": sweep.judged,  # that one run an edge would be
+        "batched_runs": sweep.windows,
+        "candidates": sweep.candidates,  # in them
+        "forwards": forwards,
+        "closest_to_tau": sweep.closest,
+        "final_cost": sweep.cost,
+    }
+
+
+def smallest_taus(sweeps: Mapping[float, Sweep]) -> Float[Tensor, "R W *S"]:
+    """The smallest tau at which each edge was removed; or its delta at the largest, if kept."""
+    largest = sweeps[max(sweeps)]
+    scores = np.where(largest.kept, largest.deltas, 0.0)
+    for tau in sorted(sweeps, reverse=True):
+        scores[~sweeps[tau].kept & largest.graph.exists.numpy()] = tau
+    return torch.from_numpy(scores).float()
 
 
 def _check(config: ACDC) -> None:
-    for name in ("tau", "share"):
-        value = getattr(config, name)
+    if config.taus is not None and (config.tau is not None or not config.taus):
+        raise ValueError(
+            f"taus={list(config.taus)} and tau={config.tau}: give several taus, the circuit's "
+            "first, or one tau"
+        )
+    given = {"tau": config.tau, "share": config.share}
+    given |= {f"taus[{place}]": value for place, value in enumerate(config.taus or ())}
+    for name, value in given.items():
         if value is not None and not value > 0:
             raise ValueError(
                 f"{name}={value}, but it must be above 0: with {name} <= 0 every harmless edge is "

@@ -101,9 +101,13 @@ def acdc_units(config: ACDC, objective: Objective[UnitBatches]) -> Found:
     worsens the metric by less than tau.  One run a unit.
 
     Raises:
-        ValueError: as `acdc`.
+        ValueError: as `acdc`, or several taus are given.
     """
     _check(config)
+    if config.taus is not None:
+        raise ValueError(
+            f"method.taus={list(config.taus)} is for edges only; use units=edges, or one method.tau"
+        )
     _warn_of_memory(objective)
     space = objective.batches.space
     kept, scores = space.exists.clone(), torch.zeros(space.shape)

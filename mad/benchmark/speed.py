@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from circuits.ablation import AblationConfig, fit_ablation
-from circuits.discovery import EAP, EAPIG, eap, eap_ig
+from circuits.discovery import ACDC, EAP, EAPIG, acdc, eap, eap_ig
 from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel, from_module
@@ -50,10 +50,11 @@ class Shape:
     kv_heads: int | None = None  # llama; None: as many as there are heads
     hidden: int | None = None  # width of the MLPs; None: four times the model's
     spread: float = 0.02  # standard deviation of the random weights
+    sweep_share: float | None = None  # of ACDC, where a sweep is timed too
 
 
 SHAPES = (
-    Shape("2L4H", "gpt2", 2, 4, 64, 64, batch=32, positions=10, rounds=60),
+    Shape("2L4H", "gpt2", 2, 4, 64, 64, batch=32, positions=10, rounds=60, sweep_share=0.01),
     Shape("4L8H", "gpt2", 4, 8, 64, 64, batch=32, positions=10, rounds=40),
     Shape("GPT-2 small", "gpt2", 12, 12, 768, 50257, batch=8, positions=16, rounds=7),
     # Three of its 16 layers and few words, so that it is layers of these widths that are timed.
@@ -88,11 +89,13 @@ class Timing:
 
 
 def time_engine(shape: Shape, circuit_share: float = 0.02, seed: int = 0) -> list[Timing]:
-    """Times masked runs, EAP, EAP-IG and scoring against a circuit with a share of the edges."""
+    """Times masked runs, EAP, EAP-IG, ACDC where the shape says so, and scoring against a circuit
+    with a share of the edges.
+    """
     module, model = random_model(shape, seed)
     engine = Engine(model)
     prompts = random_prompts(shape, seed)
-    work = _work(engine, prompts, circuit_share)
+    work = _work(shape, engine, prompts, circuit_share)
     with torch.no_grad():
         work = {
             "bridge forward": lambda: model.bridge(prompts.clean),
@@ -200,7 +203,9 @@ def random_prompts(shape: Shape, seed: int) -> Prompts:
     return prompts_from_records(records, vocabulary=shape.vocabulary)
 
 
-def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, Callable[[], Any]]:
+def _work(
+    shape: Shape, engine: Engine, prompts: Prompts, circuit_share: float
+) -> dict[str, Callable[[], Any]]:
     """Each piece of work, from prompts to result; masked runs start from clean and ablated values
     in hand.
     """
@@ -232,6 +237,14 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
             runs.append(kl(logits, prompts, batch.clean.logits[row].expand_as(logits)))
         return runs
 
+    sweep = {}
+    if shape.sweep_share is not None:
+        config = ACDC(share=shape.sweep_share)
+        objective_kl = prepare(engine, prompts, kl, counterfactual)
+        kept = acdc(config, objective_kl).kept
+        assert kept is not None, "ACDC decides itself"
+        name = f"ACDC, {int(kept.sum())} of {engine.graph.n_edges} edges kept"
+        sweep[name] = lambda: acdc(config, prepare(engine, prompts, kl, counterfactual))
     return {
         "masked run, half of the edges": lambda: engine.masked(everywhere, half, batch.ablated),
         "masked run, scored positions only": lambda: engine.masked(prompts, half, batch.ablated),
@@ -239,6 +252,7 @@ def _work(engine: Engine, prompts: Prompts, circuit_share: float) -> dict[str, C
         "EAP-IG, 5 steps": lambda: eap_ig(
             EAPIG(), prepare(engine, prompts, metric, counterfactual)
         ),
+        **sweep,
         f"output deviation, circuit of {circuit_share:.0%}": score,
         f"transplant into 16 prompts, circuit of {circuit_share:.0%}": lambda: transplant(16),
     }
