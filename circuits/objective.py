@@ -129,6 +129,13 @@ class Batches:
             values = clean.writers.sub_(self.ablation.writers(self.engine, prompts))
             yield Contrast(prompts, values, embedded, clean.logits)
 
+    @property
+    def spare(self) -> int:
+        """Bytes for the work on one batch, when each that is not kept has been prepared anew."""
+        anew = self.prompts[len(self.kept) :]
+        held = (_held(self.footprint, self.ablation, len(prompts)) for prompts in anew)
+        return self.work - max(held, default=0)
+
     def masks_at_once(self, batch: Batch) -> int:
         """Under how many masks a batch can be run at once."""
         prompts, footprint = len(batch.prompts), self.footprint

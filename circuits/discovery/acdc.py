@@ -10,6 +10,10 @@ good iff
 and then cost(now) becomes cost(without e).  The cost is the negated, oriented metric: KL(model ||
 run) in the paper.  A node that no kept edge reads loses all of its incoming edges unevaluated.
 
+Several edges ahead are run at once, each without those before it that are expected to be removed.
+What is decided is right as far as expectations were: up to the first edge that the rule decides
+otherwise.  So the circuit is that of a sweep with one run an edge (`sweeping`).
+
 Metrics differ in size (a logit difference of 10 beside a KL of 2), so that by default tau is a
 share of the gap between the model and the empty circuit.  The sweep starts from the run that keeps
 all edges, which rounding sets apart from the model itself: in bfloat16 by more than a small tau.
@@ -17,17 +21,18 @@ all edges, which rounding sets apart from the model itself: in bfloat16 by more 
 
 from __future__ import annotations
 
-import itertools
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.method import Found
+from circuits.discovery.removals import Removals
+from circuits.discovery.sweeping import Sweep, sweep_order
 from circuits.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -55,37 +60,30 @@ def acdc(config: ACDC, objective: Objective) -> Found:
     _check(config)
     _warn_of_memory(objective)
     graph = objective.engine.graph
-    kept = graph.exists.clone()
-    scores = torch.zeros(kept.shape)
-    full, current = _cost(objective.full()), _cost(objective.measure(kept))
+    removals = Removals(objective, graph.exists)
+    full, current = _cost(objective.full()), _cost(removals.present())
     tau = _tau(config, objective, full)
     _warn_of_noise(objective, abs(current - full), tau)
-    evaluated, closest = 0, float("inf")
-    generator = np.random.default_rng(config.seed)
-    progress = tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None)
-    for reader, group in itertools.groupby(graph.sweep_order(), key=lambda edge: edge[0]):
-        edges = list(group)
-        progress.update(len(edges))
-        _, read = graph.read(kept[None])
-        kept[reader] &= read[0, reader].view(kept.shape[2:])  # unread nodes need no input
-        edges = [edge for edge in edges if kept[edge]]
-        layer = min(reader // graph.readers_per_block, graph.n_layers)  # what is before is whole
-        if config.order == "shuffle":
-            generator.shuffle(edges)
-        for edge in edges:
-            kept[edge] = False
-            without = _cost(objective.measure(kept, first_layer=layer))
-            delta = without - current
-            scores[edge] = delta
-            evaluated += 1
-            closest = min(closest, abs(delta - tau))
-            if delta < tau:
-                current = without
-            else:
-                kept[edge] = True
-    progress.close()
-    details = {"tau": tau, "runs": evaluated, "closest_to_tau": closest, "final_cost": current}
-    return Found(scores=scores, kept=kept, details=details)
+    order = sweep_order(graph, config.seed if config.order == "shuffle" else None)
+    sweep = Sweep(graph, order, tau, current)
+    with tqdm(total=graph.n_edges, desc="acdc", unit="edge", disable=None) as progress:
+        while (window := sweep.ahead(removals.most)).edges:
+            costs = -removals.without(window.edges, window.removed).double().mean(-1)
+            last = sweep.judge(window, costs.tolist())
+            if last is not None:
+                removals.accept(last)
+            progress.update(sweep.at - progress.n)
+        progress.update(graph.n_edges - progress.n)
+    details = {
+        "tau": tau,
+        "runs": sweep.judged,
+        "batched_runs": sweep.windows,
+        "candidates": sweep.candidates,
+        "forwards": removals.forwards,
+        "closest_to_tau": sweep.closest,
+        "final_cost": sweep.cost,
+    }
+    return Found(torch.from_numpy(sweep.deltas).float(), torch.from_numpy(sweep.kept), details)
 
 
 def _check(config: ACDC) -> None:

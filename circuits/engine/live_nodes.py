@@ -9,11 +9,12 @@ Shapes: writers W, readers R, candidate masks K; C living writers.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph import Graph
@@ -80,3 +81,39 @@ def live_nodes(graph: Graph, masks: Float[Tensor, "K R W *S"], first_layer: int 
     writers = torch.from_numpy(np.flatnonzero(wanted))
     n_prefix = int(wanted[: graph.first_writer(first_layer)].sum())
     return LiveNodes(writers, len(writers) == len(graph.writers), n_prefix, layers)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Which writers the logits depend on, and which of them at other than the scored positions.
+
+    What only the scored positions of later nodes read is needed at these alone: keys and values
+    move, all else stays where it is.
+    """
+
+    anywhere: Bool[np.ndarray, "W"]
+    everywhere: Bool[np.ndarray, "W"]
+
+
+def needed(graph: Graph, kept: Bool[np.ndarray, "R W"], together: Container[int] = ()) -> Needed:
+    """Returns what kept edges leave needed; heads of layers `together` are needed alike."""
+    anywhere, everywhere = kept[-1].copy(), np.zeros_like(kept[-1])
+    for layer in reversed(range(graph.n_layers)):
+        writer, reader = graph.first_writer(layer), graph.first_reader(layer)
+        if not graph.attention_only and anywhere[writer + graph.n_heads]:
+            row = kept[graph.first_reader(layer + 1) - 1]
+            anywhere |= row
+            if everywhere[writer + graph.n_heads]:
+                everywhere |= row
+        heads = slice(writer, writer + graph.n_heads)
+        if layer in together and everywhere[heads].any():
+            everywhere[heads] = anywhere[heads]
+        queries = kept[reader : reader + graph.n_heads]
+        anywhere |= queries[anywhere[heads]].any(0)
+        everywhere |= queries[everywhere[heads]].any(0)
+        groups = anywhere[heads].reshape(graph.kv_heads, graph.kv_group).any(1)
+        first = reader + graph.n_heads
+        sides = kept[first : first + 2 * graph.kv_heads][np.tile(groups, 2)].any(0)
+        anywhere |= sides
+        everywhere |= sides
+    return Needed(anywhere, everywhere)

@@ -141,11 +141,8 @@ class MaskedRun:
 
     def _sides(self, block: Block, step: Layer, inputs: Float[Tensor, "r M D"]) -> list[Tensor]:
         """Queries, keys and values of living heads from their own inputs, [heads, N, S, E]."""
-        norm, attention, width = block.norm1, block.attention, self.architecture.head_width
-        late = norm if norm.kind == "rms" else None
-        if inputs.dtype == torch.float16:  # which what is not yet normed could overflow
-            late = None
-        inputs = norm(inputs) if late is None else inputs
+        attention, width = block.attention, self.architecture.head_width
+        inputs, late = block.norm1.deferred(inputs)
         sides = []
         projections, living = (
             (attention.q, attention.k, attention.v),
@@ -164,9 +161,8 @@ class MaskedRun:
         read = self.read[first : first + self.graph.n_heads]
         if read.all():
             return heads.sum(0)
-        computed = read if step.all_heads else read[step.heads]
-        unread = (1 - read) * self.differences.align(self.ablated.unread[layer])
-        return (computed * heads).sum(0) + unread.sum(0)
+        unread = self.differences.align(self.ablated.unread[layer])
+        return all_heads(heads, read, unread, None if step.all_heads else step.heads)
 
     def _mlp(self, block: Block, layer: int) -> None:
         assert block.norm2 is not None
@@ -191,3 +187,19 @@ class MaskedRun:
         if self.upstream is not None:
             written = self.differences.per_candidate(self.upstream[self.columns[columns]])
         self.differences.append(written, self.differences.align(self._removed(columns)))
+
+
+def all_heads(
+    computed: Float[Tensor, "h K b s D"],
+    read: Float[Tensor, "heads K 1 s 1"],
+    unread: Float[Tensor, "heads k b s D"],
+    heads: list[int] | None,
+) -> Float[Tensor, "K b s D"]:
+    """What a layer's post-norm sums: heads as in a run where they are read, else unread.
+
+    Args:
+        computed: of the heads that are run.
+        heads: which ones these are; None: all of them.
+    """
+    own = read if heads is None else read[heads]
+    return (own * computed).sum(0) + ((1 - read) * unread).sum(0)

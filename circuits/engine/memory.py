@@ -7,6 +7,8 @@ takes, with e bytes an element:
     clean run          e S (W D + block) + logits
     prepared           e S (2 W D + (2 L + 1) D) + logits      if prompts have own ablated values
     under K masks      K (e S (W D + max(3 r D, r D + heads, block)) + logits), and the masks
+    incremental        e (S W D + P (2 W D + (2 L + 1) D)) + logits       of a circuit; of K that
+                       lack some of its edges as under K masks, and e S (W D + r D) for all
     observed run       prepared + e S L sides + under a mask + scores;
                        at least clean run + e S L (sides + 3 D)
     attribution        e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
@@ -154,6 +156,17 @@ class Footprint:
         per_token = self.writers * self.width + max(3 * mixed, mixed + self.heads, self._block)
         gathered = self.element * self.scored * (self.writers + 2) * self.width
         return masks * (self._bytes(per_token) + gathered + self._logits + self._metric)
+
+    @property
+    def incremental(self) -> int:
+        """A circuit's run from which others are reached: values everywhere and where scored."""
+        scored = self.element * self.scored * (2 * self.writers * self.width + self._levels)
+        return self._bytes(self.writers * self.width) + scored + self._logits
+
+    @property
+    def present(self) -> int:
+        """What readers get in that run, beside what they get under each candidate."""
+        return self._bytes((self.writers + self.readers) * self.width)
 
     @property
     def observed(self) -> int:

@@ -50,6 +50,16 @@ class Norm:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
 
+    def deferred(self, x: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Norm | None]:
+        """What a projection behind this norm is given, and the norm that it still has to apply.
+
+        An RMS norm is cheaper after the projection (`Linear.each`); in float16 what is not yet
+        normed could overflow.
+        """
+        if self.kind == "rms" and x.dtype != torch.float16:
+            return x, self
+        return self(x), None
+
     @property
     def gain(self) -> Float[Tensor, "d_model"]:
         """What an RMS norm with parameters multiplies by, beside `scale`."""

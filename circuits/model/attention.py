@@ -5,7 +5,7 @@
 Readers have their own inputs, so that heads come first and share nothing; what an architecture
 lacks of the above (norm, rotary positions, soft-cap, window) is left out.
 
-Shapes: N flattened batch, pos S, head width E, chosen positions P.
+Shapes: N flattened batch, pos S, queries Q, head width E, chosen positions P.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ Pair = tuple[Tensor, Tensor]
 def attend(
     architecture: Architecture,
     attention: Attention,
-    q: Float[Tensor, "heads N S E"],
+    q: Float[Tensor, "heads N Q E"],
     k: Float[Tensor, "kv N S E"],
     v: Float[Tensor, "kv N S E"],
     key_mask: Bool[Tensor, "N S"] | None,
     kv_of_head: list[int] | None = None,
-) -> Float[Tensor, "heads N S E"]:
+    at: Int[Tensor, "N P"] | None = None,
+) -> Float[Tensor, "heads N Q E"]:
     """Returns what each head moves, before its output projection.
 
     Args:
         key_mask: True on real tokens; needed by bidirectional models, as padding is on the right.
         kv_of_head: each query head's place among the key-value heads; None: in equal groups.
+        at: the positions of the queries, Q = P; None: they are at all of them, Q = S.
     """
-    q, k = _positioned(attention, q, k)
+    q, k = _positioned(attention, q, k, at)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
-    n_positions, causal = q.shape[-2], architecture.graph.causal
+    n_positions, causal = k.shape[-2], architecture.graph.causal
     windowed = attention.window is not None and attention.window < n_positions
-    plain = not windowed and (causal or key_mask is None)
+    everywhere = at is None or not causal
+    plain = everywhere and not windowed and (causal or key_mask is None)
     if plain and attention.soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=attention.scale)
-    allowed = _allowed(architecture, attention, q, key_mask)
+    allowed = _allowed(architecture, attention, k, key_mask)
+    if at is not None:
+        allowed = _rows(allowed, at)
     if attention.soft_cap is None:
         if allowed.ndim == 3:
             allowed = allowed[None]  # with 3 axes the CPU would hold all scores at once
@@ -66,19 +71,20 @@ def attention_scores(
     """
     q, k = _positioned(attention, q, k)
     rows = torch.arange(len(at), device=at.device)[:, None]
-    everywhere = _allowed(architecture, attention, q, key_mask).expand(len(at), -1, -1)
-    allowed = everywhere[rows, at]  # [N, P, S]
+    allowed = _rows(_allowed(architecture, attention, k, key_mask), at)
     scores = _scores(attention, q[:, rows, at], _per_head(k, len(q), kv_of_head))
     return scores.masked_fill(~allowed, float("-inf"))
 
 
-def _positioned(attention: Attention, q: Tensor, k: Tensor) -> Pair:
+def _positioned(attention: Attention, q: Tensor, k: Tensor, at: Tensor | None = None) -> Pair:
     """Queries and keys as they are compared: normed and rotated where the model does so."""
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
     if attention.rotary is not None:
-        cos, sin = attention.rotary.tables(q.shape[-2], q)
-        q, k = (_rotate(x, cos, sin, attention.rotary.pairs) for x in (q, k))
+        cos, sin = attention.rotary.tables(k.shape[-2], k)
+        tables = (cos, sin) if at is None else (cos[at], sin[at])
+        q = _rotate(q, *tables, attention.rotary.pairs)
+        k = _rotate(k, cos, sin, attention.rotary.pairs)
     return q, k
 
 
@@ -90,11 +96,11 @@ def _per_head(x: Tensor, n_heads: int, kv_of_head: list[int] | None) -> Tensor:
 
 
 def _allowed(
-    architecture: Architecture, attention: Attention, q: Tensor, key_mask: Tensor | None
+    architecture: Architecture, attention: Attention, k: Tensor, key_mask: Tensor | None
 ) -> Tensor:
     """Which query may look at which key, [S, S] or [N, S, S]."""
-    n_positions, causal = q.shape[-2], architecture.graph.causal
-    allowed = q.new_ones(n_positions, n_positions, dtype=torch.bool)
+    n_positions, causal = k.shape[-2], architecture.graph.causal
+    allowed = k.new_ones(n_positions, n_positions, dtype=torch.bool)
     if causal:
         allowed = allowed.tril()
     if attention.window is not None and attention.window < n_positions:
@@ -102,6 +108,13 @@ def _allowed(
     if key_mask is not None and not causal:
         allowed = allowed & key_mask[:, None, :]
     return allowed
+
+
+def _rows(allowed: Bool[Tensor, "*N S S"], at: Int[Tensor, "N P"]) -> Bool[Tensor, "N P S"]:
+    """What queries at some positions may look at."""
+    if allowed.ndim == 2:
+        return allowed[at]
+    return allowed[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def _scores(attention: Attention, q: Tensor, k: Tensor) -> Tensor:

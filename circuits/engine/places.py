@@ -1,0 +1,128 @@
+"""What nodes write and read at some positions of each prompt: at all, or at the scored ones.
+
+Of the present circuit there are differences a_w - ablated_w, and of candidates, which lack some of
+its edges, changes a'_w - a_w.
+
+Shapes: candidates K, batch B, pos S, d_model D, writers W, changed writers C, readers R, readers r
+of one group, scored positions P; s is S or P; `*S` positions, where edges are told apart by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.engine.candidates import Edge
+
+
+class Places:
+    """Some positions of each prompt; `positions` says which, None: all."""
+
+    def __init__(
+        self,
+        differences: Float[Tensor, "W B s D"],
+        removed: Float[Tensor, "W b s D"],
+        base: Float[Tensor, "levels b s D"],
+        positions: Int[Tensor, "B P"] | None = None,
+    ) -> None:
+        """Takes what the present circuit's writers write less what removed edges carry, and that.
+
+        `removed` and `base` are as in `Ablated`.
+        """
+        self.differences, self.removed, self.base = differences, removed, base
+        self.positions = positions
+        self.expect([], 0)
+
+    def at(self, positions: Int[Tensor, "B P"]) -> Places:
+        """The same at some positions of each prompt."""
+        parts = (self.differences, self.removed, self.base)
+        return Places(*(at_positions(part, positions) for part in parts), positions)
+
+    def expect(self, writers: Sequence[int], n_candidates: int) -> None:
+        """Makes room for what some writers, in the order of running, write under candidates."""
+        self.changed, self.count = list(writers), 0
+        self.row_of = {writer: row for row, writer in enumerate(writers)}
+        shape = (len(writers), n_candidates, *self.differences.shape[1:])
+        self.changes = self.differences.new_empty(shape)
+
+    def take(self, writers: list[int], written: Float[Tensor, "w K B s D"]) -> Tensor:
+        """Takes what the next writers write under candidates, and returns how they change."""
+        rows = self._index(writers)
+        present = self.differences[rows] + self.removed[rows]
+        return self.append(written.sub_(present[:, None]))
+
+    def append(self, change: Float[Tensor, "w K B s D"]) -> Tensor:
+        """Takes the change of the next writers, and returns it."""
+        self.changes[self.count : self.count + len(change)] = change
+        self.count += len(change)
+        return change
+
+    def accept(self, candidate: int) -> None:
+        """Makes one of the candidates the present circuit."""
+        self.differences[self._index(self.changed)] += self.changes[:, candidate]
+        self.expect([], 0)
+
+    def mix(
+        self, kept: Bool[np.ndarray, "r W *S"], level: int, n_candidates: int
+    ) -> Float[Tensor, "r K B s D"]:
+        """What readers get that keep all of their edges.
+
+        Its sum over writers of the present circuit is the same for all candidates.
+        """
+        columns = np.flatnonzero(kept.reshape(*kept.shape[:2], -1).any(2).any(0))
+        present = self._sum(kept[:, columns], self.differences[self._index(columns)][:, None])
+        present += self.base[level]
+        shares = kept[:, self.changed[: self.count]]
+        if not shares.any():
+            return present.repeat(1, n_candidates, 1, 1, 1)
+        return self._sum(shares, self.changes[: self.count]).add_(present)
+
+    def take_away(
+        self, inputs: Float[Tensor, "K B s D"], edges: list[Edge], lost: Bool[np.ndarray, "K e"]
+    ) -> None:
+        """Takes from what a reader gets under each candidate what it would over edges it lacks."""
+        writers = [edge[1] for edge in edges]
+        differences, shares, where = self.differences[self._index(writers)], self._numbers(lost), ""
+        if len(edges[0]) == 3:
+            here = self._positions() == self._index([edge[2] for edge in edges])[:, None, None]
+            shares, where = shares[:, :, None, None] * here, "bs"
+        inputs -= torch.einsum(f"ke{where},ebsd->kbsd", shares, differences)
+        changed = [number for number, writer in enumerate(writers) if writer in self.row_of]
+        if changed:
+            changes = self.changes[[self.row_of[writers[number]] for number in changed]]
+            inputs -= torch.einsum(f"ke{where},ekbsd->kbsd", shares[:, changed], changes)
+
+    def _sum(
+        self, kept: Bool[np.ndarray, "r c *S"], values: Float[Tensor, "c k B s D"]
+    ) -> Float[Tensor, "r k B s D"]:
+        """The sum of values over kept edges."""
+        shares = self._numbers(kept)
+        if shares.ndim == 2:
+            return (shares @ values.flatten(1)).view(len(shares), *values.shape[1:])
+        return torch.einsum("rcbs,ckbsd->rkbsd", shares[:, :, self._positions()], values)
+
+    def _positions(self) -> Int[Tensor, "b s"]:
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.differences.shape[2], device=self.differences.device)[None]
+
+    def _numbers(self, kept: Bool[np.ndarray, "*any"]) -> Float[Tensor, "*any"]:
+        return torch.from_numpy(kept).to(self.differences.device, self.differences.dtype)
+
+    def _index(self, rows: Sequence[int] | Int[np.ndarray, "n"]) -> Int[Tensor, "n"]:
+        return torch.as_tensor(rows, dtype=torch.long, device=self.differences.device)
+
+
+def at_positions(
+    values: Float[Tensor, "*n b S D"], positions: Int[Tensor, "B P"]
+) -> Float[Tensor, "*n B P D"]:
+    """Values at some positions of each prompt; what has one row for all positions stays so."""
+    if values.shape[-2] == 1:
+        return values
+    shape = (*values.shape[:-3], len(positions))
+    index = positions[..., None].expand(*shape, -1, values.shape[-1])
+    return values.expand(*shape, *values.shape[-2:]).gather(-2, index)
