@@ -202,7 +202,9 @@ class Hypothesis:
             problem = getattr(error, "problem", None) or "it is nested too deeply"
             raise ValueError(f"{where}no YAML or JSON: {problem}") from None
         if not isinstance(data, Mapping):
-            raise ValueError("a hypothesis is a mapping with `nodes`: {name: {at: ..., reads: ...}}")
+            raise ValueError(
+                "a hypothesis is a mapping with `nodes`: {name: {at: ..., reads: ...}}"
+            )
         return cls.from_json(data, name)
 
     @classmethod
@@ -277,7 +279,9 @@ def _claim(name: str, data: Any) -> Claim:
                 f"node {name!r}: reads={reads!r}, but it must be a mapping {{node: all}} or "
                 "{node: q}; {} says that nothing it reads matters"
             )
-        reads = {_text(child, f"node {name!r}: reads"): _ports(name, reads[child]) for child in reads}
+        reads = {
+            _text(child, f"node {name!r}: reads"): _ports(name, reads[child]) for child in reads
+        }
     feature = _texts(data.get("feature", "exact"), f"node {name!r}: feature")
     return Claim(at, feature, None if positions is None else tuple(positions), reads)
 

@@ -42,6 +42,7 @@ from circuits.model.attention import attend
 from circuits.names import LOGITS, parse_node, split_reader
 from circuits.prompts import Prompts
 
+
 class Scrubber:
     """A model's plain values on all prompts, from which scrubbed runs are put together."""
 
@@ -70,7 +71,8 @@ class Scrubber:
         graph, claims = self.graph, self.hypothesis.nodes.values()
         places = [place for claim in claims for place in claim.at]
         writers = sorted({graph.writer_index[p] for p in places if p in graph.writer_index})
-        levels = {self._level(split_reader(place)[0]) for place in places} - {None}
+        read = (self._level(split_reader(place)[0]) for place in places)
+        levels = sorted({level for level in read if level is not None})
         layers = sorted(
             {
                 parse_node(place).layer
@@ -81,7 +83,7 @@ class Scrubber:
             }
         )
         self.writer_row = {graph.writers[w]: row for row, w in enumerate(writers)}
-        self.level_row = {level: row for row, level in enumerate(sorted(levels))}  # type: ignore[type-var]
+        self.level_row = {level: row for row, level in enumerate(levels)}
         post = [layer for layer in layers if self.architecture.blocks[layer].post_norm1]
         self.layer_row = {layer: row for row, layer in enumerate(post)}
         self._writers = torch.tensor(writers, dtype=torch.long)
@@ -175,8 +177,9 @@ class Scrubber:
             each = x.flatten(0, 1).expand(len(heads), -1, -1)
             side = projection.each(each, architecture.head_width, which)
             sides.append(side.view(len(heads), *x.shape[:2], -1))
+        q, k, v = sides
         mask = None if self.key_mask is None else self.key_mask[visit.references]
-        z = attend(architecture, attention, *sides, mask, list(range(len(heads))), at)
+        z = attend(architecture, attention, q, k, v, mask, list(range(len(heads))), at)
         weight = architecture.output_weight(attention)[heads]
         written = torch.bmm(z.flatten(1, 2), weight).view(*z.shape[:3], -1)
         if block.post_norm1 is not None:  # over all heads of the layer, of which others are donors'

@@ -61,8 +61,8 @@ def through_hooks(
     collected.
 
     With `upstream` it mixes that instead.  `seen` receives what is written [W, B, S, D] and, of
-    each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].  Readers get `extra`
-    [R, B, S, D] on top.
+    each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].  Readers get
+    `extra` [R, B, S, D] on top.
     """
     bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
     written = list(factored.embed(tiny.from_tokens(tokens)))

@@ -20,18 +20,26 @@ Key = tuple[tuple[str, ...], int | None]  # nodes of the model, and a position
 
 
 def hypothesis_of(
-    program: Program, places: Mapping[str, Place], *, split_input: bool = False
+    program: Program,
+    places: Mapping[str, Place],
+    *,
+    split_input: bool = False,
+    position_with_token: bool = False,
 ) -> Hypothesis:
     """Returns the hypothesis that a model runs a program with each step in its place.
 
     Positions are those of inputs of full length.  The variable `position` is the same on all of
-    them, so that nothing is said of it.
+    them, so that nothing is said of it, unless `position_with_token`: what reads it is given the
+    token as well, of which a trained model may take notice.
     """
     features: dict[Key, dict[str, None]] = {((LOGITS,), None): {}}
     found: dict[Key, dict[Key, set[str]]] = {((LOGITS,), None): {}}
     for read in reversed(reads(program)):  # readers first
-        if read.variable == "position":
-            continue
+        variable = read.variable
+        if variable == "position":
+            if not position_with_token:
+                continue
+            variable = "token"
         nodes = places[read.step].nodes if read.step in places else (LOGITS,)
         for reader in [key for key in found if key[0] == nodes]:
             here = reader[1]
@@ -40,12 +48,14 @@ def hypothesis_of(
             for position in read.positions:
                 if here is not None and not _bears(read.port, position, here, program.causal):
                     continue
-                child = (nodes_of(read.variable, places, split_input), position)
-                features.setdefault(child, {})[f"{read.variable}@{position}"] = None
+                child = (nodes_of(variable, places, split_input), position)
+                features.setdefault(child, {})[f"{variable}@{position}"] = None
                 port = read.port if read.port in ("q", "k", "v") else "qkv"
                 found.setdefault(child, {})
                 found[reader].setdefault(child, set()).update(port)
-    return Hypothesis(program.name, {_name(key, features): _claim(key, found, features) for key in found})
+    return Hypothesis(
+        program.name, {_name(key, features): _claim(key, found, features) for key in found}
+    )
 
 
 def values_of(program: Program, tokens: Int[Tensor, "B S"]) -> dict[str, Int[Tensor, " B"]]:

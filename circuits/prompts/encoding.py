@@ -13,7 +13,7 @@ A *record* is a dict of the JSONL schema:
                       the last token alone
     label             0 normal, 1 anomalous; optional
     id                str or int; optional
-    features          what the prompt is about, {name: str or int}; hypotheses speak of them; optional
+    features          what it is about, {name: str or int}, for hypotheses to speak of; optional
 
 Null stands for "not there", and keys not listed are ignored.  Token ids are the model's exact
 input: nothing is put in front of them.

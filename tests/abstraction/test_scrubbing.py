@@ -4,16 +4,23 @@ bridge; and what is drawn against its definition.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import networkx as nx
 import pytest
 import torch
 
+import abstraction
 from abstraction.draws import MODES, Draws, Visit
 from abstraction.features import classes
+from abstraction.ground_truth.hypotheses import hypothesis_of, values_of
 from abstraction.hypothesis import Hypothesis
 from abstraction.recovery import label_marginal
 from abstraction.scrubbing import Scrubber, scrub
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory
+from circuits.metrics import METRICS
 from circuits.names import parse_node, split_reader
 from circuits.prompts import Prompts, prompts_from_records
 from tests import hooks, tiny
@@ -179,7 +186,10 @@ def test_scrubbing_is_the_literal_recursion(name, mode, text):
     engine = Engine(MODELS[name]())
     if engine.graph.parallel and text == WHOLE:
         text = PARALLEL
-    hypothesis, prompts = Hypothesis.parse(text), made_prompts(4, (5,) if mode == "joint" else (5, 4))
+    hypothesis, prompts = (
+        Hypothesis.parse(text),
+        made_prompts(4, (5,) if mode == "joint" else (5, 4)),
+    )
     visit = draws_of(hypothesis, prompts).visits(1 + (mode == "pooled"), mode)
     got = Scrubber(engine, prompts, hypothesis, "2GB").scrubbed(visit)
     literal = Literal(engine, prompts, hypothesis)
@@ -188,3 +198,168 @@ def test_scrubbing_is_the_literal_recursion(name, mode, text):
         at = prompts.positions[int(visit.references[row])]
         error = (got[row] - logits[0, at]).abs().max() / logits.abs().max()
         assert error < hooks.bound(name)
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_what_is_drawn_agrees_with_what_reads_it(mode, exclude_self):
+    prompts, hypothesis = made_prompts(30), Hypothesis.parse(HALVES)
+    draws = draws_of(hypothesis, prompts, exclude_self=exclude_self)
+    visit = draws.visits(40, mode)
+    assert torch.equal(visit.references, torch.arange(30).repeat(40))
+    lengths, of_last = prompts.lengths, prompts.clean[torch.arange(30), prompts.lengths - 1]
+    todo, donors = [visit], []
+    while todo:
+        reader = todo.pop()
+        donors.append(reader.donors)
+        assert torch.equal(lengths[reader.donors], lengths[reader.references])
+        assert not exclude_self or mode == "joint" or (reader.donors != reader.references).all()
+        for name, child in reader.children.items():
+            rows = reader.rows.get(name)
+            new = child.references if rows is None else child.references[rows]
+            assert torch.equal(lengths[new], lengths[reader.references])
+            if name == "early":
+                assert torch.equal(of_last[new], of_last[reader.references])
+            if name == "input":  # any: uniform over prompts of that length
+                own = (new == reader.references).double().mean().item()
+                assert own == (0 if exclude_self else pytest.approx(1 / 15, abs=0.03))
+            todo.append(child)
+    same = all(torch.equal(each, donors[0]) for each in donors)
+    assert same == (mode == "joint")
+
+
+def test_draws_are_repeatable_and_results_do_not_depend_on_the_memory():
+    engine, prompts = Engine(tiny.gpt2(n_embd=8, n_head=2)), made_prompts()
+    hypothesis = Hypothesis.parse(WHOLE)
+    found = scrub(engine, prompts, hypothesis, resamples=3)
+    scrubber = Scrubber(engine, prompts, hypothesis, "2GB")
+    little = f"{(scrubber.held + 4.5 * scrubber.each) / 1e3:.0f}kB"
+    again = scrub(engine, prompts, hypothesis, resamples=3, memory=little)
+    assert Scrubber(engine, prompts, hypothesis, little).at_once == 4
+    for metric, values in found.scrubbed.items():
+        torch.testing.assert_close(values, again.scrubbed[metric])
+    other = scrub(engine, prompts, hypothesis, resamples=3, seed=1)
+    assert not torch.equal(found.scrubbed["kl"], other.scrubbed["kl"])
+    with pytest.raises(TooLittleMemory, match="the values of 14 prompts at .* raise memory"):
+        scrub(engine, prompts, hypothesis, memory="10kB")
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def compiled(name: str):
+    made = abstraction.compile(abstraction.PROGRAMS[name]())
+    prompts = made.model.prompts(made.program.records(200, 0))
+    hypothesis = hypothesis_of(made.program, made.places)
+    features = values_of(made.program, prompts.clean)
+    return Engine(made.model), prompts, hypothesis, features
+
+
+@pytest.mark.parametrize("name", ["modular_addition", "same_ends", "two_hop", "greater_than"])
+def test_what_a_program_says_of_its_model_recovers_everything(name):
+    engine, prompts, hypothesis, features = compiled(name)
+    found = scrub(engine, prompts, hypothesis, features=features, resamples=2)
+    for zero in ("permuted", "unconditional", "marginal"):
+        assert found.recovered("cross_entropy", zero).value == pytest.approx(1, abs=1e-3)
+        assert found.recovered("accuracy", zero).value == pytest.approx(1, abs=1e-3)
+    assert found.difference().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["modular_addition", "same_ends"])
+def test_any_single_corruption_recovers_next_to_nothing(name):
+    engine, prompts, hypothesis, features = compiled(name)
+    wrong = []
+    for node, claim in hypothesis.nodes.items():
+        if node == hypothesis.root:
+            continue
+        dropped = {**hypothesis.nodes, node: replace(claim, feature=("any",))}
+        wrong.append(Hypothesis("feature dropped", dropped))
+        if claim.reads:
+            wrong.append(
+                Hypothesis(
+                    "reads nothing",
+                    {
+                        key: replace(other, reads={}) if key == node else other
+                        for key, other in hypothesis.nodes.items()
+                        if key not in nx.descendants(hypothesis.reading, node)
+                    },
+                )
+            )
+    assert len(wrong) > 5
+    for each in wrong:
+        found = scrub(engine, prompts, each, features=features, resamples=2)
+        assert found.recovered("cross_entropy").value < 0.2
+        assert found.recovered("accuracy").value < 0.2
+
+
+def test_figures_are_those_of_their_definitions():
+    engine, prompts = Engine(tiny.gpt2(n_embd=8, n_head=2)), made_prompts(20)
+    hypothesis = Hypothesis.parse(WHOLE)
+    found = scrub(engine, prompts, hypothesis, resamples=3)
+    logits = engine.logits(prompts)
+    loss = METRICS["cross_entropy"](logits, prompts)
+    torch.testing.assert_close(found.model["cross_entropy"], loss)
+    scrubbed, zero = found.scrubbed["cross_entropy"], found.permuted["cross_entropy"]
+    expected = (zero.mean() - scrubbed.mean()) / (zero.mean() - loss.mean())
+    assert found.zero("permuted", "accuracy") is not None
+    told = found.to_json()["figures"]["cross_entropy"]
+    assert told["mean_difference"] == pytest.approx((scrubbed - loss[:, None]).abs().mean().item())
+    if told["recovered"]["permuted"] is not None:
+        assert told["recovered"]["permuted"]["value"] == pytest.approx(expected.item())
+    with pytest.raises(ValueError, match="metric='loss', but kl, logit_diff"):
+        found.recovered("loss")
+    with pytest.raises(ValueError, match="zero='chance', but the zero points are permuted"):
+        found.recovered(zero="chance")
+    with pytest.raises(ValueError, match="zero='marginal' has no kl"):
+        found.recovered("kl", "marginal")
+
+
+def test_the_label_marginal_is_what_a_loop_says():
+    prompts = made_prompts(9)
+    answers = prompts.answers[:, :, 0]
+    counts = torch.bincount(answers.flatten())
+    got = label_marginal(prompts)
+    for row in range(9):
+        shares = [counts[a].item() / counts.sum().item() for a in answers[row].tolist()]
+        expected = -sum(math.log(share) for share in shares) / 2
+        assert got["cross_entropy"][row].item() == pytest.approx(expected)
+        right = sum(int(counts[a] == counts.max()) for a in answers[row].tolist())
+        assert got["accuracy"][row].item() == pytest.approx(right / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "all"}, "mode='all', but the modes are tree, joint, pooled"),
+        ({"resamples": 0}, "resamples=0, but at least 1 is needed"),
+        ({"features": {"parity": [1, 2]}}, "feature 'parity' has 2 values, but there are 14"),
+    ],
+)
+def test_what_cannot_be_scrubbed_is_refused(change, message):
+    engine, hypothesis = Engine(tiny.gpt2(n_embd=8, n_head=2)), Hypothesis.parse(WHOLE)
+    with pytest.raises(ValueError, match=message):
+        scrub(engine, made_prompts(), hypothesis, **change)
+
+
+@pytest.mark.parametrize(
+    ("feature", "positions", "message"),
+    [
+        ("mood", "[0]", "feature 'mood' is unknown; known are parity, number, exact"),
+        ("token@6", "[0]", r"feature 'token@6': prompt 'record 1' has only 5 tokens"),
+        ("any", "[6]", r"node 'a' is at positions \[6\], but prompt 'record 1' has 5 tokens"),
+    ],
+)
+def test_what_prompts_lack_is_refused(feature, positions, message):
+    text = f"{{at: m0, feature: {feature}, positions: {positions}}}"
+    hypothesis = Hypothesis.parse(f"nodes: {{o: {{at: logits, reads: {{a: all}}}}, a: {text}}}")
+    with pytest.raises(ValueError, match=message):
+        scrub(Engine(tiny.gpt2(n_embd=8, n_head=2)), made_prompts(), hypothesis)
+
+
+def test_a_prompt_that_nothing_can_be_exchanged_with_is_refused():
+    prompts = made_prompts(5, (5, 5, 5, 5, 6))
+    with pytest.raises(ValueError, match="prompt 'record 5' is the only one of 6 tokens"):
+        scrub(Engine(tiny.gpt2(n_embd=8, n_head=2)), prompts, Hypothesis.parse(WHOLE))
