@@ -1,5 +1,5 @@
-"""What causal scrubbing exchanges: for each node of a hypothesis, on each way to the root, the input
-that it is run on and the donor of all that the hypothesis is silent of.
+"""What causal scrubbing exchanges: for each node of a hypothesis, on each way to the root, the
+input that it is run on and the donor of all that the hypothesis is silent of.
 
 Everything is drawn before anything is run, so that results depend on the seed alone, and not on how
 much runs at once.  Modes: `abstraction.scrubbing`.

@@ -94,7 +94,8 @@ def _values(prompts: Prompts, feature: str, given: Given) -> list[Hashable]:
         values = given[feature] if feature in given else prompts.features[feature]
         if len(values) != len(prompts):
             raise ValueError(
-                f"feature {feature!r} has {len(values)} values, but there are {len(prompts)} prompts"
+                f"feature {feature!r} has {len(values)} values, but there are {len(prompts)} "
+                "prompts"
             )
         return values.tolist() if isinstance(values, Tensor) else list(values)
     if feature == "exact":

@@ -1,4 +1,4 @@
-"""A hypothesis: which nodes of a model matter, for what, and what of the input each of them carries.
+"""A hypothesis: which nodes of a model matter, for what, and what of the input each one carries.
 
 A hypothesis is a set of named nodes that read each other, up to the one at `logits` (Chan et al.
 2022, causal scrubbing: the interpretation graph with its correspondence).  A node says
@@ -167,7 +167,7 @@ class Hypothesis:
         return tuple(reversed(list(nx.topological_sort(self.reading))))
 
     def check(self, graph: Graph) -> None:
-        """Raises ValueError where a model of this graph lacks a node or a way from one to another."""
+        """Raises ValueError where a model lacks a node, or a way from one to another."""
         for name, claim in self.nodes.items():
             for place in claim.at:
                 _check_place(name, place, graph)

@@ -29,6 +29,7 @@ from torch import Tensor
 from abstraction.draws import Visit
 from abstraction.features import Classes
 from abstraction.hypothesis import Hypothesis
+from circuits.circuit import Circuit
 from circuits.prompts import Prompts
 
 ZEROS = ("permuted", "unconditional", "marginal")
@@ -69,7 +70,7 @@ class Share:
 class Recovery:
     """What is left of a behaviour when a hypothesis is scrubbed.  Figures by metric, by prompt."""
 
-    hypothesis: Hypothesis
+    hypothesis: Hypothesis | Circuit
     mode: str
     resamples: int
     exclude_self: bool
@@ -98,8 +99,8 @@ class Recovery:
         """
         if metric not in self.scrubbed:
             raise ValueError(
-                f"metric={metric!r}, but {', '.join(self.scrubbed)} were measured; the prompts must "
-                "have what a metric needs"
+                f"metric={metric!r}, but {', '.join(self.scrubbed)} were measured; the prompts "
+                "must have what a metric needs"
             )
         nothing = self.zero(zero, metric)
         if nothing is None:
@@ -138,8 +139,12 @@ class Recovery:
                 "recovered": shares,
                 "mean_difference": self.difference(metric).mean().item(),
             }
+        if isinstance(self.hypothesis, Hypothesis):
+            told = self.hypothesis.to_json()
+        else:
+            told = {"circuit": len(self.hypothesis), "edges": self.hypothesis.graph.n_edges}
         return {
-            "hypothesis": self.hypothesis.to_json(),
+            "hypothesis": told,
             "mode": self.mode,
             "prompts": len(next(iter(self.model.values()))),
             "resamples": self.resamples,

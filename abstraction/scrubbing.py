@@ -2,7 +2,7 @@
 may be exchanged (Chan et al. 2022).
 
     run(n, ref):                         what node n writes, on any input that agrees with ref
-      donor ~ D                          one draw for all that n reads and the hypothesis is silent of
+      donor ~ D                          one draw, for all that the hypothesis is silent of
       each child p:  new ~ {x in D : feature_p(x) = feature_p(ref)};  v[p] = run(p, new)
       everything else:  v[w] = what w writes on donor, in a plain run
       return n(v)
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from abstraction.draws import MODES, Draws, Visit
-from abstraction.features import Given, classes
+from abstraction.features import Classes, Given, classes
 from abstraction.hypothesis import Claim, Hypothesis
 from abstraction.recovery import NodeDraws, Recovery, label_marginal
 from circuits.batches import in_batches
@@ -323,17 +323,7 @@ def scrub(
             of each length.
         TooLittleMemory: what the hypothesis needs of all prompts does not fit.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}, but the modes are {', '.join(MODES)}")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}, but at least 1 is needed")
-    of_length = classes(prompts, ("any",))
-    if of_length.alone.any():
-        lonely = int(of_length.alone.nonzero()[0])
-        raise ValueError(
-            f"prompt {prompts.ids[lonely]!r} is the only one of {int(prompts.lengths[lonely])} "
-            "tokens, so that nothing can be exchanged with it; leave it out, or add others"
-        )
+    of_length = check_settings(prompts, mode, MODES, resamples)
     agreeing = {
         name: classes(prompts, claim.feature, features) for name, claim in hypothesis.nodes.items()
     }
@@ -360,11 +350,31 @@ def scrub(
         seed=seed,
         scrubbed=runs[0],
         unconditional=runs[1],
-        model=_of_logits(scrubber, own, own, metrics),
-        permuted=_of_logits(scrubber, other, own, metrics),
+        model=metrics_of(prompts, scrubber.logits, scrubber.logits, own, metrics),
+        permuted=metrics_of(prompts, scrubber.logits, scrubber.logits[other], own, metrics),
         marginal=label_marginal(prompts),
         draws=tuple(NodeDraws.of(visit, parent, agreeing) for visit, parent in _each(visits)),
     )
+
+
+def check_settings(prompts: Prompts, mode: str, modes: tuple[str, ...], resamples: int) -> Classes:
+    """Returns which prompts may be exchanged at all: those of as many tokens.
+
+    Raises:
+        ValueError: an unknown mode, no resamples, or a prompt with a length of its own.
+    """
+    if mode not in modes:
+        raise ValueError(f"mode={mode!r}, but the modes are {', '.join(modes)}")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}, but at least 1 is needed")
+    of_length = classes(prompts, ("any",))
+    if of_length.alone.any():
+        lonely = int(of_length.alone.nonzero()[0])
+        raise ValueError(
+            f"prompt {prompts.ids[lonely]!r} is the only one of {int(prompts.lengths[lonely])} "
+            "tokens, so that nothing can be exchanged with it; leave it out, or add others"
+        )
+    return of_length
 
 
 def _each(visit: Visit) -> list[tuple[Visit, Visit]]:
@@ -381,26 +391,24 @@ def _measured(
     for start in range(0, len(visit.references), scrubber.at_once):
         part = visit.part(slice(start, start + scrubber.at_once))
         logits = scrubber.scrubbed(part)
-        for name, value in _metrics(scrubber, logits, part.references, metrics).items():
+        found = metrics_of(scrubber.prompts, scrubber.logits, logits, part.references, metrics)
+        for name, value in found.items():
             values[name].append(value)
         progress.update(len(part.references))
     return {name: torch.cat(parts).view(resamples, -1).T for name, parts in values.items()}
 
 
-def _metrics(
-    scrubber: Scrubber, logits: Tensor, references: Int[Tensor, " M"], metrics: list[Metric]
+def metrics_of(
+    prompts: Prompts,
+    model: Float[Tensor, "N P V"],
+    logits: Float[Tensor, "M P V"],
+    references: Int[Tensor, " M"],
+    metrics: list[Metric],
 ) -> dict[str, Float[Tensor, " M"]]:
-    """Metrics of logits against what is right for the references."""
-    prompts = scrubber.prompts.select(references).to(logits.device)
-    scored = prompts.positions.shape[1]
-    own = scrubber.logits[references, :scored]
+    """Metrics of logits against what is right for some of the prompts, and what the model says."""
+    chosen = prompts.select(references).to(logits.device)
+    scored = chosen.positions.shape[1]
+    own = model[references, :scored]
     return {
-        metric.name: metric(logits[:, :scored], prompts, own).double().cpu() for metric in metrics
+        metric.name: metric(logits[:, :scored], chosen, own).double().cpu() for metric in metrics
     }
-
-
-def _of_logits(
-    scrubber: Scrubber, runs: Tensor, references: Tensor, metrics: list[Metric]
-) -> dict[str, Float[Tensor, " N"]]:
-    """Metrics of the model's own logits on `runs`, held against what is right for references."""
-    return _metrics(scrubber, scrubber.logits[runs], references, metrics)

@@ -59,7 +59,7 @@ def hypothesis_of(
 
 
 def values_of(program: Program, tokens: Int[Tensor, "B S"]) -> dict[str, Int[Tensor, " B"]]:
-    """The value of each variable at each position, by the names that the hypothesis has for them."""
+    """The value of each variable at each position, by the names that the hypothesis has."""
     values = program.causal_model.run({"token": tokens})
     return {
         f"{name}@{position}": values[name][:, position]

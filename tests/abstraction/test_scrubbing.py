@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import abstraction
+from abstraction.circuit_scrubbing import scrub_circuit
 from abstraction.draws import MODES, Draws, Visit
 from abstraction.features import classes
 from abstraction.ground_truth.hypotheses import hypothesis_of, values_of
 from abstraction.hypothesis import Hypothesis
 from abstraction.recovery import label_marginal
 from abstraction.scrubbing import Scrubber, scrub
+from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory
 from circuits.metrics import METRICS
@@ -198,6 +200,58 @@ def test_scrubbing_is_the_literal_recursion(name, mode, text):
         at = prompts.positions[int(visit.references[row])]
         error = (got[row] - logits[0, at]).abs().max() / logits.abs().max()
         assert error < hooks.bound(name)
+
+
+@pytest.mark.parametrize("mode", ["each", "joint"])
+@pytest.mark.parametrize("name", MODELS)
+def test_scrubbing_a_circuit_is_a_run_with_the_donors_of_each_reader(name, mode, monkeypatch):
+    engine, prompts = Engine(MODELS[name]()), made_prompts(4, (5,))
+    graph, seen = engine.graph, []
+    share = torch.rand(graph.exists.shape, generator=torch.Generator().manual_seed(3))
+    circuit = Circuit(graph, graph.without_dead_ends(graph.exists & (share < 0.6)), share)
+    plain, real = engine.writers(prompts), Engine.masked
+
+    def watched(self, *arguments, **named):
+        seen.append((arguments[2].donors, logits := real(self, *arguments, **named)))
+        return logits
+
+    monkeypatch.setattr(Engine, "masked", watched)
+    found = scrub_circuit(engine, prompts, circuit, resamples=2, mode=mode)
+    assert len(seen) == 2
+    for run, (donors, logits) in enumerate(seen):
+        assert (len(donors.unique(dim=0)) == 1) == (mode == "joint")
+        unread: dict = {}
+        if engine.architecture.blocks[0].post_norm1:  # a head that nothing reads: its donor's
+            nothing = torch.zeros(graph.exists.shape)
+            for row in range(4):
+                extra = torch.zeros(len(graph.readers), 1, *plain.shape[2:], dtype=plain.dtype)
+                for layer in range(graph.n_layers):
+                    for head in range(graph.n_heads):
+                        asked = graph.first_reader(layer) + head
+                        donor, own = int(donors[asked, row]), {}
+                        tokens = prompts.clean[donor][None]
+                        hooks.through_hooks(engine, tokens, nothing, plain[:, [donor]], own)
+                        unread.setdefault((row, layer), []).append(own[layer][head])
+        for row in range(4):
+            ablated = plain[:, [row]]
+            extra = torch.zeros(len(graph.readers), 1, *plain.shape[2:], dtype=plain.dtype)
+            for reader in range(len(graph.readers)):
+                change = plain[:, [int(donors[reader, row])]] - ablated
+                gone = (graph.exists & ~circuit.kept)[reader].to(plain)
+                extra[reader] = torch.einsum("w,wbsd->bsd", gone, change)
+            alone = {layer: parts for (r, layer), parts in unread.items() if r == row}
+            expected = hooks.through_hooks(
+                engine,
+                prompts.clean[[row]],
+                circuit.kept.to(plain),
+                ablated,
+                alone or None,
+                extra=extra,
+            )[0, prompts.positions[row]]
+            error = (logits[row] - expected).abs().max() / expected.abs().max()
+            assert error < hooks.bound(name)
+            loss = METRICS["cross_entropy"](expected[None], prompts.select([row]))
+            torch.testing.assert_close(found.scrubbed["cross_entropy"][row, run], loss[0])
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
