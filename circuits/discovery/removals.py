@@ -58,20 +58,19 @@ class Removals:
         self, edges: Sequence[Edge], removed: Bool[np.ndarray, "K E"]
     ) -> Float[Tensor, "K N"]:
         """The oriented metric of K circuits: the k-th lacks those edges that `removed[k]` says."""
-        self.candidates = [self._lacking(edges, row) for row in removed]
-        values = []
+        self.candidates, values = (edges, removed), []
         for number, batch in enumerate(self.objective.batches):
             if number < self.held:
                 logits = self.runs[number].without(edges, removed)
             else:
-                logits = self._masked(batch, torch.stack(self.candidates))
+                logits = self._masked(batch, torch.stack([self._lacking(row) for row in removed]))
                 self.whole += len(removed)
             values.append(self._metric(batch, logits))
         return torch.cat(values, -1)
 
     def accept(self, candidate: int) -> None:
         """Makes one of the circuits that were run last the present one."""
-        self.kept = self.candidates[candidate]
+        self.kept = self._lacking(self.candidates[1][candidate])
         for run in self.runs:
             run.accept(candidate)
 
@@ -87,8 +86,9 @@ class Removals:
         whole = self.whole * sum(each[self.held :]) / max(1, len(each) - self.held)
         return (incremental + whole) / sum(each)
 
-    def _lacking(self, edges: Sequence[Edge], lost: Bool[np.ndarray, "E"]) -> Tensor:
-        kept = self.kept.clone()
+    def _lacking(self, lost: Bool[np.ndarray, "E"]) -> Bool[Tensor, "R W *S"]:
+        """The present circuit without some of the edges that were last in question."""
+        kept, (edges, _) = self.kept.clone(), self.candidates
         for number in np.flatnonzero(lost):
             kept[edges[number]] = False
         return kept

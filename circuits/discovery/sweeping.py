@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from circuits.engine.candidates import Edge
 from circuits.graph import Graph
@@ -64,12 +64,20 @@ class Window:
 class Sweep:
     """How far a sweep is: the kept edges, and the delta at which each was judged."""
 
-    def __init__(self, graph: Graph, order: Sequence[Edge], tau: float, cost: float) -> None:
-        """Starts with all edges; `cost` is theirs."""
+    def __init__(
+        self,
+        graph: Graph,
+        order: Sequence[Edge],
+        tau: float,
+        cost: float,
+        forecast: Float[np.ndarray, "R W *S"] | None = None,
+    ) -> None:
+        """Starts with all edges; `cost` is theirs.  `forecast` are deltas that are expected."""
         self.graph, self.order, self.tau, self.cost = graph, order, tau, cost
         self.kept = graph.exists.numpy().copy()
         self.deltas = np.zeros(self.kept.shape)
-        self.forecast = np.full(self.kept.shape, -np.inf)  # of deltas
+        self.was_judged = np.zeros(self.kept.shape, bool)
+        self.forecast = np.full(self.kept.shape, -np.inf) if forecast is None else forecast.copy()
         self.at = 0  # in `order`
         self.judged = self.windows = self.candidates = 0
         self.closest = float("inf")
@@ -125,10 +133,15 @@ class Sweep:
         self.surprises = MEMORY * self.surprises + surprised
         return accepted
 
+    @property
+    def judgements(self) -> Float[np.ndarray, "R W *S"]:
+        """Each judged edge's delta, or what it was last expected to be."""
+        return np.where(self.was_judged, self.deltas, self.forecast)
+
     def _judge(self, edge: Edge, delta: float) -> bool:
         """Whether an edge is removed for good."""
         self.judged += 1
-        self.deltas[edge] = delta
+        self.deltas[edge], self.was_judged[edge] = delta, True
         self.closest = min(self.closest, abs(delta - self.tau))
         self.kept[edge] = not delta < self.tau
         return delta < self.tau

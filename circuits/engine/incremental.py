@@ -32,7 +32,7 @@ from circuits.engine.candidates import Candidates, Edge, Present, Step
 from circuits.engine.engine import Engine
 from circuits.engine.masked import Ablated, Seen, all_heads
 from circuits.engine.places import Places, at_positions
-from circuits.model.architecture import Architecture, Block
+from circuits.model.architecture import Architecture, Block, Linear
 from circuits.model.attention import attend
 from circuits.prompts.prompts import Prompts
 
@@ -80,6 +80,7 @@ class Incremental:
         inputs = self._inputs(candidates, last, 2 * self.graph.n_layers, self.scored)[0]
         logits = self.architecture.logits(inputs)
         self.work += logits.numel() * inputs.shape[-1]
+        logits = logits.expand(len(candidates), -1, -1, -1)
         self.candidates = candidates, logits
         return logits
 
@@ -96,8 +97,9 @@ class Incremental:
     def _inputs(
         self, candidates: Candidates, readers: list[int], level: int, places: Places
     ) -> Float[Tensor, "r K B s D"]:
-        """What some readers get under each candidate."""
-        inputs = places.mix(self.present.kept[readers], level, len(candidates))
+        """What some readers get under each candidate; K = 1 where that is the same for all."""
+        kept, lost = self.present.kept[readers], any(r in candidates.into for r in readers)
+        inputs = places.mix(kept, level, len(candidates) if lost else 1)
         self.work += inputs.numel() * places.count
         for number, reader in enumerate(readers):
             if reader in candidates.into:
@@ -140,32 +142,62 @@ class Incremental:
             written *= block.post_norm1.factor(self._all_heads(candidates, step, written))
         return written
 
-    def _sides(
-        self, candidates: Candidates, step: Step, kv_heads: list[int]
-    ) -> list[Tensor]:
+    def _sides(self, candidates: Candidates, step: Step, kv_heads: list[int]) -> list[Tensor]:
         """Queries, and keys and values of the heads that these read, [heads, N, s, H]."""
-        graph, block = self.graph, self.architecture.blocks[step.layer]
-        attention, width = block.attention, self.architecture.head_width
-        first_q = graph.first_reader(step.layer)
-        first_k, first_v = first_q + graph.n_heads, first_q + graph.n_heads + graph.kv_heads
-        queries = [first_q + head for head in step.heads]
-        moving = [first + head for first in (first_k, first_v) for head in kv_heads]
+        graph, attention = self.graph, self.architecture.blocks[step.layer].attention
+        first = graph.first_reader(step.layer)
+        sides = (
+            (attention.q, first, step.heads),
+            (attention.k, first + graph.n_heads, kv_heads),
+            (attention.v, first + graph.n_heads + graph.kv_heads, kv_heads),
+        )
+        queries, *moving = ([start + head for head in heads] for _, start, heads in sides)
+        groups = [(queries, self.scored), (sum(moving, []), self.everywhere)]
         if step.everywhere:
-            mixed = self._inputs(candidates, queries + moving, 2 * step.layer, self.everywhere)
-            own, moved = mixed.split([len(queries), len(moving)])
-        else:
-            own = self._inputs(candidates, queries, 2 * step.layer, self.scored)
-            moved = self._inputs(candidates, moving, 2 * step.layer, self.everywhere)
-        projections = (attention.q, attention.k, attention.v)
-        heads, sides = (step.heads, kv_heads, kv_heads), []
-        for projection, which, x in zip(
-            projections, heads, (own, *moved.split(len(kv_heads))), strict=True
-        ):
-            normed, late = block.norm1.deferred(x)
-            side = projection.each(normed.flatten(1, 3), width, which, late)
-            self.work += side.numel() * x.shape[-1]
-            sides.append(side.view(len(which), -1, x.shape[3], width))
-        return sides
+            groups = [(sum(moving, queries), self.everywhere)]
+        inputs = [
+            (some, self._inputs(candidates, some, 2 * step.layer, places))
+            for readers, places in groups
+            for some in self._alike(candidates, readers, places)
+        ]
+        return [self._projected(step, *side, inputs, len(candidates)) for side in sides]
+
+    def _alike(
+        self, candidates: Candidates, readers: list[int], places: Places
+    ) -> list[list[int]]:
+        """Readers that get other inputs under each candidate, and those that get the same."""
+        changes = self.present.by_reader[:, places.changed[: places.count]].any(1)
+        vary = [reader for reader in readers if changes[reader] or reader in candidates.into]
+        same = [reader for reader in readers if reader not in vary]
+        return [some for some in (vary, same) if some]
+
+    def _projected(
+        self,
+        step: Step,
+        projection: Linear,
+        first: int,
+        heads: list[int],
+        inputs: list[tuple[list[int], Tensor]],
+        n_candidates: int,
+    ) -> Float[Tensor, "h N s H"]:
+        """What a projection makes for some heads of their readers' inputs, `first` head 0's."""
+        norm, width = self.architecture.blocks[step.layer].norm1, self.architecture.head_width
+        readers, parts = [first + head for head in heads], []
+        for some, mixed in inputs:
+            rows = [row for row, reader in enumerate(some) if reader in readers]
+            if rows:  # in one piece, as all readers are in order
+                x, late = norm.deferred(mixed[rows[0] : rows[-1] + 1])
+                own = [some[row] - first for row in rows]
+                made = projection.each(x.flatten(1, 3), width, own, late)
+                self.work += made.numel() * x.shape[-1]
+                parts.append((own, made.view(*x.shape[:4], width)))
+        shape = parts[0][1].shape[2:]
+        if len(parts) == 1 and parts[0][1].shape[1] == n_candidates:
+            return parts[0][1].flatten(1, 2)
+        side = parts[0][1].new_empty(len(heads), n_candidates, *shape)
+        for own, made in parts:
+            side[[heads.index(head) for head in own]] = made.expand(-1, n_candidates, *shape)
+        return side.flatten(1, 2)
 
     def _all_heads(
         self, candidates: Candidates, step: Step, written: Float[Tensor, "w K B s D"]

@@ -225,11 +225,13 @@ class MaskedRun:
 
 def all_heads(
     computed: Float[Tensor, "h K b s D"],
-    read: Float[Tensor, "heads K 1 s 1"],
-    unread: Float[Tensor, "heads k b s D"],
+    read: Float[Tensor, "heads K _ t 1"],
+    unread: Float[Tensor, "heads k _ p D"],
     heads: list[int] | None,
 ) -> Float[Tensor, "K b s D"]:
     """What a layer's post-norm sums: heads as in a run where they are read, else unread.
+
+    `read` and `unread` may have one row where positions or prompts are alike.
 
     Args:
         computed: of the heads that are run.

@@ -4,7 +4,8 @@ Of the present circuit there are differences a_w - ablated_w, and of candidates,
 its edges, changes a'_w - a_w.
 
 Shapes: candidates K, batch B, pos S, d_model D, writers W, changed writers C, readers R, readers r
-of one group, scored positions P; s is S or P; `*S` positions, where edges are told apart by them.
+of one group, scored positions P; s is S or P; b and p are B and s, or 1 where rows are equal; `*S`
+positions, where edges are told apart by them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Places:
     def __init__(
         self,
         differences: Float[Tensor, "W B s D"],
-        removed: Float[Tensor, "W b s D"],
-        base: Float[Tensor, "levels b s D"],
+        removed: Float[Tensor, "W b p D"],
+        base: Float[Tensor, "levels b p D"],
         positions: Int[Tensor, "B P"] | None = None,
     ) -> None:
         """Takes what the present circuit's writers write less what removed edges carry, and that.
@@ -67,18 +68,23 @@ class Places:
         self.expect([], 0)
 
     def mix(
-        self, kept: Bool[np.ndarray, "r W *S"], level: int, n_candidates: int
-    ) -> Float[Tensor, "r K B s D"]:
-        """What readers get that keep all of their edges.
+        self, kept: Bool[np.ndarray, "r W *S"], level: int, at_least: int
+    ) -> Float[Tensor, "r k B s D"]:
+        """What readers get that keep all of their edges: once where it is the same for all K.
 
-        Its sum over writers of the present circuit is the same for all candidates.
+        Its sum over writers of the present circuit always is.  With `at_least` K it comes K times.
         """
         columns = np.flatnonzero(kept.reshape(*kept.shape[:2], -1).any(2).any(0))
-        present = self._sum(kept[:, columns], self.differences[self._index(columns)][:, None])
+        end = int(columns.max(initial=-1)) + 1
+        if 2 * len(columns) >= end:  # to skip the others would be a copy of most
+            present = self._sum(kept[:, :end], self.differences[:end, None])
+        else:
+            differences = self.differences[self._index(columns)]
+            present = self._sum(kept[:, columns], differences[:, None])
         present += self.base[level]
         shares = kept[:, self.changed[: self.count]]
         if not shares.any():
-            return present.repeat(1, n_candidates, 1, 1, 1)
+            return present if at_least == 1 else present.repeat(1, at_least, 1, 1, 1)
         return self._sum(shares, self.changes[: self.count]).add_(present)
 
     def take_away(
@@ -119,7 +125,7 @@ class Places:
 
 def at_positions(
     values: Float[Tensor, "*n b S D"], positions: Int[Tensor, "B P"]
-) -> Float[Tensor, "*n B P D"]:
+) -> Float[Tensor, "*n c p D"]:
     """Values at some positions of each prompt; what has one row for all positions stays so."""
     if values.shape[-2] == 1:
         return values

@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,7 @@ from circuits.discovery.masks.state import State
 from circuits.discovery.masks.training import BETAS, trainer_of
 from circuits.discovery.masks.training import _step as training_step
 from circuits.discovery.masks.warm_start import first_parameters
+from circuits.discovery.removals import Removals
 from circuits.engine import Engine
 from circuits.engine.memory import (
     MOST_PROMPTS,
@@ -308,6 +310,8 @@ def measured(request) -> dict[str, tuple[int, int]]:
     halves = (
         torch.rand(4, *graph.exists.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     ).float()
+    removals = Removals(ours, graph.exists)
+    edges = graph.sweep_order()[-4:]  # the first edges, from which most is reached
     with torch.no_grad():
         runs = {masks: peak(lambda masks=masks: ours.measure(halves[:masks])) for masks in (1, 4)}
         return {
@@ -318,6 +322,10 @@ def measured(request) -> dict[str, tuple[int, int]]:
             ),
             "1 mask": (runs[1], count * size.masked() + size.mask),
             "4 masks": (runs[4], count * size.masked(4) + 4 * size.mask),
+            "removals": (
+                peak(lambda: removals.without(edges, np.eye(4, dtype=bool))),
+                count * (size.present + size.masked(4)) + 4 * size.mask,
+            ),
             "attribution": (peak(lambda: eap_ig(EAPIG(steps=1), ours)), count * size.attribution),
             "explanation": (peak(explanation), count * size.explanation),
             "training": (
@@ -355,6 +363,7 @@ WORK = [
     "prepared",
     "1 mask",
     "4 masks",
+    "removals",
     "attribution",
     "explanation",
     "training",
