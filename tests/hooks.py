@@ -55,12 +55,14 @@ def through_hooks(
     *,
     upstream: torch.Tensor | None = None,
     seen: dict[str, torch.Tensor] | None = None,
+    extra: torch.Tensor | None = None,
 ):
     """The masked run as hooks on one bridge forward: each hook mixes what the hooks before it
     collected.
 
     With `upstream` it mixes that instead.  `seen` receives what is written [W, B, S, D] and, of
-    each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].
+    each layer, queries and keys [heads, B, S, E] and patterns [B, heads, S, S].  Readers get
+    `extra` [R, B, S, D] on top.
     """
     bridge, graph, architecture = factored.model.bridge, factored.graph, factored.architecture
     written = list(factored.embed(tiny.from_tokens(tokens)))
@@ -85,7 +87,7 @@ def through_hooks(
         for writer in range(graph.upstream[row]):
             m = mask[row, writer] if mask.ndim == 2 else mask[row, writer][:, None]
             total = total + m * given[writer] + (1 - m) * ablated[writer]
-        return total
+        return total if extra is None else total + extra[row]
 
     def side_hook(layer: int, side: str):
         def hook(value, hook):

@@ -213,7 +213,8 @@ class Engine:
             mask: share of each edge that is kept, [R, W] or [K, R, W] (with one more axis, of
                 positions, where the graph tells edges apart by position); entries of edges that
                 cannot exist count as 0.
-            ablated: what removed edges carry.
+            ablated: what removed edges carry; with `donors`, which take no `per_example` masks and
+                no gradient, each reader its own.
             start: begin at a later block, from the values of all writers before it.
             per_example: mask k is for example k alone (K = B), and the result is [B, P, V].
             closed: entries that are 0 need no gradient, as those of a clamped mask, so that a

@@ -31,11 +31,15 @@ class Ablated:
     sum of the writers and biases before reader group `level` (attention of block l: 2l, its MLP:
     2l + 1, logits: 2L).  With post-norms, `unread` is what each head gives its layer's norm when
     all of its inputs are ablated.
+
+    With `donors` the rows are other prompts: what reader r of prompt b does not keep has the values
+    of row `donors[r, b]`.
     """
 
     writers: Float[Tensor, "W B S D"]
     base: Float[Tensor, "levels B S D"]
     unread: Float[Tensor, "L heads B S D"] | None = None
+    donors: Int[Tensor, "R b"] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,37 @@ class MaskedRun:
     ) -> Float[Tensor, "r K b S D"]:
         """What some readers get."""
         mixed = self.differences.mix(readers, at)
-        base = self.differences.align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+        if self.ablated.donors is None:
+            base = self.differences.align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+        else:
+            base = self._donated(readers, level, self.ablated.donors[readers])
         base = base if at is None else self.differences.gather(base, at)
         return mixed + base if self.grad else mixed.add_(base)
 
+    def _donated(
+        self, readers: list[int] | slice, level: int, donors: Int[Tensor, "r b"]
+    ) -> Float[Tensor, "r K b S D"]:
+        """What removed edges bring to some readers, each from its own donors.
+
+        A reader gets base - sum_w m[r, w] ablated_w of its donor, beside all of what it keeps.
+        """
+        kept = self.differences.masks[:, readers, : self.differences.count]
+        values = self._values(slice(0, self.differences.count))
+        by_position = "krcs,cnsd->krnsd" if self.differences.by_position else "krc,cnsd->krnsd"
+        rest = self.ablated.base[level] - torch.einsum(by_position, kept, values)
+        rows = torch.arange(len(donors), device=rest.device)[:, None]
+        return rest[:, rows, donors.to(rest.device)].transpose(0, 1)
+
     def _removed(self, columns: slice) -> Tensor:
-        """Ablated values of some living writers, broadcastable to [c, B, S, D]."""
+        """Ablated values of some living writers, broadcastable to [c, B, S, D]; 0 with donors.
+
+        With donors they are no one value for all readers (see `_donated`).
+        """
+        values = self._values(columns)
+        return values if self.ablated.donors is None else values.new_zeros(len(values), 1, 1, 1)
+
+    def _values(self, columns: slice) -> Tensor:
+        """Ablated values of some living writers as they are given."""
         values = self.ablated.writers
         return values[columns] if self.todo.all_writers else values[self.columns[columns]]
 
@@ -161,7 +190,12 @@ class MaskedRun:
         read = self.read[first : first + self.graph.n_heads]
         if read.all():
             return heads.sum(0)
-        unread = self.differences.align(self.ablated.unread[layer])
+        alone = self.ablated.unread[layer]
+        if self.ablated.donors is not None:  # of the donors of what a head asks
+            asked = self.graph.first_reader(layer)
+            donors = self.ablated.donors[asked : asked + self.graph.n_heads].to(alone.device)
+            alone = alone[torch.arange(len(alone), device=alone.device)[:, None], donors]
+        unread = self.differences.align(alone)
         return all_heads(heads, read, unread, None if step.all_heads else step.heads)
 
     def _mlp(self, block: Block, layer: int) -> None:

@@ -121,6 +121,16 @@ class Footprint:
         return int(self.element * self.tokens * per_token)
 
     @property
+    def logits(self) -> int:
+        """Logits at the scored positions, with no work on them."""
+        return self.element * self.scored * self.vocabulary
+
+    @property
+    def node(self) -> int:
+        """One node on an input of its own, and a metric of the logits."""
+        return self._bytes(self._block) + self._logits + self._metric
+
+    @property
     def plain(self) -> int:
         """A run of which only logits are kept, and a metric of them."""
         return self._bytes(self._block) + self._logits + self._metric

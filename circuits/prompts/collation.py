@@ -81,7 +81,23 @@ def collate(encoded: Sequence[EncodedPrompt]) -> Prompts:
         wrong_answers=None if wrong_answers is None else _pad_answers(wrong_answers),
         labels=None if labels is None else torch.tensor(labels),
         ids=tuple(prompt.id for prompt in encoded),
+        features=_features(encoded),
     )
+
+
+def _features(encoded: Sequence[EncodedPrompt]) -> dict[str, tuple[str | int, ...]]:
+    """Each feature of all prompts; ValueError for one that only some of them have."""
+    given = _all_or_none(encoded, "features")
+    if given is None:
+        return {}
+    for prompt, features in zip(encoded, given, strict=True):
+        if other := sorted(set(features) ^ set(given[0])):
+            has = "has" if other[0] in features else "lacks"
+            raise ValueError(
+                f"{prompt.id!r} {has} the feature {other[0]!r}, unlike {encoded[0].id!r}; give all "
+                "prompts the same features"
+            )
+    return {name: tuple(features[name] for features in given) for name in given[0]}
 
 
 def _all_or_none(encoded: Sequence[EncodedPrompt], field: str) -> list[Any] | None:

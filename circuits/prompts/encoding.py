@@ -13,6 +13,7 @@ A *record* is a dict of the JSONL schema:
                       the last token alone
     label             0 normal, 1 anomalous; optional
     id                str or int; optional
+    features          what it is about, {name: str or int}, for hypotheses to speak of; optional
 
 Null stands for "not there", and keys not listed are ignored.  Token ids are the model's exact
 input: nothing is put in front of them.
@@ -43,6 +44,7 @@ class EncodedPrompt:
     answers: Answers | None
     wrong_answers: Answers | None
     label: int | None
+    features: Mapping[str, str | int] | None = None
 
 
 def encode_record(
@@ -90,7 +92,16 @@ def encode_record(
     wrong_answers = answers_at("wrong_answers", record, places)
     refuse_shared(answers, wrong_answers)
     identifier, label = _record_id(record.get("id"), default_id), _label(record.get("label"))
-    return EncodedPrompt(identifier, clean, corrupt, positions, answers, wrong_answers, label)
+    return EncodedPrompt(
+        identifier,
+        clean,
+        corrupt,
+        positions,
+        answers,
+        wrong_answers,
+        label,
+        _features(record.get("features")),
+    )
 
 
 def _clean_source(record: Mapping[str, Any]) -> Any:
@@ -150,6 +161,20 @@ def _label(label: Any) -> int | None:
             f"label={quote(label)} is neither 0 (normal) nor 1 (anomalous); give one of these"
         )
     return label
+
+
+def _features(features: Any) -> Mapping[str, str | int] | None:
+    if features is None:
+        return None
+    if not isinstance(features, Mapping) or not all(isinstance(name, str) for name in features):
+        raise ValueError(f"features={quote(features)} is no object {{name: text or whole number}}")
+    for name, value in features.items():
+        if type(value) not in (str, int):
+            raise ValueError(
+                f"features: {quote(name)} is {quote(value)}, which is neither text nor a whole "
+                "number; give one of these"
+            )
+    return dict(features)
 
 
 def _record_id(identifier: Any, default: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +43,8 @@ class Prompts:
     wrong_answers: Int[Tensor, "n scored wrong"] | None  # -1 = none
     labels: Int[Tensor, " n"] | None  # 0 normal, 1 anomalous
     ids: tuple[str, ...]
+    # what a prompt is about, in the user's own words: a value for each prompt by name
+    features: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_tokens(
@@ -142,6 +144,10 @@ class Prompts:
             wrong_answers=at_positions(self.wrong_answers),
             labels=None if self.labels is None else self.labels[rows],
             ids=tuple(self.ids[row] for row in rows.tolist()),
+            features={
+                name: tuple(values[row] for row in rows.tolist())
+                for name, values in self.features.items()
+            },
         )
 
     def batches(self, size: int) -> Iterator[Prompts]:

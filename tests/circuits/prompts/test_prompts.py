@@ -558,6 +558,25 @@ def test_all_or_none_have_a_field(field, value):
 def test_to_moves_every_tensor():
     record = {"clean": [1], "corrupt": [2], "answers": [3], "wrong_answers": [4], "label": 0}
     moved = prompts_from_records([record]).to("meta")
-    tensors = [getattr(moved, field.name) for field in fields(moved) if field.name != "ids"]
+    tensors = [
+        getattr(moved, field.name)
+        for field in fields(moved)
+        if field.name not in ("ids", "features")
+    ]
     assert len(tensors) == 7 and all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.key_mask.device.type == "meta"
+
+
+def test_features_go_with_their_prompts():
+    records = [{"clean": [1, 2], "features": {"kind": k, "size": n}} for n, k in enumerate("aba")]
+    prompts = prompts_from_records(records)
+    assert prompts.features == {"kind": ("a", "b", "a"), "size": (0, 1, 2)}
+    assert prompts.select([2, 1]).features == {"kind": ("a", "b"), "size": (2, 1)}
+    assert prompts_from_records([{"clean": [1]}]).features == {}
+    for features, message in (
+        ([1], "features=.* is no object"),
+        ({"kind": 1.5}, "features: .*kind.* is 1.5, which is neither text nor a whole number"),
+        ({"other": 1}, "'record 2' lacks the feature 'kind', unlike 'record 1'|has the feature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompts_from_records([records[0], {"clean": [1, 2], "features": features}])
