@@ -96,7 +96,9 @@ def discover(search: Search) -> None:
     found = circuits.METHODS[settings.name].run(settings, objective)
     cost = {"seconds": time.perf_counter() - started, "peak": peak_bytes()}
     graph = subject.engine.graph
-    kept = found.kept if found.kept is not None else ranked(search, graph, found.scores).circuit(300)
+    kept = (
+        found.kept if found.kept is not None else ranked(search, graph, found.scores).circuit(300)
+    )
     about = {
         "model": {"path": "SmolLM2-135M-Instruct"},
         "task": asdict(Ioi()),
@@ -127,5 +129,10 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         discover(Search(**json.loads(sys.argv[1])))
         sys.exit()
-    for search in [Search("eap_ig"), Search("eap_ig", "logit_diff"), *(Search("mask", edges=n) for n in (300, 500, 1000)), Search("eap_ig", ablation="resample")]:
+    for search in [
+        Search("eap_ig"),
+        Search("eap_ig", "logit_diff"),
+        *(Search("mask", edges=n) for n in (300, 500, 1000)),
+        Search("eap_ig", ablation="resample"),
+    ]:
         found(search)

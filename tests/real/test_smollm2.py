@@ -81,9 +81,7 @@ def test_eap_ig_beats_random_circuits_of_its_size(model, engine):
     prompts = model.prompts(_records(model, Ioi(), 32))
     parts = prompts.split({"discovery": 16, "evaluation": 16}, seed=0)
     kl = metric_named("kl")
-    ablation = fit_ablation(
-        circuits.AblationConfig("counterfactual"), engine, parts["discovery"]
-    )
+    ablation = fit_ablation(circuits.AblationConfig("counterfactual"), engine, parts["discovery"])
     objective = prepare(engine, parts["discovery"], kl, ablation)
     scores = METHODS["eap_ig"].run(circuits.EAPIG(), objective).scores
     kept = ranking(engine.graph, scores, absolute=True).circuit(EDGES)
