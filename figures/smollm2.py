@@ -12,10 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ import circuits
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import Found
 from circuits.extraction import choose
-from circuits.faithfulness import FaithfulnessScale, between, under_each_metric
+from circuits.faithfulness import faithfulness_scale, under_each_metric
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
 from circuits.selection import Selection, random_circuits, ranking
@@ -41,6 +41,7 @@ OUT = Path("runs/smollm2")
 SEED = 0  # of the prompts, their splits and the random circuits; masks have seed 0, too
 SPLITS = Splits(discovery=64, evaluation=64, fit=64, calibration=100)
 SIZES, CHANCE = (300, 500, 1000), 3  # edges, and random circuits of each size
+MASKS = (300, 500, 1000)  # edges that masks are trained down to
 STEPS = 60  # of a mask's training
 OF_THE_MODEL = 0.9  # share of its accuracy that a circuit is to reach
 METRICS = ("logit_diff", "kl", "accuracy")
@@ -83,10 +84,6 @@ class Subject:
         fitted = fit_ablation(config, self.engine, self.prompts["discovery"])
         return prepare(self.engine, self.prompts[part], metric_named(metric), fitted)
 
-    @cached_property
-    def held_out(self) -> Objective:
-        return self.objective("evaluation", "kl", "counterfactual")
-
 
 def discover(search: Search) -> None:
     """Looks for a circuit and saves it with what that took."""
@@ -125,14 +122,154 @@ def found(search: Search) -> circuits.Circuit:
     return circuits.Circuit.load(OUT / search.name)
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a circuit does on the held-out prompts, or the mean of several."""
+
+    edges: float
+    logit_diff: float
+    kl: float
+    accuracy: float
+
+
+class Measured:
+    """Figures of circuits, each of which is measured once and kept in a file."""
+
+    def __init__(self, subject: Subject, ablation: str = "counterfactual") -> None:
+        self.objective = subject.objective("evaluation", "kl", ablation)
+        self.graph, self.file = subject.engine.graph, OUT / f"measured-{ablation}.json"
+        known = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.rows = {name: Row(**row) for name, row in known.items()}
+
+    def of(self, name: str, masks: Callable[[], Sequence[Tensor]]) -> Row:
+        """The figures of circuits of that name, on average."""
+        if name not in self.rows:
+            print("measuring:", name, flush=True)
+            rows = [self._measured(mask) for mask in masks()]
+            self.rows[name] = Row(*(fmean(values) for values in zip(*map(astuple, rows))))
+            told = {name: asdict(row) for name, row in self.rows.items()}
+            self.file.write_text(json.dumps(told, indent=1))
+        return self.rows[name]
+
+    def _measured(self, mask: Tensor) -> Row:
+        found = under_each_metric(self.objective, mask)
+        values = {name: metric_named(name) for name in METRICS}
+        return Row(
+            int(mask.sum()),
+            *(
+                (1 if metric.higher_is_better else -1) * found[name].circuit.mean().item()
+                for name, metric in values.items()
+            ),
+        )
+
+    def chance(self, edges: int) -> Row:
+        """The mean of random circuits of a size."""
+        return self.of(f"random-{edges}", lambda: random_circuits(self.graph, edges, CHANCE, SEED))
+
+    def circuit(self, search: Search, edges: int) -> Row:
+        """A circuit of a search, of that many edges before dead ends are dropped."""
+
+        def masks() -> list[Tensor]:
+            own = found(search)
+            if search.edges is not None:
+                return [own.kept]
+            return [ranked(search, self.graph, own.scores).circuit(edges)]
+
+        return self.of(f"{search.name} {edges}", masks)
+
+
+def circuits_table(measured: Measured) -> str:
+    """Circuits of all searches and sizes beside the model, the empty circuit and random ones."""
+    graph = measured.graph
+    ends = {"model": graph.exists, "empty circuit": torch.zeros_like(graph.exists)}
+    rows = [
+        _cells(name, measured.of(name, lambda mask=mask: [mask])) for name, mask in ends.items()
+    ]
+    for edges in SIZES:
+        for label, search in searches(edges).items():
+            rows.append(_cells(f"{label}, {edges}", measured.circuit(search, edges)))
+        rows.append(_cells(f"{CHANCE} random circuits, {edges}", measured.chance(edges)))
+    return markdown_table(("circuit", "edges left", "logit difference", "KL", "accuracy"), rows)
+
+
+def searches(edges: int) -> dict[str, Search]:
+    """The searches for a circuit of a size, by what the table calls them."""
+    return {
+        "EAP-IG by KL": Search("eap_ig"),
+        "EAP-IG by logit difference": Search("eap_ig", "logit_diff"),
+        "learned mask": Search("mask", edges=edges),
+    }
+
+
+def _cells(name: str, row: Row) -> tuple[str, ...]:
+    return (
+        name,
+        f"{row.edges:.0f}",
+        f"{row.logit_diff:.2f}",
+        f"{row.kl:.3f}",
+        f"{row.accuracy:.2f}",
+    )
+
+
+def needed_table(measured: Measured) -> str:
+    """How many edges it takes until a circuit is right nearly as often as the model."""
+    bound = OF_THE_MODEL * measured.rows["model"].accuracy
+    rows = []
+    for label, search in searches(SIZES[0]).items():
+        if search.edges is None:
+            rows.append(_cells(label, fewest(measured, search, bound)))
+            continue
+        for edges in MASKS:
+            row = measured.circuit(replace(search, edges=edges), edges)
+            rows.append(_cells(f"{label}, trained to {edges}", row))
+    headers = ("circuit", "edges left", "logit difference", "KL", "accuracy")
+    return f"accuracy of at least {bound:.3f}\n\n" + markdown_table(headers, rows)
+
+
+def fewest(measured: Measured, search: Search, bound: float) -> Row:
+    """The smallest circuit, of those that a selection tries, that is so accurate."""
+
+    def masks() -> list[Tensor]:
+        scale = faithfulness_scale(replace(measured.objective, metric=metric_named("accuracy")))
+        target = (bound - scale.empty) / (scale.full - scale.empty)
+        selection = Selection(faithfulness=target, absolute=search.metric == "kl")
+        return [choose(scale, Found(found(search).scores), selection)]
+
+    return measured.of(f"{search.name} fewest", masks)
+
+
+def cost_table() -> str:
+    """What each discovery took."""
+    rows = []
+    every = [Search("eap_ig"), Search("eap_ig", "logit_diff")]
+    for search in [*every, *(Search("mask", edges=edges) for edges in MASKS)]:
+        cost: Any = found(search).about["cost"]
+        rows.append((search.name, f"{cost['seconds']:.0f}", f"{cost['peak'] / 1e9:.1f}"))
+    return markdown_table(("discovery", "seconds", "peak GB"), rows)
+
+
+def main() -> None:
+    """Finds and measures what is not there yet, and writes the tables."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for search in (Search("eap_ig"), Search("eap_ig", "logit_diff")):
+        found(search)  # in this order: masks start from the first
+    subject = Subject()
+    measured = Measured(subject)
+    texts = [circuits_table(measured), needed_table(measured), cost_table()]
+    other = Measured(subject, "resample")
+    told = {
+        f"{name}, {edges}": (Search("eap_ig", ablation=name), edges)
+        for name in ("counterfactual", "resample")
+        for edges in SIZES
+    }
+    rows = [_cells(f"EAP-IG by KL, {label}", other.circuit(*own)) for label, own in told.items()]
+    texts.append(markdown_table(("under resample", "edges left", *METRICS), rows))
+    (OUT / "tables.md").write_text("\n\n".join(texts) + "\n")
+    print("\n\n".join(texts))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1:  # in a process of its own
         discover(Search(**json.loads(sys.argv[1])))
-        sys.exit()
-    for search in [
-        Search("eap_ig"),
-        Search("eap_ig", "logit_diff"),
-        *(Search("mask", edges=n) for n in (300, 500, 1000)),
-        Search("eap_ig", ablation="resample"),
-    ]:
-        found(search)
+    else:
+        main()
