@@ -106,7 +106,7 @@ class Effects:
         found = {}
         for layer, group in groupby(sorted(heads, key=self._layer), key=self._layer):
             own = list(group)
-            first = layer + 1 if earliest is None else earliest
+            first = layer if earliest is None else earliest
             removed = [self.edges([head], readers) for head in own]
             found |= dict(zip(own, self.without(removed, first), strict=True))
         return found

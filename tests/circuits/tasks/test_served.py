@@ -117,6 +117,20 @@ def test_words_of_ones_own_are_checked_too(gpt2):
         made("sva", gpt2, nouns=["keys", "dog/dogs", "cat/cats", "boy/boys"])
 
 
+def test_induction_is_of_the_tokens_that_a_tokenizer_reads_in_a_text(stories):
+    special = set(stories.all_special_ids)
+    records, prompts = made("induction", stories, count=200)
+    seen = set(prompts.clean.unique().tolist())
+    assert special and not special & seen and max(seen) > 400
+    everywhere = made("induction", stories, count=200, vocabulary=12, without=[])[1]
+    assert set(everywhere.clean.unique().tolist()) == set(range(12))
+
+
+def test_induction_without_a_tokenizer_has_26_ids():
+    records = TASKS["induction"].records(TASKS["induction"].schema(), 40, 3, None)
+    assert {token for record in records for token in record["clean"]} == set(range(26))
+
+
 # ---- what each task asks -------------------------------------------------------------------------
 
 
