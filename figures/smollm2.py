@@ -30,6 +30,7 @@ from circuits.extraction import choose
 from circuits.faithfulness import faithfulness_scale, under_each_metric
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
+from circuits.prompts import Prompts
 from circuits.selection import Selection, random_circuits, ranking
 from circuits.tasks.ioi import Ioi
 from mad.benchmark.speed import peak_bytes
@@ -41,33 +42,37 @@ OUT = Path("runs/smollm2")
 SEED = 0  # of the prompts, their splits and the random circuits; masks have seed 0, too
 SPLITS = Splits(discovery=64, evaluation=64, fit=64, calibration=100)
 SIZES, CHANCE = (300, 500, 1000), 3  # edges, and random circuits of each size
-MASKS = (300, 500, 1000)  # edges that masks are trained down to
-STEPS = 60  # of a mask's training
+DOWN_TO, STEPS = SIZES[0], 60  # of a mask's training; larger circuits are those that it passed
 OF_THE_MODEL = 0.9  # share of its accuracy that a circuit is to reach
 METRICS = ("logit_diff", "kl", "accuracy")
 
 
 @dataclass(frozen=True)
 class Search:
-    """A way of discovery; a learned mask is trained down to a number of edges."""
+    """A way of discovery."""
 
     method: str  # eap_ig or mask
     metric: str = "kl"
     ablation: str = "counterfactual"
-    edges: int | None = None
 
     @property
     def name(self) -> str:
-        size = "" if self.edges is None else f"-{self.edges}"
-        return f"{self.method}-{self.metric}-{self.ablation}{size}"
+        return f"{self.method}-{self.metric}-{self.ablation}"
 
     @property
     def settings(self) -> Any:
-        """The method with its settings."""
+        """The method with its settings; a mask starts from EAP-IG's scores."""
         if self.method == "eap_ig":
             return circuits.EAPIG()
-        start = str(OUT / replace(self, method="eap_ig", edges=None).name)
-        return circuits.SubnetworkProbing(edges=self.edges, steps=STEPS, warm_start=start)
+        start = str(OUT / replace(self, method="eap_ig").name)
+        return circuits.SubnetworkProbing(edges=DOWN_TO, steps=STEPS, warm_start=start)
+
+
+SEARCHES = {
+    "EAP-IG by KL": Search("eap_ig"),
+    "EAP-IG by logit difference": Search("eap_ig", "logit_diff"),
+    "learned mask": Search("mask"),
+}
 
 
 class Subject:
@@ -78,24 +83,24 @@ class Subject:
         self.engine = circuits.Engine(self.model)
         self.prompts = trusted_splits(Ioi(), self.model, SPLITS, SEED)
 
-    def objective(self, part: str, metric: str, ablation: str) -> Objective:
-        """A metric on a part of the prompts."""
+    def objective(
+        self, prompts: Prompts, metric: str, ablation: str, memory: str = "2GB"
+    ) -> Objective:
+        """A metric on some prompts; donors for resampling are those of discovery."""
         config = AblationConfig(ablation)
-        fitted = fit_ablation(config, self.engine, self.prompts["discovery"])
-        return prepare(self.engine, self.prompts[part], metric_named(metric), fitted)
+        fitted = fit_ablation(config, self.engine, self.prompts["discovery"], memory=memory)
+        return prepare(self.engine, prompts, metric_named(metric), fitted, memory=memory)
 
 
 def discover(search: Search) -> None:
     """Looks for a circuit and saves it with what that took."""
     subject, settings = Subject(), search.settings
-    objective = subject.objective("discovery", search.metric, search.ablation)
+    objective = subject.objective(subject.prompts["discovery"], search.metric, search.ablation)
     started = time.perf_counter()
     found = circuits.METHODS[settings.name].run(settings, objective)
     cost = {"seconds": time.perf_counter() - started, "peak": peak_bytes()}
     graph = subject.engine.graph
-    kept = (
-        found.kept if found.kept is not None else ranked(search, graph, found.scores).circuit(300)
-    )
+    kept = ranked(search, graph, found.scores).circuit(SIZES[0])
     about = {
         "model": {"path": "SmolLM2-135M-Instruct"},
         "task": asdict(Ioi()),
@@ -136,7 +141,7 @@ class Measured:
     """Figures of circuits, each of which is measured once and kept in a file."""
 
     def __init__(self, subject: Subject, ablation: str = "counterfactual") -> None:
-        self.objective = subject.objective("evaluation", "kl", ablation)
+        self.objective = subject.objective(subject.prompts["evaluation"], "kl", ablation)
         self.graph, self.file = subject.engine.graph, OUT / f"measured-{ablation}.json"
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.rows = {name: Row(**row) for name, row in known.items()}
@@ -170,10 +175,7 @@ class Measured:
         """A circuit of a search, of that many edges before dead ends are dropped."""
 
         def masks() -> list[Tensor]:
-            own = found(search)
-            if search.edges is not None:
-                return [own.kept]
-            return [ranked(search, self.graph, own.scores).circuit(edges)]
+            return [ranked(search, self.graph, found(search).scores).circuit(edges)]
 
         return self.of(f"{search.name} {edges}", masks)
 
@@ -186,19 +188,10 @@ def circuits_table(measured: Measured) -> str:
         _cells(name, measured.of(name, lambda mask=mask: [mask])) for name, mask in ends.items()
     ]
     for edges in SIZES:
-        for label, search in searches(edges).items():
+        for label, search in SEARCHES.items():
             rows.append(_cells(f"{label}, {edges}", measured.circuit(search, edges)))
         rows.append(_cells(f"{CHANCE} random circuits, {edges}", measured.chance(edges)))
     return markdown_table(("circuit", "edges left", "logit difference", "KL", "accuracy"), rows)
-
-
-def searches(edges: int) -> dict[str, Search]:
-    """The searches for a circuit of a size, by what the table calls them."""
-    return {
-        "EAP-IG by KL": Search("eap_ig"),
-        "EAP-IG by logit difference": Search("eap_ig", "logit_diff"),
-        "learned mask": Search("mask", edges=edges),
-    }
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:
@@ -214,14 +207,7 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
 def needed_table(measured: Measured) -> str:
     """How many edges it takes until a circuit is right nearly as often as the model."""
     bound = OF_THE_MODEL * measured.rows["model"].accuracy
-    rows = []
-    for label, search in searches(SIZES[0]).items():
-        if search.edges is None:
-            rows.append(_cells(label, fewest(measured, search, bound)))
-            continue
-        for edges in MASKS:
-            row = measured.circuit(replace(search, edges=edges), edges)
-            rows.append(_cells(f"{label}, trained to {edges}", row))
+    rows = [_cells(label, fewest(measured, own, bound)) for label, own in SEARCHES.items()]
     headers = ("circuit", "edges left", "logit difference", "KL", "accuracy")
     return f"accuracy of at least {bound:.3f}\n\n" + markdown_table(headers, rows)
 
@@ -241,18 +227,17 @@ def fewest(measured: Measured, search: Search, bound: float) -> Row:
 def cost_table() -> str:
     """What each discovery took."""
     rows = []
-    every = [Search("eap_ig"), Search("eap_ig", "logit_diff")]
-    for search in [*every, *(Search("mask", edges=edges) for edges in MASKS)]:
+    for label, search in SEARCHES.items():
         cost: Any = found(search).about["cost"]
-        rows.append((search.name, f"{cost['seconds']:.0f}", f"{cost['peak'] / 1e9:.1f}"))
+        rows.append((label, f"{cost['seconds']:.0f}", f"{cost['peak'] / 1e9:.1f}"))
     return markdown_table(("discovery", "seconds", "peak GB"), rows)
 
 
 def main() -> None:
     """Finds and measures what is not there yet, and writes the tables."""
     OUT.mkdir(parents=True, exist_ok=True)
-    for search in (Search("eap_ig"), Search("eap_ig", "logit_diff")):
-        found(search)  # in this order: masks start from the first
+    for search in SEARCHES.values():  # in this order: the mask starts from the first
+        found(search)
     subject = Subject()
     measured = Measured(subject)
     texts = [circuits_table(measured), needed_table(measured), cost_table()]
