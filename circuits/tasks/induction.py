@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from math import perm
 from typing import Any
 
+from circuits.prompts.tokens import begins_with_bos
 from circuits.tasks.task import Task
 
 FORMS = ("one_repeat", "block")
@@ -48,6 +49,8 @@ class Induction:
     # ids that are in no prompt; null: those of the tokenizer's special tokens
     without: list[int] | None = None
     length: int = 8  # tokens in a prompt; a block has (length + 1) // 2 of them
+    # id before each prompt, not counted in its length; null: BOS, where the tokenizer puts it there
+    bos: int | None = None
 
     def fitted(self, tokenizer: Any) -> Induction:
         """With the ids that a model with this tokenizer reads in a text."""
@@ -55,7 +58,10 @@ class Induction:
             return self
         vocabulary = len(tokenizer) if self.vocabulary is None else self.vocabulary
         without = tokenizer.all_special_ids if self.without is None else self.without
-        return replace(self, vocabulary=vocabulary, without=sorted(without))
+        bos = self.bos
+        if bos is None and begins_with_bos(tokenizer):
+            bos = tokenizer.bos_token_id
+        return replace(self, vocabulary=vocabulary, without=sorted(without), bos=bos)
 
 
 def generate(config: Induction, count: int, seed: int) -> list[dict]:
@@ -81,7 +87,7 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
             f"length={config.length} gives 1 to {available} prompts; change count or raise "
             "vocabulary"
         )
-    generator = random.Random(seed)
+    generator, first = random.Random(seed), [] if config.bos is None else [config.bos]
     draw = _one_repeat if config.form == "one_repeat" else _block
     records: dict[tuple[int, ...], dict] = {}
     while len(records) < count:
@@ -90,8 +96,8 @@ def generate(config: Induction, count: int, seed: int) -> list[dict]:
         clean, corrupt, answer = draw(own, fresh, config.length, generator)
         if tuple(clean) not in records:
             records[tuple(clean)] = {
-                "clean": clean,
-                "corrupt": corrupt,
+                "clean": [*first, *clean],
+                "corrupt": [*first, *corrupt],
                 "answers": [answer],
                 "wrong_answers": [token for token in own if token not in (answer, clean[-1])],
                 "label": 0,

@@ -135,11 +135,16 @@ def test_words_of_ones_own_are_checked_too(gpt2):
 
 def test_induction_is_of_the_tokens_that_a_tokenizer_reads_in_a_text(stories):
     special = set(stories.all_special_ids)
-    records, prompts = made("induction", stories, count=200)
-    seen = set(prompts.clean.unique().tolist())
-    assert special and not special & seen and max(seen) > 400
-    everywhere = made("induction", stories, count=200, vocabulary=12, without=[])[1]
-    assert set(everywhere.clean.unique().tolist()) == set(range(12))
+    records, _ = made("induction", stories, count=200)
+    prompts = prompts_from_records(records, tokenizer=stories, prepend_bos=True)
+    assert prompts.corrupt is not None
+    for whole in (prompts.clean, prompts.corrupt):
+        assert (whole[:, 0] == stories.bos_token_id).all()
+        seen = set(whole[:, 1:].unique().tolist())
+        assert special and not special & seen and max(seen) > 400
+    everywhere = made("induction", stories, count=200, vocabulary=12, without=[], bos=7)[1]
+    assert (everywhere.clean[:, 0] == 7).all()
+    assert set(everywhere.clean[:, 1:].unique().tolist()) == set(range(12))
 
 
 def test_induction_without_a_tokenizer_has_26_ids():
