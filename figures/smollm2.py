@@ -44,6 +44,7 @@ SPLITS = Splits(discovery=64, evaluation=64, fit=64, calibration=100)
 SIZES, CHANCE = (300, 500, 1000), 3  # edges, and random circuits of each size
 DOWN_TO, STEPS = SIZES[0], 60  # of a mask's training; larger circuits are those that it passed
 OF_THE_MODEL = 0.9  # share of its accuracy that a circuit is to reach
+MEMORY = "5GB"  # of measuring, where all runs then stay prepared; discovery has 2GB
 METRICS = ("logit_diff", "kl", "accuracy")
 
 
@@ -141,7 +142,7 @@ class Measured:
     """Figures of circuits, each of which is measured once and kept in a file."""
 
     def __init__(self, subject: Subject, ablation: str = "counterfactual") -> None:
-        self.objective = subject.objective(subject.prompts["evaluation"], "kl", ablation)
+        self.objective = subject.objective(subject.prompts["evaluation"], "kl", ablation, MEMORY)
         self.graph, self.file = subject.engine.graph, OUT / f"measured-{ablation}.json"
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.rows = {name: Row(**row) for name, row in known.items()}

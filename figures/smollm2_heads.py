@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from smollm2 import OUT, Search, Subject, found
+from smollm2 import MEMORY, OUT, Search, Subject, found
 from torch import Tensor
 
 from circuits.engine import Engine
@@ -173,7 +173,7 @@ def measured(subject: Subject) -> tuple[dict[str, Head], dict[str, list[float]]]
         data = json.loads(file.read_text())
         return {name: Head(**head) for name, head in data["heads"].items()}, data["left"]
     graph, prompts = subject.engine.graph, subject.prompts["evaluation"].select(slice(PROMPTS))
-    effects = Effects(subject.objective(prompts, "logit_diff", "counterfactual", memory="5GB"))
+    effects = Effects(subject.objective(prompts, "logit_diff", "counterfactual", memory=MEMORY))
     names = [name for name in graph.writers if name.startswith("a")]
     looks = {
         place: values.flatten() for place, values in attention(subject.engine, prompts).items()
