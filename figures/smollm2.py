@@ -25,13 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.real.smollm2
 
 import circuits
 from circuits.ablation import AblationConfig, fit_ablation
-from circuits.discovery import Found
-from circuits.extraction import choose
-from circuits.faithfulness import faithfulness_scale, under_each_metric
+from circuits.faithfulness import under_each_metric
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
 from circuits.prompts import Prompts
-from circuits.selection import Selection, random_circuits, ranking
+from circuits.selection import random_circuits, ranking
 from circuits.tasks.ioi import Ioi
 from mad.benchmark.speed import peak_bytes
 from mad.benchmark.tables import markdown_table
@@ -43,21 +41,23 @@ SEED = 0  # of the prompts, their splits and the random circuits; masks have see
 SPLITS = Splits(discovery=64, evaluation=64, fit=64, calibration=100)
 SIZES, CHANCE = (300, 500, 1000), 3  # edges, and random circuits of each size
 DOWN_TO, STEPS = SIZES[0], 60  # of a mask's training; larger circuits are those that it passed
-OF_THE_MODEL = 0.9  # share of its accuracy that a circuit is to reach
+LADDER = (200, 300, 400, 500, 700, 1000, 1400, 2000, 2800, 4000)  # edges
 MEMORY = "5GB"  # of measuring, where all runs then stay prepared; discovery has 2GB
 METRICS = ("logit_diff", "kl", "accuracy")
 
 
 @dataclass(frozen=True)
 class Search:
-    """A way of discovery."""
+    """A way of discovery, and how its edges are ranked."""
 
     method: str  # eap_ig or mask
     metric: str = "kl"
     ablation: str = "counterfactual"
+    signed: bool = False  # supporters alone, the default by logit difference; else by |score|
 
     @property
     def name(self) -> str:
+        """Of the discovery, whose scores serve either ranking."""
         return f"{self.method}-{self.metric}-{self.ablation}"
 
     @property
@@ -72,6 +72,7 @@ class Search:
 SEARCHES = {
     "EAP-IG by KL": Search("eap_ig"),
     "EAP-IG by logit difference": Search("eap_ig", "logit_diff"),
+    "the same, signed": Search("eap_ig", "logit_diff", signed=True),
     "learned mask": Search("mask"),
 }
 
@@ -115,8 +116,8 @@ def discover(search: Search) -> None:
 
 
 def ranked(search: Search, graph: circuits.Graph, scores: Tensor) -> Any:
-    """The order in which circuits take edges: greedy, by default by |score| for KL alone."""
-    return ranking(graph, scores, absolute=search.metric == "kl")
+    """The order in which circuits take edges: greedy."""
+    return ranking(graph, scores, absolute=not search.signed)
 
 
 def found(search: Search) -> circuits.Circuit:
@@ -136,6 +137,10 @@ class Row:
     logit_diff: float
     kl: float
     accuracy: float
+
+
+def _key(search: Search) -> str:
+    return search.name + " signed" * search.signed
 
 
 class Measured:
@@ -178,7 +183,7 @@ class Measured:
         def masks() -> list[Tensor]:
             return [ranked(search, self.graph, found(search).scores).circuit(edges)]
 
-        return self.of(f"{search.name} {edges}", masks)
+        return self.of(f"{_key(search)} {edges}", masks)
 
 
 def circuits_table(measured: Measured) -> str:
@@ -205,30 +210,21 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
     )
 
 
-def needed_table(measured: Measured) -> str:
-    """How many edges it takes until a circuit is right nearly as often as the model."""
-    bound = OF_THE_MODEL * measured.rows["model"].accuracy
-    rows = [_cells(label, fewest(measured, own, bound)) for label, own in SEARCHES.items()]
-    headers = ("circuit", "edges left", "logit difference", "KL", "accuracy")
-    return f"accuracy of at least {bound:.3f}\n\n" + markdown_table(headers, rows)
-
-
-def fewest(measured: Measured, search: Search, bound: float) -> Row:
-    """The smallest circuit, of those that a selection tries, that is so accurate."""
-
-    def masks() -> list[Tensor]:
-        scale = faithfulness_scale(replace(measured.objective, metric=metric_named("accuracy")))
-        target = (bound - scale.empty) / (scale.full - scale.empty)
-        selection = Selection(faithfulness=target, absolute=search.metric == "kl")
-        return [choose(scale, Found(found(search).scores), selection)]
-
-    return measured.of(f"{search.name} fewest", masks)
+def ladder_table(measured: Measured) -> str:
+    """Accuracy and KL over sizes: how many edges it takes to be right as often as the model."""
+    rows = []
+    for edges in LADDER:
+        found_here = [measured.circuit(search, edges) for search in SEARCHES.values()]
+        rows.append((str(edges), *(f"{row.accuracy:.2f} / {row.kl:.2f}" for row in found_here)))
+    return markdown_table(("edges", *SEARCHES), rows)
 
 
 def cost_table() -> str:
     """What each discovery took."""
     rows = []
     for label, search in SEARCHES.items():
+        if search.signed:
+            continue
         cost: Any = found(search).about["cost"]
         rows.append((label, f"{cost['seconds']:.0f}", f"{cost['peak'] / 1e9:.1f}"))
     return markdown_table(("discovery", "seconds", "peak GB"), rows)
@@ -241,7 +237,7 @@ def main() -> None:
         found(search)
     subject = Subject()
     measured = Measured(subject)
-    texts = [circuits_table(measured), needed_table(measured), cost_table()]
+    texts = [circuits_table(measured), ladder_table(measured), cost_table()]
     other = Measured(subject, "resample")
     told = {
         f"{name}, {edges}": (Search("eap_ig", ablation=name), edges)
