@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from smollm2 import MEMORY, OUT, Search, Subject, found
+from smollm2 import MEMORY, OUT, Search, Subject, found, ranked
 from torch import Tensor
 
 from circuits.engine import Engine
@@ -39,7 +39,7 @@ from mad.benchmark.tables import markdown_table
 
 ATTENTION, EFFECT = 0.3, 0.05  # bounds: mean attention, and effect in logits
 PROMPTS, AT_ONCE = 32, 16  # held-out prompts, and how many have their attention held at once
-DRAWN = 150  # edges of the picture
+DRAWN = 120  # edges of the picture
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ class Head:
 
     attention: dict[str, float]
     effects: dict[str, tuple[float, float]] = field(default_factory=dict)
+    on_names: tuple[float, float] | None = None  # what its edge to the logits adds to IO and S
 
     def role(self) -> Role | None:
-        """The first of `ROLES` that it has."""
-        has = (role for role in ROLES if self.looks(role) and self.acts(role))
-        return next(has, None)
+        """Of `ROLES` that it has, the one in which it does most."""
+        has = [role for role in ROLES if self.looks(role) and self.acts(role)]
+        return max(has, key=lambda role: abs(self.effects[role.through][0]), default=None)
 
     def looks(self, role: Role) -> bool:
         return self.attention[role.place] >= ATTENTION
@@ -162,16 +163,32 @@ class Effects:
         return effects
 
 
+def on_names(effects: Effects, heads: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """What each head's edge to the logits adds to those of IO and S, less that to all tokens."""
+    objective = effects.objective
+    masks = torch.stack([effects.graph.exists & ~effects.edges([h], ["logits"]) for h in heads])
+    added = []
+    for batch in objective.batches:
+        runs = objective.logits(batch, masks, effects.graph.n_layers)
+        each = (batch.clean.logits - runs)[:, :, 0]  # heads B V
+        each = each - each.mean(-1, keepdim=True)
+        tokens = torch.cat((batch.prompts.answers, batch.prompts.wrong_answers), -1)[:, 0]
+        added.append(each.gather(-1, tokens.expand(len(heads), -1, -1)))
+    io, s = torch.cat(added, 1).mean(1).T.tolist()
+    return dict(zip(heads, zip(io, s)))
+
+
 def _layer(head: str) -> int:
     return parse_node(head).layer
 
 
-def measured(subject: Subject) -> tuple[dict[str, Head], dict[str, list[float]]]:
+def measured() -> tuple[dict[str, Head], dict[str, list[float]]]:
     """All heads in forward order, and what is left where several are taken away."""
     file = OUT / "heads.json"
     if file.exists():
         data = json.loads(file.read_text())
         return {name: Head(**head) for name, head in data["heads"].items()}, data["left"]
+    subject = Subject()
     graph, prompts = subject.engine.graph, subject.prompts["evaluation"].select(slice(PROMPTS))
     effects = Effects(subject.objective(prompts, "logit_diff", "counterfactual", memory=MEMORY))
     names = [name for name in graph.writers if name.startswith("a")]
@@ -191,6 +208,9 @@ def measured(subject: Subject) -> tuple[dict[str, Head], dict[str, list[float]]]
     note(
         "logits", dict(zip(names, effects.without([effects.edges([n], ["logits"]) for n in names])))
     )
+    acting = [name for name in names if abs(heads[name].effects["logits"][0]) >= EFFECT]
+    for name, pair in on_names(effects, acting).items():
+        heads[name].on_names = pair
     movers = [name for name in names if getattr(heads[name].role(), "name", "") == "name mover"]
     looking = [name for name in names if any(heads[name].looks(role) for role in ROLES)]
     last = max(map(_layer, movers))
@@ -242,10 +262,15 @@ def tables(heads: Mapping[str, Head], left: Mapping[str, Sequence[float]]) -> st
                 rows.append(line)
             elif head.role() is None and role.sign > 0:
                 only_look.append(line)
-    only_act = [
-        (name, f"{head.effects['logits'][0]:+.2f}", *max_place(head))
+    at_logits = [
+        (
+            name,
+            getattr(head.role(), "name", ""),
+            *(f"{value:+.2f}" for value in (head.effects["logits"][0], *head.on_names)),
+            *most_of_end(head),
+        )
         for name, head in heads.items()
-        if head.role() is None and abs(head.effects["logits"][0]) >= EFFECT
+        if head.on_names is not None
     ]
     ends = [(label, f"{mean:.2f}", f"{above:.2f}") for label, (mean, above) in left.items()]
     headers = ("role", "head", "attention", "effect")
@@ -254,7 +279,7 @@ def tables(heads: Mapping[str, Head], left: Mapping[str, Sequence[float]]) -> st
             markdown_table(headers, rows),
             "Look, but do nothing:\n\n" + markdown_table(headers, only_look),
             markdown_table(
-                ("no role", "through its edge to the logits", "END looks", "by"), only_act
+                ("head", "role", "logit difference", "IO", "S", "END looks", "by"), at_logits
             ),
             markdown_table(("", "logit difference", "IO above S"), ends),
         ]
@@ -267,7 +292,7 @@ def _strongest(heads: Mapping[str, Head], role: Role) -> list[tuple[str, Head]]:
     return sorted(own, key=lambda pair: -role.sign * pair[1].effects[role.through][0])
 
 
-def max_place(head: Head) -> tuple[str, str]:
+def most_of_end(head: Head) -> tuple[str, str]:
     """Where END looks most."""
     places = {name: value for name, value in head.attention.items() if name.startswith("END")}
     place = max(places, key=lambda name: places[name])
@@ -276,23 +301,26 @@ def max_place(head: Head) -> tuple[str, str]:
 
 def main() -> None:
     """Measures, writes the tables, and draws."""
-    subject = Subject()
-    heads, left = measured(subject)
+    heads, left = measured()
     text = tables(heads, left)
     (OUT / "heads.md").write_text(text + "\n")
     print(text)
-    roles = [(role, name) for role in ROLES for name, head in heads.items() if head.role() is role]
-    circuit = found(Search("mask"))
-    drawn = circuit.strongest(DRAWN)
+    search = Search("eap_ig", "logit_diff")  # whose signs say which way an edge works
+    whole = found(search)
+    kept = ranked(search, whole.graph, whole.scores).circuit(DRAWN)
+    circuit = replace(whole, kept=kept)
     draw_circuit(
-        drawn.edges,
+        circuit.edges,
         Path(__file__).parent,
         "smollm2_ioi",
         formats=["png"],
         title="Indirect objects in SmolLM2-135M",
-        caption=f"the strongest {len(drawn)} of {len(circuit)} edges of a learned mask",
-        kv_group=subject.engine.graph.kv_group,
-        groups={name: role.name for role, name in roles},
+        caption=f"the first {len(circuit)} of {circuit.graph.n_edges} edges by EAP-IG "
+        "(logit difference, counterfactual ablation)",
+        kv_group=circuit.graph.kv_group,
+        groups={
+            name: role.name for role in ROLES for name, head in heads.items() if head.role() is role
+        },
     )
 
 

@@ -53,7 +53,7 @@ UNSCORED, RULE, OUTLINE = "#8A8A8A", "#ECECEC", "#4A4A4A"
 KIND_COLOURS = {"input": "#F3D06B", "head": "#D6E9F5", "mlp": "#CDE8DC", "logits": "#EBCFE0"}
 KIND_NAMES = {"input": "input", "head": "attention head", "mlp": "MLP", "logits": "logits"}
 # Lighter shades of `SERIES_COLOURS`, on which a label can be read.
-GROUP_COLOURS = tuple("#F0A04B #F5CFA0 #6FB7E6 #B9A3E3 #E58FB8 #F2E266 #BDBDBD".split())
+GROUP_COLOURS = tuple("#F0A04B #F5CFA0 #6FB7E6 #B9A3E3 #E58FB8 #BDBDBD #E9E15A".split())
 LINK: Style = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
 CENTRED: Style = {"ha": "center", "va": "center_baseline"}
 

@@ -107,7 +107,7 @@ def test_from_extraction_to_scores_by_the_command_line(tmp_path):
         "Water boils at 100 degrees Celsius at sea level; on a mountain",
     ]
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert main(["score", f"circuit={run}", f"inputs={lines}", f"out={scored}"]) == 0
+    assert main(["score", f"circuit={run}", f"inputs={lines}", f"out={scored}", "alpha=0.05"]) == 0
     results = [json.loads(line) for line in scored.read_text().splitlines()]
     assert [set(result) >= {"score", "p_value", "anomalous"} for result in results] == [True] * 3
     assert results[2]["score"] > max(result["score"] for result in results[:2])
