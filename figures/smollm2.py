@@ -102,7 +102,9 @@ def discover(search: Search) -> None:
     found = circuits.METHODS[settings.name].run(settings, objective)
     cost = {"seconds": time.perf_counter() - started, "peak": peak_bytes()}
     graph = subject.engine.graph
-    kept = ranked(search, graph, found.scores).circuit(SIZES[0])
+    kept = found.kept
+    if kept is None:
+        kept = ranked(search, graph, found.scores).circuit(SIZES[0])
     about = {
         "model": {"path": "SmolLM2-135M-Instruct"},
         "task": asdict(Ioi()),
@@ -181,7 +183,10 @@ class Measured:
         """A circuit of a search, of that many edges before dead ends are dropped."""
 
         def masks() -> list[Tensor]:
-            return [ranked(search, self.graph, found(search).scores).circuit(edges)]
+            own = found(search)
+            if search.method == "mask" and edges == DOWN_TO:
+                return [own.kept]
+            return [ranked(search, self.graph, own.scores).circuit(edges)]
 
         return self.of(f"{_key(search)} {edges}", masks)
 
