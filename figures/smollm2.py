@@ -202,7 +202,10 @@ def circuits_table(measured: Measured) -> str:
         for label, search in SEARCHES.items():
             rows.append(_cells(f"{label}, {edges}", measured.circuit(search, edges)))
         rows.append(_cells(f"{CHANCE} random circuits, {edges}", measured.chance(edges)))
-    return markdown_table(("circuit", "edges left", "logit difference", "KL", "accuracy"), rows)
+    return markdown_table(HEADERS, rows)
+
+
+HEADERS = ("circuit", "edges left", "logit difference", "KL", "accuracy")
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:
@@ -244,13 +247,12 @@ def main() -> None:
     measured = Measured(subject)
     texts = [circuits_table(measured), ladder_table(measured), cost_table()]
     other = Measured(subject, "resample")
-    told = {
-        f"{name}, {edges}": (Search("eap_ig", ablation=name), edges)
-        for name in ("counterfactual", "resample")
-        for edges in SIZES
-    }
-    rows = [_cells(f"EAP-IG by KL, {label}", other.circuit(*own)) for label, own in told.items()]
-    texts.append(markdown_table(("under resample", "edges left", *METRICS), rows))
+    nothing = torch.zeros_like(other.graph.exists)
+    rows = [_cells("empty circuit", other.of("empty circuit", lambda: [nothing]))]
+    for label in ("EAP-IG by KL", "learned mask"):
+        row = other.circuit(SEARCHES[label], SIZES[-1])
+        rows.append(_cells(f"{label}, {SIZES[-1]}, under resample", row))
+    texts.append(markdown_table(HEADERS, rows))
     (OUT / "tables.md").write_text("\n\n".join(texts) + "\n")
     print("\n\n".join(texts))
 
