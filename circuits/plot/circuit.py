@@ -52,6 +52,8 @@ MAXIMUM_EDGES = 800  # dot takes .3 s for 500, a minute for 2000
 UNSCORED, RULE, OUTLINE = "#8A8A8A", "#ECECEC", "#4A4A4A"
 KIND_COLOURS = {"input": "#F3D06B", "head": "#D6E9F5", "mlp": "#CDE8DC", "logits": "#EBCFE0"}
 KIND_NAMES = {"input": "input", "head": "attention head", "mlp": "MLP", "logits": "logits"}
+# Lighter shades of `SERIES_COLOURS`, on which a label can be read.
+GROUP_COLOURS = tuple("#F0A04B #F5CFA0 #6FB7E6 #B9A3E3 #E58FB8 #BDBDBD #E9E15A".split())
 LINK: Style = {"color": "#B5B5B5", "linewidth": 1.0, "linestyle": (0, (1, 1.5))}
 CENTRED: Style = {"ha": "center", "va": "center_baseline"}
 
@@ -76,14 +78,16 @@ def draw_circuit(
     caption: str = "",
     maximum_edges: int = MAXIMUM_EDGES,
     kv_group: int = 1,
+    groups: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Return the files drawn, `folder/stem.format` for every format, all of one layout.
 
     `edges` are (name, score) pairs such as ("a0.h3->a1.h2<q>", 0.12); `caption` says what the
     circuit is worth ("12 of 110 edges, faithfulness 0.93, KL, counterfactual ablation"); `kv_group`
-    is the number of query heads per key-value head. In the SVG, elements carry ids: `edge:NAME`,
-    `node:NAME`, `label:NAME`, `port:NAME<q>`, `link:KV->HEAD`. An empty circuit gives input, logits
-    and a note.
+    is the number of query heads per key-value head; `groups` gives nodes the name of a group, such
+    as the role of a head, whose colour they then have, as the legend tells. In the SVG, elements
+    carry ids: `edge:NAME`, `node:NAME`, `label:NAME`, `port:NAME<q>`, `link:KV->HEAD`. An empty
+    circuit gives input, logits and a note.
 
     >>> from tempfile import TemporaryDirectory
     >>> edges = [("input->a0.h3<v>", 0.8), ("a0.h3->logits", 0.5)]
@@ -93,13 +97,14 @@ def draw_circuit(
 
     Raises:
         ValueError: more than `maximum_edges` edges, a name that is no edge, an edge given twice, a
-            score that is not finite, a key-value head with `kv_group` 1, or a format that is none
-            of svg, png, pdf.
+            score that is not finite, a key-value head with `kv_group` 1, a format that is none of
+            svg, png, pdf, or more groups than there are colours.
     """
     paths = [Path(folder) / f"{stem}.{suffix}" for suffix in formats]
     drawn, layout = _laid_out(edges, maximum_edges, kv_group)
     with plot_style():
-        save_figure(circuit_figure(drawn, layout, title=title, caption=caption), paths)
+        figure = circuit_figure(drawn, layout, title=title, caption=caption, groups=groups)
+        save_figure(figure, paths)
     return paths
 
 
@@ -124,12 +129,19 @@ def _laid_out(
 
 
 def circuit_figure(
-    drawn: Sequence[DrawnEdge], layout: Layout, *, title: str = "", caption: str = ""
+    drawn: Sequence[DrawnEdge],
+    layout: Layout,
+    *,
+    title: str = "",
+    caption: str = "",
+    groups: Mapping[str, str] | None = None,
 ) -> Figure:
     """Return the figure: row labels | graph | legend, title above, caption below."""
     from matplotlib.figure import Figure
 
-    legend = _legend(drawn, layout.nodes)
+    groups = {node: name for node, name in (groups or {}).items() if node in layout.nodes}
+    colours = _group_colours(groups)
+    legend = _legend(drawn, layout.nodes, colours)
     legend_height = sum(line.height for line in legend)
     graph_width, graph_height = max(layout.width, 120.0), max(layout.height, legend_height)
     left = max(LEFT, 20 + LABEL_ADVANCE * max(map(len, layout.rows)))
@@ -145,7 +157,9 @@ def circuit_figure(
     y = MARGIN + caption_height + (graph_height - layout.height) / 2
     _draw_rows(axes, layout, y, left=left, right=left + graph_width + 6)
     _draw_links_and_edges(axes, drawn, layout, x, y)
-    _draw_nodes(axes, drawn, layout, x, y)
+    own = {node: KIND_COLOURS[kind(node)] for node in layout.nodes}
+    own |= {node: colours[name] for node, name in groups.items()}
+    _draw_nodes(axes, drawn, layout, x, y, own)
     if not drawn:
         middle = x + layout.width / 2, y + layout.height / 2
         axes.text(*middle, "no edges kept", ha="center", va="center", color=FAINT_INK)
@@ -194,14 +208,32 @@ def _curve(points: Sequence[Point], x: float, y: float, *, color: str, **style):
     return PathPatch(curve, **lines, **style)
 
 
-def _draw_nodes(axes: Axes, drawn: Sequence[DrawnEdge], layout: Layout, x: float, y: float) -> None:
+def _group_colours(groups: Mapping[str, str]) -> dict[str, str]:
+    """Return the colour of each group, in the order in which they are first named."""
+    names = list(dict.fromkeys(groups.values()))
+    if len(names) > len(GROUP_COLOURS):
+        raise ValueError(
+            f"{len(names)} groups, but there are {len(GROUP_COLOURS)} colours to tell them apart; "
+            "give fewer"
+        )
+    return dict(zip(names, GROUP_COLOURS))
+
+
+def _draw_nodes(
+    axes: Axes,
+    drawn: Sequence[DrawnEdge],
+    layout: Layout,
+    x: float,
+    y: float,
+    colours: Mapping[str, str],
+) -> None:
     ports = sorted({(edge.node, edge.port) for edge in drawn if edge.port})
     with_ports = {node for node, _ in ports}
     for node, (node_x, node_y) in layout.nodes.items():
         width = NODE_WIDTH[kind(node)]
         corner = (x + node_x - width / 2, y + node_y - NODE_HEIGHT / 2)
         style = {"linewidth": 0.8, "zorder": 4, "gid": f"node:{node}"}
-        axes.add_patch(_box(corner, width, NODE_HEIGHT, kind(node), rounding=5, **style))
+        axes.add_patch(_box(corner, width, NODE_HEIGHT, colours[node], rounding=5, **style))
         raised = 4.5 if node in with_ports else 0.0
         label = node.removeprefix("input.")
         at = (x + node_x, y + node_y + raised)
@@ -213,11 +245,11 @@ def _draw_nodes(axes: Axes, drawn: Sequence[DrawnEdge], layout: Layout, x: float
         axes.text(*at, port, size=8, color=FAINT_INK, zorder=5, gid=gid, **CENTRED)
 
 
-def _box(corner: Point, width: float, height: float, kind: str, *, rounding: int, **style):
+def _box(corner: Point, width: float, height: float, colour: str, *, rounding: int, **style):
     from matplotlib.patches import FancyBboxPatch
 
     shape = f"round,pad=0,rounding_size={rounding}"
-    colours = {"facecolor": KIND_COLOURS[kind], "edgecolor": OUTLINE}
+    colours = {"facecolor": colour, "edgecolor": OUTLINE}
     return FancyBboxPatch(corner, width, height, boxstyle=shape, clip_on=False, **colours, **style)
 
 
@@ -229,7 +261,7 @@ class LegendLine:
     """A text after a box or a stroke, at the left if it has neither."""
 
     text: str = ""
-    kind: str = ""  # of node: the box has its colour
+    colour: str = ""  # of the box
     stroke: Mapping[str, Any] | None = None
     height: float = 14.0  # points
 
@@ -241,9 +273,9 @@ def _draw_legend(axes: Axes, lines: Sequence[LegendLine], x: float, top: float) 
     for line in lines:
         y = top - line.height / 2
         top -= line.height
-        marked = line.kind or line.stroke
-        if line.kind:
-            axes.add_patch(_box((x + 3, y - 4), 16, 8, line.kind, rounding=2, linewidth=0.7))
+        marked = line.colour or line.stroke
+        if line.colour:
+            axes.add_patch(_box((x + 3, y - 4), 16, 8, line.colour, rounding=2, linewidth=0.7))
         if line.stroke:
             axes.plot([x, x + 22], [y, y], solid_capstyle="butt", clip_on=False, **line.stroke)
         if line.text:
@@ -251,10 +283,13 @@ def _draw_legend(axes: Axes, lines: Sequence[LegendLine], x: float, top: float) 
             axes.text(x + 28 if marked else x, y, line.text, **style)
 
 
-def _legend(drawn: Sequence[DrawnEdge], nodes: Iterable[str]) -> list[LegendLine]:
-    """Return the legend from top to bottom: node kinds, signs, what score a line width means."""
+def _legend(
+    drawn: Sequence[DrawnEdge], nodes: Iterable[str], groups: Mapping[str, str]
+) -> list[LegendLine]:
+    """Return the legend, from the top: kinds and groups of nodes, signs, what a width means."""
     present = {kind(node) for node in nodes}
-    lines = [LegendLine(name, kind=each) for each, name in KIND_NAMES.items() if each in present]
+    kinds = {name: KIND_COLOURS[each] for each, name in KIND_NAMES.items() if each in present}
+    lines = [LegendLine(name, colour) for name, colour in (kinds | dict(groups)).items()]
     if any(map(is_key_value, nodes)):
         lines.append(LegendLine("serves", stroke=LINK))
     scores = [edge.score for edge in drawn]

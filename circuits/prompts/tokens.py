@@ -63,7 +63,7 @@ class Encoder:
         if not isinstance(source, str):
             raise ValueError(
                 f"{field} begins with token {tokens[0]}, but prepend_bos=True and token ids are "
-                f"taken as they are; begin with BOS, {self.bos}"
+                f"taken as they are; begin with BOS, {self.bos}, or set prepend_bos=False"
             )
         return (self.bos, *tokens)
 

@@ -39,10 +39,12 @@ class Brackets:
         wanted = [*PAIRS[: self.kinds]]
         served = [pair for pair in wanted if all(lexicon.is_one(f" {b}", START) for b in pair)]
         if len(served) < len(wanted):
+            first = next(n for n, pair in enumerate(wanted) if pair not in served)
+            remedy = f"lower task.kinds to {first}" if first > 1 else "use another model"
             raise ValueError(
                 f"task=brackets needs {len(wanted)} kinds of brackets of one token each, but with "
-                f"this model's tokenizer {len(served)} are ({' '.join(served) or 'none'}); lower "
-                "task.kinds, or use task.form=tokens"
+                f"this model's tokenizer {len(served)} are ({' '.join(served) or 'none'}); "
+                f"{remedy}, or use task.form=tokens"
             )
         return replace(self, form="text")
 

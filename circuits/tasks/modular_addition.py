@@ -37,11 +37,11 @@ class ModularAddition:
         spaced = len(served[True]) >= len(served[False])
         if len(served[spaced]) < len(numbers):
             first = next(n for n in numbers if n not in served[spaced])
+            remedy = f"lower task.modulus to {first}" if int(first) > 1 else "use another model"
             raise ValueError(
                 f"task=modular_addition needs the numbers 0 to {self.modulus - 1} as single "
                 f"tokens, but with this model's tokenizer {len(served[spaced])} of {len(numbers)} "
-                f"are, and {first} is not; lower task.modulus to {first} if that is at least 2, or "
-                "use task.form=tokens"
+                f"are, and {first} is not; {remedy}, or use task.form=tokens"
             )
         return replace(self, form="text", spaced=spaced)
 

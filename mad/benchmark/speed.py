@@ -142,6 +142,11 @@ def _eap_here(shape: Shape, memory: str) -> int:
     prompts = random_prompts(shape, seed=0)
     ablation = fit_ablation(AblationConfig("counterfactual"), engine, prompts)
     eap(EAP(), prepare(engine, prompts, metric_named("logit_diff"), ablation, memory=memory))
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has taken so far."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: what getrusage says of a child starts from what its parent took
         return next(

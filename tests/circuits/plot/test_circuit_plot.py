@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuits.plot import draw_circuit
-from circuits.plot.circuit import edge_style
+from circuits.plot.circuit import circuit_figure, edge_style
 from circuits.plot.layout import lay_out, parse_edges, strengths
 
 SMALL = [
@@ -300,3 +300,29 @@ def test_strengths_without_contrast_are_middling():
 def test_colour_is_sign():
     colours = [edge_style(score, 0.5)["color"] for score in (3.0, 0.1, -0.1, -3.0, 0.0)]
     assert colours[0] == colours[1] and colours[2] == colours[3] and len(set(colours)) == 3
+
+
+# ---- groups of nodes -----------------------------------------------------------------------------
+
+
+def test_nodes_of_a_group_have_its_colour_and_all_others_that_of_their_kind(tmp_path):
+    groups = {"a0.h0": "previous token", "a1.h2": "induction", "a9.h9": "not drawn"}
+    drawn = parse_edges(SMALL)
+    plain, grouped = (circuit_figure(drawn, lay_out(drawn), groups=own) for own in (None, groups))
+    before, after = (
+        {patch.get_gid(): patch.get_facecolor() for patch in figure.axes[0].patches}
+        for figure in (plain, grouped)
+    )
+    changed = {name for name in before if name and before[name] != after[name]}
+    assert changed == {"node:a0.h0", "node:a1.h2"}
+    assert after["node:a0.h0"] != after["node:a1.h2"]
+    told = {text.get_text() for text in grouped.axes[0].texts}
+    assert {"previous token", "induction"} <= told and "not drawn" not in told
+    assert told - {text.get_text() for text in plain.axes[0].texts} == set(groups.values()) & told
+
+
+def test_more_groups_than_colours_are_refused(tmp_path):
+    edges = [(f"a0.h{head}->logits", 1.0) for head in range(8)]
+    groups = {f"a0.h{head}": f"role {head}" for head in range(8)}
+    with pytest.raises(ValueError, match="8 groups, but there are 7 colours .* give fewer"):
+        draw_circuit(edges, tmp_path, formats=["svg"], groups=groups)

@@ -78,13 +78,29 @@ def test_a_model_without_a_tokenizer_has_no_text(name):
         ("ioi", r"task=ioi needs at least 3 names of one token each.*0 of 28 are \(not Mary, John"),
         ("sva", r"at least 3 nouns of one token each, but .* 0 of 30 are \(not boy/boys"),
         ("docstring", r"at least 16 words of one token each, but .* 1 of 76 are .*in task.words"),
-        ("modular_addition", r"numbers 0 to 112 as single tokens.*10 of 113 are, and 10 is not"),
-        ("brackets", r"needs 3 kinds of brackets of one token each.*0 are \(none\)"),
+        (
+            "modular_addition",
+            r"numbers 0 to 112 as single tokens.*10 of 113 are, and 10 is not; lower task.modulus "
+            "to 10, or use task.form=tokens",
+        ),
+        (
+            "brackets",
+            r"needs 3 kinds of brackets of one token each.*0 are \(none\); use another model, or "
+            "use task.form=tokens",
+        ),
     ],
 )
 def test_a_tokenizer_that_serves_no_task_is_told_why(name, message, stories):
     with pytest.raises(ValueError, match=message):
         made(name, stories)
+
+
+def test_what_a_tokenizer_serves_of_a_task_is_told():
+    tokenizer = of_words("=", *"()[]", "mod", "+", *(str(n) for n in range(2, 9)))
+    with pytest.raises(ValueError, match=r"2 are \(\(\) \[\]\); lower task.kinds to 2, or use"):
+        made("brackets", tokenizer)
+    with pytest.raises(ValueError, match="and 0 is not; use another model, or use task.form"):
+        made("modular_addition", tokenizer)
 
 
 # ---- which words ---------------------------------------------------------------------------------
@@ -115,6 +131,25 @@ def test_words_of_ones_own_are_checked_too(gpt2):
     assert {record["answers"][0] for record in records} == {" Mary", " John", " Tom"}
     with pytest.raises(ValueError, match="nouns holds 'keys', but words are given as singular/pl"):
         made("sva", gpt2, nouns=["keys", "dog/dogs", "cat/cats", "boy/boys"])
+
+
+def test_induction_is_of_the_tokens_that_a_tokenizer_reads_in_a_text(stories):
+    special = set(stories.all_special_ids)
+    records, _ = made("induction", stories, count=200)
+    prompts = prompts_from_records(records, tokenizer=stories, prepend_bos=True)
+    assert prompts.corrupt is not None
+    for whole in (prompts.clean, prompts.corrupt):
+        assert (whole[:, 0] == stories.bos_token_id).all()
+        seen = set(whole[:, 1:].unique().tolist())
+        assert special and not special & seen and max(seen) > 400
+    everywhere = made("induction", stories, count=200, vocabulary=12, without=[], bos=7)[1]
+    assert (everywhere.clean[:, 0] == 7).all()
+    assert set(everywhere.clean[:, 1:].unique().tolist()) == set(range(12))
+
+
+def test_induction_without_a_tokenizer_has_26_ids():
+    records = TASKS["induction"].records(TASKS["induction"].schema(), 40, 3, None)
+    assert {token for record in records for token in record["clean"]} == set(range(26))
 
 
 # ---- what each task asks -------------------------------------------------------------------------

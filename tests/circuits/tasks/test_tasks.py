@@ -129,6 +129,11 @@ def test_induction_gives_every_prompt_there_is():
             "vocabulary=7, but form=one_repeat with length=8 needs 8 different tokens",
         ),
         (Induction(vocabulary=-2), 1, "vocabulary=-2, but"),
+        (
+            Induction(vocabulary=9, without=[0, 5]),
+            1,
+            r"vocabulary=9 leaves 7 without \[0, 5\], but form=one_repeat with length=8 needs 8",
+        ),
     ],
 )
 def test_induction_refuses(config, count, message):
