@@ -180,6 +180,12 @@ class Footprint:
         return self._bytes(self.writers * self.width + backward) + 2 * (self._logits + self._metric)
 
     @property
+    def recomputed(self) -> int:
+        """What attention moves once one writer is taken from the stream that it reads."""
+        pattern = 3 * self.query_heads * self.tokens
+        return self._bytes(HOLES * (3 * self.width + 4 * self.sides + self.heads + pattern))
+
+    @property
     def explanation(self) -> int:
         """A run under the prompt's own mask and the gradient of that, beside the ablated values."""
         mixed = self.readers * self.width

@@ -95,7 +95,9 @@ def slow(engine: Engine, prompts: Prompts, scalar, rule: str) -> torch.Tensor:
             scores = cap * torch.tanh(scores / cap)
         place = torch.arange(q.shape[2])
         back = place[:, None] - place
-        allowed = back >= 0 if graph.causal else prompts.key_mask[:, None, :].expand(-1, len(q[0, 0]), -1)
+        allowed = (
+            back >= 0 if graph.causal else prompts.key_mask[:, None, :].expand(-1, len(q[0, 0]), -1)
+        )
         if attention.window is not None:
             allowed = allowed & (back < attention.window)
         z = softmax(scores.masked_fill(~allowed, float("-inf"))) @ v
@@ -114,7 +116,9 @@ def slow(engine: Engine, prompts: Prompts, scalar, rule: str) -> torch.Tensor:
         x = x + normed(block.post_norm1, heads(layer, x))
         if block.mlp is not None:
             own = addends[graph.first_reader(layer + 1) - 1]
-            x = x + feed_forward(block, normed(block.norm2, (before if graph.parallel else x) + own))
+            x = x + feed_forward(
+                block, normed(block.norm2, (before if graph.parallel else x) + own)
+            )
     logits = architecture.unembedded(normed(architecture.final_norm, x + addends[-1]))
     at = prompts.positions.clamp(min=0)[..., None].expand(-1, -1, logits.shape[-1])
     return torch.autograd.grad(scalar(logits.gather(1, at)), addends)[0]
@@ -186,7 +190,9 @@ def test_the_plain_rule_is_the_model_itself():
 
 @pytest.mark.parametrize("rule", ["relp", "relp_qk"])
 def test_what_a_rule_does_not_define_is_refused_by_name(rule):
-    with pytest.raises(ValueError, match=f"rule={rule} does not define .* soft-cap of logits .*gim"):
+    with pytest.raises(
+        ValueError, match=f"rule={rule} does not define .* soft-cap of logits .*gim"
+    ):
         under(rule, ENGINES[CAPPED].architecture)
 
 
