@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -180,7 +182,7 @@ def test_what_cannot_be_found_is_refused():
 
 
 def test_too_many_units_for_exact_scores_are_refused(monkeypatch):
-    monkeypatch.setattr("circuits.discovery.over_units.MOST_RUNS", 6)
+    monkeypatch.setattr(sys.modules["circuits.discovery.exact"], "MOST_RUNS", 6)
     with pytest.raises(
         ValueError, match="7 units take as many runs, more than 6; use method=eap_ig"
     ):
