@@ -94,8 +94,7 @@ def under(rule: str, architecture: Architecture) -> Architecture:
     Raises:
         ValueError: there is no such rule, or the model has something that the rule does not define.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r}, but the rules are {', '.join(RULES)}")
+    check_rule(rule)
     chosen = RULES[rule]
     if chosen is None:
         return architecture
@@ -105,6 +104,12 @@ def under(rule: str, architecture: Architecture) -> Architecture:
         blocks=tuple(_block(chosen, block) for block in architecture.blocks),
         final_norm=_norm(architecture.final_norm),
     )
+
+
+def check_rule(rule: str) -> None:
+    """Raises ValueError where there is no such rule."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}, but the rules are {', '.join(RULES)}")
 
 
 def _refuse_caps(name: str, rule: Rule, architecture: Architecture) -> None:

@@ -255,7 +255,7 @@ def test_information_flow_is_the_share_of_nearness(name):
 def test_information_flow_asks_for_no_metric_and_no_corrupt_prompt():
     records = [
         {name: value for name, value in record.items() if name in ("clean", "positions")}
-        for record in tiny.records(4, seed=1, longest=6)
+        for record in tiny.records(3, seed=1, longest=6)
     ]
     bare = objective(ENGINES["gpt2"], "kl", "mean", prompts_from_records(records))
     told = objective(ENGINES["gpt2"], "logit_diff", "counterfactual")
