@@ -51,7 +51,7 @@ class RunConfig:
     # the detector that is fitted and calibrated at the end
     detector: Any = field(default_factory=Fast)
     # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy;
-    # null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    # null: kl, and logit_diff for eap and atp_star, which kl gives no gradient
     metric: str | None = None
     selection: Selection = field(default_factory=Selection)  # which scored edges are kept
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose

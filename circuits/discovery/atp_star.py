@@ -1,10 +1,10 @@
 """AtP* for edges: attribution in which the attention pattern is recomputed, not linearised.
 
 A saturated softmax has no slope, so that EAP gives edges into its queries and keys a score of 0,
-whatever they do.  AtP* (Kramar et al. 2024, arXiv 2403.00745, "QK fix") computes for
-each of them what its head would attend to without it, and takes a gradient only from there on:
+whatever they do.  AtP* (Kramar et al. 2024, arXiv 2403.00745) computes for each of them what its
+head would attend to without it (the paper's QK fix), and takes a gradient only from there on:
 
-    s(w -> r) = sum over pos, d of (z - z') . dm/dz,    z' = softmax(q' . k) v  or  softmax(q . k') v
+    s(w -> r) = sum over pos, d of (z - z') . dm/dz,   z' = softmax(q' . k) v or softmax(q . k') v
 
 with q' (or k') from x_r - (a_w - ablated_w), through the norm and, where there is one, the soft-cap
 as they are.  All other readers (values, MLPs, logits) have the score of EAP.  An edge to keys

@@ -12,6 +12,9 @@ scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw i
 plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
 checked, and nothing is looked for or left.
 
+Of a method that estimates what each removal does, `exact_sample` edges are really removed, and the
+rank correlation is printed: near 1 its order can be trusted.
+
 A circuit may also be of units=nodes, units=neurons or, with 'units.dictionaries=[FOLDER,...]',
 units=features of sparse autoencoders and transcoders. No detector is fitted to it: they read edges.
 """

@@ -1,12 +1,14 @@
-"""Attribution methods beside EAP and EAP-IG, each against its definition carried out edge by edge."""
+"""Attribution methods beside EAP and EAP-IG, each against its definition, edge by edge."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from abstraction.ground_truth.scoreboard import subject
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.discovery import (
     EAP,
@@ -103,7 +105,7 @@ def test_clean_corrupt_is_the_mean_of_the_two_ends():
 
 
 def slow_activations(ours: Objective, steps: int, rule: str) -> torch.Tensor:
-    engine, graph, total, runs = ours.engine, ours.engine.graph, 0.0, 0
+    engine, graph, total = ours.engine, ours.engine.graph, 0.0
     for batch in ours.batches:
         clean, removed = batch.clean.writers, batch.ablated.writers.expand_as(batch.clean.writers)
         kinds = ["input", *(f"{kind}{layer}" for layer in range(graph.n_layers) for kind in "am")]
@@ -187,6 +189,19 @@ def test_atp_star_does_not_depend_on_how_many_writers_fit_at_once(monkeypatch):
     memory = sys.modules["circuits.engine.memory"]
     monkeypatch.setattr(memory.Footprint, "recomputed", property(lambda size: 10**12))
     close(atp_star(AtPStar(), objective(ENGINES["llama"])).scores, whole)
+
+
+def test_atp_star_sees_through_a_saturated_softmax():
+    """Hard attention of a compiled program, which has no slope at the clean run."""
+    ours, truth = subject("recall", "plain", "resample", 16, 0)
+    ours = replace(ours, metric=METRICS["logit_diff"])
+    graph = ours.engine.graph
+    rows = [row for row, name in enumerate(graph.readers) if name.endswith(("<q>", "<k>"))]
+    blind, seeing = (
+        found.scores[rows][truth[rows]].abs()
+        for found in (eap(EAP(), ours), atp_star(AtPStar(), ours))
+    )
+    assert len(blind) > 0 and blind.min() < 1e-6 and seeing.min() > 1e-2
 
 
 # ---- exact effects -------------------------------------------------------------------------------
