@@ -84,7 +84,7 @@ def atp_star(config: AtPStar, objective: Objective[Batches]) -> Found:
         )
         add_products(own, graph, gradients, batch.values)
         each = batches.footprint.recomputed * len(batch.prompts)
-        most = max(1, batches.work // each)
+        most = max(1, (batches.work - batch.values.nbytes) // each)
         for layer in range(graph.n_layers):
             first, n_sides = graph.first_reader(layer), graph.n_heads + graph.kv_heads
             for writers, found in _recomputed(engine, batch, seen, layer, most):

@@ -9,7 +9,7 @@ takes, with e bytes an element:
     under K masks      K (e S (W D + max(3 r D, r D + heads, block)) + logits), and the masks
     observed run       prepared + e S L sides + under a mask + scores;
                        at least clean run + e S L (sides + 3 D)
-    attribution        e S (W D + 1.5 (L graph + 5 r D + 4 H S)) + logits with their graph
+    attribution        e S (W D + 1.5 (L graph + max(5 r D, 4 H S))) + logits with their graph
     explanation        1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph,
                        and its mask
     training           explanation + prepared + gates; and the parameters of the mask
@@ -173,10 +173,11 @@ class Footprint:
     def attribution(self) -> int:
         """The differences that it starts from, a forward pass, and the gradients of all readers.
 
-        Of one layer at a time a backward rule, and a method that recomputes it, holds the pattern.
+        Those of one block are held at a time, or before that the patterns that a backward rule
+        makes anew.
         """
-        pattern = 4 * self.query_heads * self.tokens
-        backward = HOLES * (self.layers * self.graph + 5 * self.readers * self.width + pattern)
+        gradients, patterns = 5 * self.readers * self.width, 4 * self.query_heads * self.tokens
+        backward = HOLES * (self.layers * self.graph + max(gradients, patterns))
         return self._bytes(self.writers * self.width + backward) + 2 * (self._logits + self._metric)
 
     @property

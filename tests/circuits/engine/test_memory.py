@@ -319,6 +319,10 @@ def measured(request) -> dict[str, tuple[int, int]]:
             "1 mask": (runs[1], count * size.masked() + size.mask),
             "4 masks": (runs[4], count * size.masked(4) + 4 * size.mask),
             "attribution": (peak(lambda: eap_ig(EAPIG(steps=1), ours)), count * size.attribution),
+            "attribution by a rule": (
+                peak(lambda: eap_ig(EAPIG(steps=1, rule="gim"), ours)),
+                count * size.attribution,
+            ),
             "explanation": (peak(explanation), count * size.explanation),
             "training": (
                 training(1),
@@ -356,6 +360,7 @@ WORK = [
     "1 mask",
     "4 masks",
     "attribution",
+    "attribution by a rule",
     "explanation",
     "training",
     "departure",
