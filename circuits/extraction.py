@@ -23,6 +23,7 @@ from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found, decides
 from circuits.discovery.masks.settings import MaskTraining
 from circuits.engine import Engine
+from circuits.evaluation.agreement import agreement, check_sample
 from circuits.evaluation.areas import rankings_of
 from circuits.evaluation.figures import figures
 from circuits.evaluation.verdicts import refuse_worse_than_none, target_of, warnings
@@ -40,6 +41,8 @@ from circuits.timing import seconds
 
 log = logging.getLogger(__name__)
 
+# Their runs take about half a forward pass each, together less than the evaluation that follows.
+EXACT_SAMPLE = 100
 RANDOM = "random"  # in place of a method's name, for circuits that were drawn
 
 
@@ -65,6 +68,7 @@ def extract(
     units: UnitsConfig | None = None,
     memory: str = "2GB",
     random_draws: int = 20,
+    exact_sample: int = EXACT_SAMPLE,
     accept_worse: bool = False,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -84,8 +88,10 @@ def extract(
         units: what the circuit is made of, if not of edges: nodes, neurons or features.
         memory: working memory beside the model's own weights, such as 500MB.
         random_draws: how many random circuits of the same size to compare with.
+        exact_sample: of methods that estimate effects, how many edges (or units) have theirs
+            measured on the discovery prompts, for a rank correlation; 0: none.
         accept_worse: even a circuit that is worse than the empty one by another metric.
-        seed: of the random circuits.
+        seed: of the random circuits, and of the sample.
         about: recorded in `circuit.json`: the model's reference and weight hash, the task.
         keep: called with the circuit as soon as it is found, before it is measured.
 
@@ -104,6 +110,7 @@ def extract(
             separate the model from the ablated model, or the circuit is worse than the empty one.
     """
     _check(discovery, evaluation, method, selection, random_draws)
+    check_sample(exact_sample)
     chosen = metric_named(metric)
     selection = with_signs(selection_of(selection or Selection(), units), chosen, method)
     ablation = AblationConfig(ablation) if isinstance(ablation, str) else ablation
@@ -111,6 +118,8 @@ def extract(
     fitted = fit_ablation(ablation, engine, discovery, memory=memory, source=made.source)
     objective = made.prepare(discovery, chosen, fitted, memory=memory)
     found, kept, cost = _discover(objective, method, selection)
+    if METHODS[method.name].estimates and exact_sample:
+        cost["exact"] = agreement(objective, found.scores, exact_sample, seed)
     splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
     used = {"discovery": discovery, "evaluation": evaluation}
@@ -168,7 +177,7 @@ def _check(
 
 def _discover(
     objective: Objective, method: Any, selection: Selection
-) -> tuple[Found, Bool[Tensor, "*E"], dict[str, float]]:
+) -> tuple[Found, Bool[Tensor, "*E"], dict[str, Any]]:
     """What a method found, the edges to keep, and what it cost."""
     scale = faithfulness_scale(objective)  # refuses now what it would after the expensive part
     engine = objective.engine

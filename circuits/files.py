@@ -60,7 +60,7 @@ def restored(schema: type[Config], data: Any, where: str) -> Config:
 
     >>> from circuits import EAP
     >>> restored(EAP, {"name": "eap"}, "circuit.json: method")
-    EAP(name='eap')
+    EAP(name='eap', rule='plain')
 
     Raises:
         ValueError: it is no mapping, names a field that there is not, or a value is of another

@@ -11,7 +11,7 @@ from typing import Any
 from circuits.ablation import AblationConfig, fit_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.extraction import Extraction, extract
+from circuits.extraction import EXACT_SAMPLE, Extraction, extract
 from circuits.faithfulness import faithfulness_scale
 from circuits.files import write_json
 from circuits.metrics import metric_named
@@ -51,7 +51,7 @@ class RunConfig:
     # the detector that is fitted and calibrated at the end
     detector: Any = field(default_factory=Fast)
     # what the circuit has to keep: kl, logit_diff, prob_diff, cross_entropy, accuracy;
-    # null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    # null: kl, and logit_diff for eap and atp_star, which kl gives no gradient
     metric: str | None = None
     selection: Selection = field(default_factory=Selection)  # which scored edges are kept
     splits: Splits = field(default_factory=Splits)  # trusted prompts for each purpose
@@ -63,6 +63,9 @@ class RunConfig:
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once
     memory: str = "2GB"
     random_draws: int = 20  # random circuits of the same size to compare with
+    # of methods that estimate what each removal does: so many edges (or units) are really removed,
+    # one at a time, and the ranks of both are correlated; 0: none
+    exact_sample: int = EXACT_SAMPLE
     accept_worse: bool = False  # even a circuit that is worse than none by another metric
     seed: int = 0  # of prompts, splits and random circuits
     out: str = "???"  # folder to write
@@ -197,6 +200,7 @@ def _extracted(config: RunConfig, prepared: Prepared, place: Staged) -> Extracti
         units=config.units,
         memory=config.memory,
         random_draws=config.random_draws,
+        exact_sample=config.exact_sample,
         accept_worse=config.accept_worse,
         seed=config.seed,
         about={

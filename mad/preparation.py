@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from circuits.ablation import ABLATIONS
-from circuits.discovery import default_metric
+from circuits.discovery import METHODS, default_metric
+from circuits.discovery.attribution import ByGradient, check_differentiable, check_slope
 from circuits.engine import Engine
 from circuits.engine.memory import parse_memory
-from circuits.metrics import metric_named
+from circuits.engine.rules import check_rule
+from circuits.evaluation.agreement import check_sample
+from circuits.metrics import Metric, metric_named
 from circuits.model.load import LoadedModel, load_model
 from circuits.parts.division import EDGES, divide
 from circuits.parts.over import check_over
@@ -62,12 +65,22 @@ def check_settings(config: RunConfig) -> None:
         check_alpha(config.alpha)
     parse_memory(config.memory)
     config.detector.check()
-    metric_named(metric_of(config))
+    _check_method(config.method, metric_named(metric_of(config)))
+    check_sample(config.exact_sample)
     check_over(config.method.name, config.selection, config.units)
     if config.ablation.name not in ABLATIONS:
         raise ValueError(
             f"ablation={config.ablation.name!r}, but the ablations are {', '.join(ABLATIONS)}"
         )
+
+
+def _check_method(method: Any, metric: Metric) -> None:
+    """Raises ValueError for a metric that the method cannot go by, or an unknown rule."""
+    if METHODS[method.name].needs_slope:
+        check_slope(metric, method.name)
+    if isinstance(method, ByGradient):
+        check_differentiable(metric)
+        check_rule(method.rule)
 
 
 def metric_of(config: RunConfig) -> str:

@@ -82,8 +82,8 @@ def put_to_the_test(
 ) -> Iterator[Result]:
     """Yields the result of each method (name -> configuration) on each program in each variant.
 
-    Without `metric` methods go by KL, and those that it gives no gradient (plain EAP) by the logit
-    difference.
+    Without `metric` methods go by KL, and those that it gives no gradient (EAP, AtP*) by the
+    logit difference.
 
     >>> from circuits.discovery import METHODS
     >>> acdc = {"acdc": METHODS["acdc"].schema()}

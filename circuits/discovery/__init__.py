@@ -3,17 +3,36 @@
 from typing import Any
 
 from circuits.discovery.acdc import ACDC, acdc
-from circuits.discovery.attribution import EAP, EAPIG, eap, eap_ig
+from circuits.discovery.atp_star import AtPStar, atp_star
+from circuits.discovery.attribution import (
+    EAP,
+    EAPIG,
+    CleanCorrupt,
+    EAPIGActivations,
+    clean_corrupt,
+    eap,
+    eap_ig,
+    eap_ig_activations,
+)
 from circuits.discovery.edge_pruning import EdgePruning, edge_pruning
+from circuits.discovery.exact import Exact, exact
+from circuits.discovery.information_flow import InformationFlow, information_flow
 from circuits.discovery.method import Found, Method
-from circuits.discovery.over_units import acdc_units, eap_ig_units, eap_units, exact_units
+from circuits.discovery.over_units import acdc_units, attribution_units
 from circuits.discovery.subnetwork_probing import SubnetworkProbing, subnetwork_probing
 from circuits.discovery.ugs import UGS, ugs
 
 METHODS = {
     "acdc": Method(ACDC, acdc, decides=True, over_units=acdc_units),
-    "eap": Method(EAP, eap, needs_slope=True, over_units=eap_units),
-    "eap_ig": Method(EAPIG, eap_ig, over_units=eap_ig_units),
+    "eap": Method(EAP, eap, needs_slope=True, estimates=True, over_units=attribution_units),
+    "clean_corrupt": Method(
+        CleanCorrupt, clean_corrupt, estimates=True, over_units=attribution_units
+    ),
+    "eap_ig": Method(EAPIG, eap_ig, estimates=True, over_units=attribution_units),
+    "eap_ig_activations": Method(EAPIGActivations, eap_ig_activations, estimates=True),
+    "atp_star": Method(AtPStar, atp_star, needs_slope=True, estimates=True),
+    "information_flow": Method(InformationFlow, information_flow, estimates=True),
+    "exact": Method(Exact, exact, over_units=exact),
     "edge_pruning": Method(EdgePruning, edge_pruning),
     "subnetwork_probing": Method(SubnetworkProbing, subnetwork_probing),
     "ugs": Method(UGS, ugs),
@@ -44,20 +63,28 @@ __all__ = [
     "EAPIG",
     "METHODS",
     "UGS",
+    "AtPStar",
+    "CleanCorrupt",
+    "EAPIGActivations",
     "EdgePruning",
+    "Exact",
     "Found",
+    "InformationFlow",
     "Method",
     "SubnetworkProbing",
     "acdc",
     "acdc_units",
+    "atp_star",
+    "attribution_units",
+    "clean_corrupt",
     "decides",
     "default_metric",
     "eap",
     "eap_ig",
-    "eap_ig_units",
-    "eap_units",
+    "eap_ig_activations",
     "edge_pruning",
-    "exact_units",
+    "exact",
+    "information_flow",
     "subnetwork_probing",
     "ugs",
 ]

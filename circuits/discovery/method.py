@@ -38,4 +38,5 @@ class Method:
     run: Callable[[Any, Objective], Found]
     decides: bool = False  # which edges to keep, so that no selection follows
     needs_slope: bool = False  # of the metric at the clean run, where KL has none
+    estimates: bool = False  # what removals do, to be compared with what they really do
     over_units: Callable[[Any, Objective], Found] | None = None  # the same over units; None: none

@@ -20,38 +20,36 @@ import itertools
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from circuits.discovery.acdc import ACDC, _check, _cost, _tau, _warn_of_memory, _warn_of_noise
-from circuits.discovery.attribution import EAP, EAPIG, check_differentiable, points_of
+from circuits.discovery.attribution import (
+    EAP,
+    EAPIG,
+    CleanCorrupt,
+    check_differentiable,
+    points_of,
+)
 from circuits.discovery.method import Found
 from circuits.objective import Objective
 from circuits.parts.objective import UnitBatches
 
-MOST_RUNS = 20_000  # of `exact_units`, one a unit
 
+def attribution_units(
+    config: EAP | CleanCorrupt | EAPIG, objective: Objective[UnitBatches]
+) -> Found:
+    """Returns the attribution of every unit by gradients at some points along the input.
 
-def eap_units(config: EAP, objective: Objective[UnitBatches]) -> Found:
-    """Returns the attribution of every unit; ValueError for a metric flat at the clean run (KL)."""
-    return Found(_attribute(objective, points_of(config, objective), "eap"))
-
-
-def eap_ig_units(config: EAPIG, objective: Objective[UnitBatches]) -> Found:
-    """Returns every unit's attribution by integrated gradients; ValueError for under 1 step."""
-    return Found(_attribute(objective, points_of(config, objective), "eap-ig"))
-
-
-def _attribute(
-    objective: Objective[UnitBatches], points: tuple[float, ...], label: str
-) -> Float[Tensor, "U *S"]:
-    """Scores by gradients at `ablated + point * (clean - ablated)`, averaged over points."""
+    Raises:
+        ValueError: as `circuits.discovery.attribution.eap` and `eap_ig`.
+    """
+    points = points_of(config, objective)
     check_differentiable(objective.metric)
     batches, metric = objective.batches, objective.metric
     divided, units = batches.divided, batches.space
     scores = torch.zeros(units.shape, dtype=torch.float32, device=divided.engine.device)
-    progress = {"total": len(batches), "desc": label, "unit": "batch", "disable": None}
+    progress = {"total": len(batches), "desc": config.name, "unit": "batch", "disable": None}
     n_prompts = 0
     for batch in tqdm(batches.contrasts(), **progress):
         n_prompts += len(batch.prompts)
@@ -62,36 +60,10 @@ def _attribute(
 
         for point in points:
             at = batch.embedded - (1.0 - point) * difference
-            gradients = divided.gradients(batch.prompts, at, scalar)
+            gradients = divided.gradients(batch.prompts, at, scalar, config.rule)
             by_unit = divided.gathered(gradients.mul_(batch.values)).sum(0)  # [S, U]
             scores += by_unit.sum(0) if units.n_positions is None else by_unit.T
-    return (scores / (n_prompts * len(points))).cpu()
-
-
-def exact_units(config: object, objective: Objective[UnitBatches]) -> Found:
-    """Returns m(model) - m(model without u) of every unit u: one run each.
-
-    Raises:
-        ValueError: there are too many units.
-    """
-    space = objective.batches.space
-    if space.n_parts > MOST_RUNS:
-        raise ValueError(
-            f"{space.n_parts} units take as many runs, more than {MOST_RUNS}; use method=eap_ig, "
-            "or fewer units (units.layers)"
-        )
-    full = objective.measure(space.exists.double()).double().mean()  # rounded as the others are
-    scores = torch.zeros(space.n_parts)
-    most = min(map(objective.batches.masks_at_once, objective.batches))
-    progress = tqdm(total=space.n_parts, desc="exact", unit="unit", disable=None)
-    for some in torch.arange(space.n_parts).split(most):
-        masks = torch.ones(len(some), space.n_parts, dtype=torch.bool)
-        masks[torch.arange(len(some)), some] = False
-        without = objective.measure(masks.view(-1, *space.shape))
-        scores[some] = (full - without.double().mean(-1)).float().cpu()
-        progress.update(len(some))
-    progress.close()
-    return Found(scores.view(space.shape))
+    return Found((scores / (n_prompts * len(points))).cpu())
 
 
 def acdc_units(config: ACDC, objective: Objective[UnitBatches]) -> Found:

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.engine.live_nodes import live_nodes
 from circuits.engine.masked import Ablated, MaskedRun, Seen, Start
 from circuits.engine.plain import Edit, Record, Sides, reader_gradients, residual_stream
+from circuits.engine.rules import under
 from circuits.graph import Graph
 from circuits.model.architecture import Architecture
 from circuits.model.attention import attend
@@ -119,17 +120,22 @@ class Engine:
         return residual_stream(self.architecture, prompts, self.embed(prompts).sum(0))
 
     def edited(
-        self, prompts: Prompts, edit: Edit, embedded: Float[Tensor, "B S D"] | None = None
+        self,
+        prompts: Prompts,
+        edit: Edit,
+        embedded: Float[Tensor, "B S D"] | None = None,
+        *,
+        rule: str = "plain",
     ) -> Float[Tensor, "B P V"]:
         """The logits of a plain run in which `edit` may change values on their way.
 
-        Differentiable in what `edit` puts in, in `embedded` (the stream that the run starts from,
-        by default what the input writers write) and in the weights.
+        Differentiable, by a rule (`circuits.engine.rules`), in what `edit` puts in, in `embedded`
+        (the stream that the run starts from, by default what the input writers write) and in the
+        weights.
         """
-        prompts = prompts.to(self.device)
+        prompts, architecture = prompts.to(self.device), under(rule, self.architecture)
         embedded = self.embed(prompts).sum(0) if embedded is None else embedded
-        residual = residual_stream(self.architecture, prompts, embedded, edit=edit)
-        return self.architecture.logits(residual)
+        return architecture.logits(residual_stream(architecture, prompts, embedded, edit=edit))
 
     def embed(self, prompts: Prompts) -> Float[Tensor, "inputs B S D"]:
         """What the input writers write; InputError where a prompt is longer than the context."""
@@ -285,13 +291,24 @@ class Engine:
         prompts: Prompts,
         embedded: Float[Tensor, "B S D"],
         scalar: Callable[[Float[Tensor, "B P V"]], Float[Tensor, ""]],
+        *,
+        rule: str = "plain",
+        edit: Edit | None = None,
     ) -> Iterator[tuple[int, Float[Tensor, "r B S D"]]]:
         """Yields (first reader, gradients of `scalar(logits)` at a group's inputs), logits first.
 
         One forward and one backward pass, from the given residual stream at the beginning.  For
         `logits` only scored positions differ from zero.
+
+        Args:
+            rule: what the backward pass takes the model for (`circuits.engine.rules`).
+            edit: may change values on their way; readers of what it cuts off get 0.
+
+        Raises:
+            ValueError: there is no such rule, or the model has something that it does not define.
         """
-        return reader_gradients(self.architecture, prompts.to(self.device), embedded, scalar)
+        architecture = under(rule, self.architecture)
+        return reader_gradients(architecture, prompts.to(self.device), embedded, scalar, edit)
 
     # ---- never silently wrong --------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ takes, with e bytes an element:
                        lack some of its edges as under K masks, and e S (W D + r D) for all
     observed run       prepared + e S L sides + under a mask + scores;
                        at least clean run + e S L (sides + 3 D)
-    attribution        e S (W D + 1.5 (L graph + 5 r D)) + logits with their graph
+    attribution        e S (W D + 1.5 (L graph + max(5 r D, 4 H S))) + logits with their graph
     explanation        1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph,
                        and its mask
     training           explanation + prepared + gates; and the parameters of the mask
@@ -22,8 +22,8 @@ these are upper bounds.  The factor 1.5 is for what a CPU's allocator cannot use
 freed in another order than it was taken. `tests/circuits/engine/test_memory.py` compares with
 measured peaks.
 
-Shapes: pos S, d_model D, writers W, readers r of one block's attention, layers L, candidate masks
-K, scored positions P, vocabulary V.
+Shapes: pos S, d_model D, writers W, readers r of one block's attention, its query heads H, layers
+L, candidate masks K, scored positions P, vocabulary V.
 """
 
 from __future__ import annotations
@@ -194,9 +194,20 @@ class Footprint:
 
     @property
     def attribution(self) -> int:
-        """The differences that it starts from, a forward pass, and the gradients of all readers."""
-        backward = HOLES * (self.layers * self.graph + 5 * self.readers * self.width)
+        """The differences that it starts from, a forward pass, and the gradients of all readers.
+
+        Those of one block are held at a time, or before that the patterns that a backward rule
+        makes anew.
+        """
+        gradients, patterns = 5 * self.readers * self.width, 4 * self.query_heads * self.tokens
+        backward = HOLES * (self.layers * self.graph + max(gradients, patterns))
         return self._bytes(self.writers * self.width + backward) + 2 * (self._logits + self._metric)
+
+    @property
+    def recomputed(self) -> int:
+        """What attention moves once one writer is taken from the stream that it reads."""
+        pattern = 3 * self.query_heads * self.tokens
+        return self._bytes(HOLES * (3 * self.width + 4 * self.sides + self.heads + pattern))
 
     @property
     def explanation(self) -> int:

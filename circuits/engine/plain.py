@@ -24,6 +24,7 @@ Sides = tuple[Tensor, Tensor, Tensor]  # queries, keys and values of one layer, 
 #     input     what the input writers write, [B, S, D]
 #     r{l}      the residual stream before block l, or after all L blocks (r{L}), [B, S, D]
 #     a{l}.z    what the heads of block l have moved and their projection reads, [B, S, heads * E]
+#     a{l}      what the attention of block l writes, [B, S, D]
 #     m{l}.z    what the last projection of an MLP reads: its neurons, [B, S, F]
 #     m{l}      what an MLP writes, [B, S, D]; `given` is the residual stream that its norm reads
 # where `given` is otherwise the value itself.
@@ -93,7 +94,8 @@ def _attention(
     z = attend(architecture, attention, *sides, key_mask)
     if record.writers is None:
         written = attention.o(_edited(edit, f"a{layer}.z", z.movedim(0, -2).flatten(-2)))
-        return written if block.post_norm1 is None else block.post_norm1(written)
+        written = written if block.post_norm1 is None else block.post_norm1(written)
+        return _edited(edit, f"a{layer}", written)
     first = graph.first_writer(layer)
     heads = record.writers[first : first + graph.n_heads]
     into = heads.view(len(heads), -1, heads.shape[-1])
@@ -109,16 +111,22 @@ def reader_gradients(
     prompts: Prompts,
     embedded: Float[Tensor, "B S D"],
     scalar: Callable[[Float[Tensor, "B P V"]], Float[Tensor, ""]],
+    edit: Edit | None = None,
 ) -> Iterator[tuple[int, Float[Tensor, "r B S D"]]]:
-    """Yields (first reader, gradients of `scalar(logits)` at a group's inputs), logits first."""
+    """Yields (first reader, gradients of `scalar(logits)` at a group's inputs), logits first.
+
+    Readers that `edit` cuts off from the logits get 0.
+    """
     graph, taps = architecture.graph, []
     with torch.enable_grad():
         start = embedded.detach().requires_grad_()
-        residual = residual_stream(architecture, prompts, start, Record(taps=taps))
+        residual = residual_stream(architecture, prompts, start, Record(taps=taps), edit)
         normed = architecture.final_norm(residual)
         total = scalar(architecture.unembedded(normed))
         tensors = [tensor for _, behind in taps for tensor in behind]
-        gradients = iter(torch.autograd.grad(total, [*tensors, normed]))
+        behind = [*tensors, normed]
+        found = torch.autograd.grad(total, behind, materialize_grads=edit is not None)
+        gradients = iter(found)
     groups = [(read, [next(gradients) for _ in behind]) for read, behind in taps]
     at_end = architecture.final_norm.pull_back(residual, next(gradients)[None])
     yield len(graph.readers) - 1, _scattered(at_end, prompts)

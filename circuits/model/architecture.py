@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from circuits.graph import Graph
 from circuits.model.output_head import OutputHead
+from circuits.model.surrogate import with_gradient_of
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -30,8 +31,21 @@ class Norm:
     eps: float = 0.0
     module: nn.Module | None = None  # holds the gain and bias; None: there are none
     offset: float = 0.0  # added to the stored gain: Gemma stores it less 1
+    constant_scale: bool = False  # to gradients, what x is divided by does not depend on x
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if self.constant_scale and self.kind != "none":
+            return with_gradient_of(self._with_constant_scale, self._normed, x)
+        return self._normed(x)
+
+    def _with_constant_scale(self, x: Float[Tensor, "*batch d_model"]) -> Tensor:
+        """The same, up to rounding and a constant, but linear in x to gradients."""
+        x = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        weight = getattr(self.module, "weight", None)
+        scaled = x * self.scale(x).detach()
+        return scaled if weight is None else scaled * (weight + self.offset)
+
+    def _normed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.kind == "none":
             return x
         weight = getattr(self.module, "weight", None)
@@ -77,13 +91,16 @@ class Norm:
     ) -> Float[Tensor, "r *batch d_model"]:
         """Takes r gradients behind the norm to its input x, which they share.
 
-        With y = g x / rms(x) and G = g gradient / rms, it is G - x (x . G) / (D rms^2) there.
+        With y = g x / rms(x) and G = g gradient / rms, it is G - x (x . G) / (D rms^2) there, or G
+        alone if the scale is constant.
         """
         if self.kind == "none":
             return gradients
         if self.kind == "rms":
             scale, gain = self.scale(x), getattr(self.module, "weight", None)
             factor = scale if gain is None else (gain + self.offset) * scale
+            if self.constant_scale:
+                return gradients * factor
             gradients, inputs = gradients * factor, x.expand_as(gradients)
             along = torch.linalg.vecdot(gradients, inputs).unsqueeze(-1)
             return gradients.addcmul_(inputs, along * scale.square() / x.shape[-1], value=-1)
@@ -192,6 +209,8 @@ class Linear:
         gain = self.norm.gain.unflatten(0, split)[:, None, None]
         gradients = gradients * gain * scale
         torch.bmm(gradients.flatten(1, 2), weight, out=rows)
+        if self.norm.constant_scale:
+            return
         own = together.unflatten(-1, split).movedim(-2, 0)
         along = torch.linalg.vecdot(gradients, own).unsqueeze(-1) * scale.square()
         out.addcmul_(along / together.shape[-1], together @ self.weight, value=-1)
@@ -220,6 +239,10 @@ class Attention:
     q_norm: Norm | None = None  # of each head's queries, before they are rotated
     k_norm: Norm | None = None
     rotary: Rotary | None = None  # None: queries and keys do not tell positions
+    # the softmax of scores, which are -inf where forbidden, and what is made of each product, both
+    # with another gradient than their own; None: as they are
+    pattern: Activation | None = None
+    product: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -231,12 +254,13 @@ class MLP:
     activation: Activation
     gate: Linear | None = None
     inner_norm: Norm | None = None  # SoLU's norm between activation and output
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mul  # of activation(gate(x)) and up(x)
 
     def neurons(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch F"]:
         """What `down` reads: F numbers."""
         hidden = self.activation((self.gate or self.up)(x))
         if self.gate is not None:
-            hidden = hidden * self.up(x)
+            hidden = self.product(hidden, self.up(x))
         return hidden if self.inner_norm is None else self.inner_norm(hidden)
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

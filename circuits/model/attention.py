@@ -10,12 +10,15 @@ Shapes: N flattened batch, pos S, queries Q, head width E, chosen positions P.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.model.architecture import Architecture, Attention
+from circuits.model.surrogate import with_gradient_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -37,6 +40,9 @@ def attend(
         kv_of_head: each query head's place among the key-value heads; None: in equal groups.
         at: the positions of the queries, Q = P; None: they are at all of them, Q = S.
     """
+    if attention.pattern is not None or attention.product is not None:
+        assert at is None, "rules of the backward pass are for plain runs, at all positions"
+        return _with_other_gradient(architecture, attention, q, k, v, key_mask, kv_of_head)
     q, k = _positioned(attention, q, k, at)
     k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
     n_positions, causal = k.shape[-2], architecture.graph.causal
@@ -53,6 +59,41 @@ def attend(
             allowed = allowed[None]  # with 3 axes the CPU would hold all scores at once
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=attention.scale)
     return _scores(attention, q, k).masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def _with_other_gradient(
+    architecture: Architecture,
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    kv_of_head: list[int] | None,
+) -> Tensor:
+    """`attend`, with the gradients that `attention` says."""
+    own = replace(attention, pattern=None, product=None)
+    pattern = attention.pattern or _softmax
+    product = attention.product or _as_it_is
+
+    def value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(architecture, own, q, k, v, key_mask, kv_of_head)
+
+    def surrogate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = _positioned(own, q, k)
+        k, v = (_per_head(x, len(q), kv_of_head) for x in (k, v))
+        allowed = _allowed(architecture, own, q, key_mask)
+        scores = product(_scores(own, q, k)).masked_fill(~allowed, float("-inf"))
+        return product(pattern(scores) @ v)
+
+    return with_gradient_of(surrogate, value, q, k, v)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1)
+
+
+def _as_it_is(product: Tensor) -> Tensor:
+    return product
 
 
 def attention_scores(

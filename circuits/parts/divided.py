@@ -161,8 +161,12 @@ class Divided(Source):
         prompts: Prompts,
         embedded: Float[Tensor, "B S D"],
         scalar: Callable[[Float[Tensor, "B P V"]], Float[Tensor, ""]],
+        rule: str = "plain",
     ) -> Float[Tensor, "B S Z"]:
-        """Gradients of `scalar(logits)` in a change of each number, in a run from `embedded`."""
+        """Gradients of `scalar(logits)` in a change of each number, in a run from `embedded`.
+
+        `rule` says what the backward pass takes the model for (`circuits.engine.rules`).
+        """
         changes: dict[str, Tensor] = {}
 
         def tap(place: str, value: Tensor, given: Tensor) -> Tensor:
@@ -174,7 +178,7 @@ class Divided(Source):
             return reading.changed(value, changes[place])
 
         with torch.enable_grad():
-            total = scalar(self.engine.edited(prompts, tap, embedded.detach()))
+            total = scalar(self.engine.edited(prompts, tap, embedded.detach(), rule=rule))
             found = torch.autograd.grad(total, [changes[place] for place in self._spans])
         return torch.cat(found, -1)
 

@@ -12,12 +12,16 @@ scores.safetensors, metrics.json, splits.json, config.yaml and detector/. Draw i
 plot`, score new inputs with `madcap score`. With check=true model, prompts, splits and alpha are
 checked, and nothing is looked for or left.
 
+Of a method that estimates what each removal does, `exact_sample` edges are really removed, and the
+rank correlation is printed: near 1 its order can be trusted.
+
 A circuit may also be of units=nodes, units=neurons or, with 'units.dictionaries=[FOLDER,...]',
 units=features of sparse autoencoders and transcoders. No detector is fitted to it: they read edges.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,8 @@ def run(config: Extract) -> None:
             "none" if value is None else f"{value:.3f}",
         )
     table.add_row("KL(model || circuit)", f"{metrics['kl']:.4f} nats")
+    if exact := metrics.get("exact"):
+        table.add_row(f"rank correlation with {exact['sampled']} exact effects", _ranks(exact))
     table.add_row("discovery", f"{metrics['seconds']:.1f} s, {metrics['forwards']:.0f} forwards")
     if isinstance(done, Run):
         calibrated = f"{len(done.detector.calibration.scores)} trusted inputs"
@@ -80,6 +86,15 @@ def run(config: Extract) -> None:
         table.add_row("detector", "none: one needs units=edges")
     console.print(table)
     console.print(f"wrote {done.folder}")
+
+
+def _ranks(exact: Mapping[str, Any]) -> str:
+    """Both rank correlations, as far as there are such."""
+    told = {"of scores": exact["spearman"], "of |scores|": exact["spearman_absolute"]}
+    return ", ".join(
+        f"{'none' if value is None else format(value, '.2f')} {name}"
+        for name, value in told.items()
+    )
 
 
 def _check(config: Extract) -> None:

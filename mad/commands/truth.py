@@ -41,7 +41,7 @@ class Truth:
     methods: list[str] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)  # empty: all
     variants: list[str] = field(default_factory=list)  # empty: all
-    # what methods go by; null: kl, and logit_diff for plain EAP, which kl gives no gradient
+    # what methods go by; null: kl, and logit_diff for eap and atp_star, which kl gives no gradient
     metric: str | None = None
     ablation: By = field(default_factory=By)
     prompts: int = 64  # per program
@@ -141,7 +141,7 @@ def _write(results: Sequence[Result], config: Truth, folder: Path) -> None:
         for r in results
     ]
     (folder / "truth.md").write_text(markdown_table(headers, rows) + "\n")
-    metric = config.metric or "KL (plain EAP: logit difference)"
+    metric = config.metric or "KL (EAP, AtP*: logit difference)"
     measured = f"{metric}, {config.ablation.name} ablation, {config.prompts} prompts"
     for form in ("png", "svg"):
         draw_truth(

@@ -109,7 +109,7 @@ def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
     assert metrics["seconds"] > 0 and metrics["forwards"] > 0
     assert circuit.about == {
         **about,
-        "method": {"name": "eap_ig", "steps": 5},
+        "method": {"name": "eap_ig", "rule": "plain", "steps": 5},
         "metric": "kl",
         "ablation": {"name": "counterfactual", "seed": 0},
         "selection": {

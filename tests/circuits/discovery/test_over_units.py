@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -10,10 +12,10 @@ from circuits.discovery import (
     ACDC,
     EAP,
     EAPIG,
+    Exact,
     acdc_units,
-    eap_ig_units,
-    eap_units,
-    exact_units,
+    attribution_units,
+    exact,
 )
 from circuits.engine import Engine
 from circuits.metrics import METRICS
@@ -64,7 +66,7 @@ def test_eap_is_the_gradient_in_the_mask(name, ablation, kind):
     assert len(ours.batches) > 1
     mask = torch.ones(ours.space.shape, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(mean_metric(ours, mask), mask)
-    found = eap_units(EAP(), ours)
+    found = attribution_units(EAP(), ours)
     torch.testing.assert_close(found.scores.double(), expected, atol=1e-5, rtol=1e-4)
     assert found.scores.abs().max() > 0.01
 
@@ -104,7 +106,7 @@ def test_eap_ig_is_the_mean_slope_of_small_steps(ablation):
                     return ours.metric.oriented(logits, batch.prompts, batch.clean.logits).sum()
 
                 scores[unit] += (moved(step) - moved(-step)) / (2 * step)
-    found = eap_ig_units(EAPIG(steps=steps), ours)
+    found = attribution_units(EAPIG(steps=steps), ours)
     expected = scores / steps / len(PROMPTS)
     torch.testing.assert_close(found.scores.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -117,7 +119,7 @@ def _by_place(divided, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["nodes", "neurons"])
 def test_exact_scores_are_runs_without_one_unit(kind):
     ours = objective("gpt2", UnitsConfig(kind, layers=[1]))
-    found = exact_units(None, ours)
+    found = exact(Exact(), ours)
     ones = torch.ones(ours.space.shape)
     for unit in range(ours.space.n_units):
         mask = ones.clone()
@@ -157,9 +159,11 @@ def test_scores_by_position_add_up():
     engine = Engine(tiny.gpt2(), n_positions=6)
     by_position = objective(engine, UnitsConfig("neurons"), prompts=prompts)
     whole = objective(Engine(tiny.gpt2()), UnitsConfig("neurons"), prompts=prompts)
-    scores = eap_units(EAP(), by_position).scores
+    scores = attribution_units(EAP(), by_position).scores
     assert scores.shape == (96, 6) and int((scores.abs().max(0).values > 0).sum()) > 1
-    torch.testing.assert_close(scores.sum(1), eap_units(EAP(), whole).scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        scores.sum(1), attribution_units(EAP(), whole).scores, atol=1e-5, rtol=1e-4
+    )
     nodes = objective(engine, UnitsConfig("nodes"), prompts=prompts)
     kept = acdc_units(ACDC(tau=0.1), nodes).kept
     assert kept is not None and kept.shape == (9, 6) and 0 < int(kept.sum()) < 54
@@ -168,21 +172,21 @@ def test_scores_by_position_add_up():
 def test_what_cannot_be_found_is_refused():
     flat = objective("gpt2", UnitsConfig("nodes"), "kl")
     with pytest.raises(ValueError, match="metric=kl has zero gradient at the clean run"):
-        eap_units(EAP(), flat)
+        attribution_units(EAP(), flat)
     with pytest.raises(ValueError, match="steps=0, but at least 1"):
-        eap_ig_units(EAPIG(steps=0), flat)
+        attribution_units(EAPIG(steps=0), flat)
     with pytest.raises(ValueError, match="metric=accuracy has no gradient"):
-        eap_units(EAP(), objective("gpt2", UnitsConfig("nodes"), "accuracy"))
+        attribution_units(EAP(), objective("gpt2", UnitsConfig("nodes"), "accuracy"))
     with pytest.raises(ValueError, match="tau=0, but it must be above 0"):
         acdc_units(ACDC(tau=0), flat)
 
 
 def test_too_many_units_for_exact_scores_are_refused(monkeypatch):
-    monkeypatch.setattr("circuits.discovery.over_units.MOST_RUNS", 6)
+    monkeypatch.setattr(sys.modules["circuits.discovery.exact"], "MOST_RUNS", 6)
     with pytest.raises(
         ValueError, match="7 units take as many runs, more than 6; use method=eap_ig"
     ):
-        exact_units(None, objective("gpt2", UnitsConfig("nodes")))
+        exact(Exact(), objective("gpt2", UnitsConfig("nodes")))
 
 
 def test_an_ablation_of_something_else_is_refused():

@@ -328,6 +328,10 @@ def measured(request) -> dict[str, tuple[int, int]]:
                 count * (size.present + size.masked(4)) + 4 * size.mask,
             ),
             "attribution": (peak(lambda: eap_ig(EAPIG(steps=1), ours)), count * size.attribution),
+            "attribution by a rule": (
+                peak(lambda: eap_ig(EAPIG(steps=1, rule="gim"), ours)),
+                count * size.attribution,
+            ),
             "explanation": (peak(explanation), count * size.explanation),
             "training": (
                 training(1),
@@ -366,6 +370,7 @@ WORK = [
     "4 masks",
     "removals",
     "attribution",
+    "attribution by a rule",
     "explanation",
     "training",
     "departure",

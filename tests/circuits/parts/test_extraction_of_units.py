@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
-from circuits.discovery import ACDC, EAP, EAPIG, METHODS, eap_ig_units
+from circuits.discovery import ACDC, EAP, EAPIG, METHODS, attribution_units
 from circuits.engine import Engine
 from circuits.extraction import extract
 from circuits.faithfulness import faithfulness_scale
@@ -47,7 +47,7 @@ def test_an_extraction_is_attribution_selection_and_evaluation():
     divided = divide(ENGINE, UnitsConfig("neurons"))
     fitted = fit_ablation(AblationConfig("counterfactual"), ENGINE, DISCOVERY, source=divided)
     objective = prepare_units(divided, DISCOVERY, METRICS["kl"], fitted)
-    scores = eap_ig_units(EAPIG(), objective).scores
+    scores = attribution_units(EAPIG(), objective).scores
     torch.testing.assert_close(circuit.scores, scores)
     best = scores.abs().topk(30).indices  # by |score|, as signs carry nothing by kl
     assert set(best.tolist()) == set(circuit.kept.nonzero()[:, 0].tolist())
