@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +17,20 @@ from torch import Tensor
 
 from circuits.ablation.source import WRITERS, Source
 from circuits.engine.engine import Engine
-from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint
 from circuits.prompts.prompts import Prompts
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class AblationConfig:
+    """What removed edges carry."""
+
+    # zero, mean, positional_mean, counterfactual, resample or optimal
+    name: str = "counterfactual"
+    seed: int = 0  # of the donors' draw, for resample; of what is drawn in training, for optimal
+    steps: int = 300  # of the training, for optimal
 
 
 class Ablation(ABC):
@@ -38,8 +48,8 @@ class Ablation(ABC):
         cls,
         engine: Engine,
         reference: Prompts,
+        config: AblationConfig,
         *,
-        seed: int,
         memory: str,
         source: Source = WRITERS,
     ) -> Ablation:
@@ -62,9 +72,12 @@ class Ablation(ABC):
         Of an ablation that was fitted to another source it is what that reads.
         """
 
-    def values(self, engine: Engine, prompts: Prompts) -> Ablated:
-        """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError."""
-        return engine.ablated(self.writers(engine, prompts))
+    def values(self, engine: Engine, prompts: Prompts) -> Any:
+        """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError.
+
+        Of an ablation that was fitted to another source, ready for runs under masks of that.
+        """
+        return self.source.prepared(engine, self.writers(engine, prompts))
 
     def shared_bytes(self, size: Footprint) -> int:
         """What its values and a mask take in a run, however many prompts there are."""

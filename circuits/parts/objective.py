@@ -119,7 +119,7 @@ def prepare_units(
     prompts = able_prompts(ablation, prompts)
     budget, size = parse_memory(memory), footprint(divided.engine, prompts)
     tokens, numbers = size.tokens, divided.token_bytes
-    each = _masked(divided, size) + max(0, size.attribution - size.plain) + numbers * tokens
+    each = divided.gradient(size)
     shared = 0 if ablation.per_prompt else numbers * tokens
     work = budget // 2 if each + shared <= budget // 2 else budget
     parts = tuple(prompts.batches(most_prompts(prompts, each, work, shared)))
@@ -144,5 +144,5 @@ def _masked(divided: Divided, size: Footprint) -> int:
 def _prepared(divided: Divided, prompts: Prompts, ablation: Ablation) -> UnitBatch:
     engine = divided.engine
     prompts = prompts.to(engine.device)
-    ablated = ablation.writers(engine, prompts)[0]
+    ablated = ablation.values(engine, prompts)
     return UnitBatch(prompts, UnitClean(engine.logits(prompts)), ablated)
