@@ -113,6 +113,7 @@ def extract(
     found, kept, cost = _discover(objective, method, selection)
     splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
+    fitted = (found.ablation or fitted).refined(engine, discovery, kept, memory=memory)
     used = {"discovery": discovery, "evaluation": evaluation}
     how = {
         "method": asdict(method),

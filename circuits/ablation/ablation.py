@@ -79,6 +79,12 @@ class Ablation(ABC):
         """
         return self.source.prepared(engine, self.writers(engine, prompts))
 
+    def refined(
+        self, engine: Engine, prompts: Prompts, kept: Bool[Tensor, "*E"], *, memory: str = "2GB"
+    ) -> Ablation:
+        """The ablation for a circuit that was found on the prompts; most are as good for all."""
+        return self
+
     def shared_bytes(self, size: Footprint) -> int:
         """What its values and a mask take in a run, however many prompts there are."""
         return size.shared(self.per_prompt) + size.mask

@@ -154,9 +154,17 @@ class Optimal(Ablation):
 
     def at(self, moved: Float[Tensor, "W T D"]) -> Optimal:
         """Constants that are moved, in units of their scale."""
-        constants = self.constants + moved * self.scale
-        by_position, source = self.by_position, self.source
-        return Optimal(constants, self.scale, self.config, by_position=by_position, source=source)
+        return self.like(self.constants + moved * self.scale, self.scale)
+
+    def like(self, constants: Float[Tensor, "W T D"], scale: Float[Tensor, "W 1 D"]) -> Optimal:
+        """The same with other constants."""
+        own = {"by_position": self.by_position, "source": self.source}
+        return Optimal(constants, scale, self.config, **own)
+
+    @property
+    def training_bytes(self) -> int:
+        """What training holds of the constants, however many prompts there are."""
+        return COPIES * self.constants.nbytes
 
     # ---- on disk ---------------------------------------------------------------------------------
 
@@ -262,7 +270,7 @@ class _Training:
     def _at_once(self) -> int:
         size = footprint(self.engine, self.prompts)
         each = self.start.source.gradient(size)
-        held = COPIES * self.start.constants.nbytes + 3 * size.shared(False)
+        held = self.start.training_bytes + 3 * size.shared(False)
         return most_prompts(self.prompts, each, parse_memory(self.memory), held)
 
 

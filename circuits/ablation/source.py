@@ -47,9 +47,9 @@ class Source(ABC):
 
     @abstractmethod
     def under(
-        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "B *E"], ablated: Any
+        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "*B_E"], ablated: Any
     ) -> Float[Tensor, "B P V"]:
-        """The logits of each prompt under a mask of its own, differentiable in both."""
+        """The logits of prompts under one mask, or each under its own; differentiable in both."""
 
     @abstractmethod
     def gradient(self, size: Footprint) -> int:
@@ -75,9 +75,10 @@ class Writers(Source):
         return engine.ablated(values)
 
     def under(
-        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "B *E"], ablated: Ablated
+        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "*B_E"], ablated: Ablated
     ) -> Float[Tensor, "B P V"]:
-        return engine.masked(prompts, masks, ablated, per_example=True, closed=True)
+        each = masks.ndim > engine.graph.exists.ndim
+        return engine.masked(prompts, masks, ablated, per_example=each, closed=True)
 
     def gradient(self, size: Footprint) -> int:
         return size.explanation

@@ -7,16 +7,22 @@ from circuits.discovery.attribution import EAP, EAPIG, eap, eap_ig
 from circuits.discovery.edge_pruning import EdgePruning, edge_pruning
 from circuits.discovery.method import Found, Method
 from circuits.discovery.over_units import acdc_units, eap_ig_units, eap_units, exact_units
-from circuits.discovery.subnetwork_probing import SubnetworkProbing, subnetwork_probing
-from circuits.discovery.ugs import UGS, ugs
+from circuits.discovery.subnetwork_probing import (
+    SubnetworkProbing,
+    subnetwork_probing,
+    subnetwork_probing_units,
+)
+from circuits.discovery.ugs import UGS, ugs, ugs_units
 
 METHODS = {
     "acdc": Method(ACDC, acdc, decides=True, over_units=acdc_units),
     "eap": Method(EAP, eap, needs_slope=True, over_units=eap_units),
     "eap_ig": Method(EAPIG, eap_ig, over_units=eap_ig_units),
     "edge_pruning": Method(EdgePruning, edge_pruning),
-    "subnetwork_probing": Method(SubnetworkProbing, subnetwork_probing),
-    "ugs": Method(UGS, ugs),
+    "subnetwork_probing": Method(
+        SubnetworkProbing, subnetwork_probing, over_units=subnetwork_probing_units
+    ),
+    "ugs": Method(UGS, ugs, over_units=ugs_units),
 }
 
 
@@ -59,5 +65,7 @@ __all__ = [
     "edge_pruning",
     "exact_units",
     "subnetwork_probing",
+    "subnetwork_probing_units",
     "ugs",
+    "ugs_units",
 ]

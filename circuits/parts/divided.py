@@ -95,9 +95,10 @@ class Divided(Source):
         return values[0]
 
     def under(
-        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "B U *S"], ablated: Tensor
+        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "*B_U_S"], ablated: Tensor
     ) -> Float[Tensor, "B P V"]:
-        return self.masked(prompts, masks, ablated, per_example=True)
+        each = masks.ndim > len(self.units.shape)
+        return self.masked(prompts, masks, ablated, per_example=each)
 
     def gradient(self, size: Footprint) -> int:
         return max(size.plain, size.attribution) + 7 * self.token_bytes * size.tokens

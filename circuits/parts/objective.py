@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation, able_prompts
 from circuits.engine.engine import Engine
-from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
+from circuits.engine.memory import GATES, Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import Metric
 from circuits.objective import Mask, Objective, prepared_within
 from circuits.parts.divided import Divided
@@ -92,6 +92,14 @@ class UnitBatches:
         """Under how many masks a batch can be run at once."""
         each = len(batch.prompts) * _masked(self.divided, self.footprint)
         return max(1, self.work // each)
+
+    def training(self) -> tuple[int, int]:
+        """Bytes that a step of a mask's training takes for each prompt, and besides."""
+        size, divided = self.footprint, self.divided
+        numbers, gates = divided.token_bytes * size.tokens, 4 * GATES * divided.units.n_parts
+        logits = size.element * size.scored * size.vocabulary
+        held = logits + gates + (numbers if self.ablation.per_prompt else 0)
+        return divided.gradient(size) + held, numbers + 2 * gates
 
     def logits(
         self, batch: UnitBatch, mask: Mask, first_layer: int = 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from circuits.gates import OVER, edge_shares, gate_shapes
+from circuits.gates import OVER, part_shares, gate_shapes
 from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
 
@@ -100,7 +100,7 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
         chance = math.prod(
             (s * own[n] + (1 - s) * (1 - own[n])).prod().item() for n, s in state.items()
         )
-        kept = (edge_shares(state, graph) > 0).bool()
+        kept = (part_shares(state, graph) > 0).bool()
         expected += chance * graph.without_dead_ends(kept)
     torch.testing.assert_close(drawn.float().mean(0), expected, atol=0.03, rtol=0)
 
