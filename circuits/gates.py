@@ -37,8 +37,8 @@ OVER: Mapping[str, tuple[str, ...]] = {
     "edges": ("edge",),
     "nodes": ("writer",),
     "edges_and_nodes": ("edge", "writer"),
-    "units": ("unit",),
 }
+OVER_UNITS: Mapping[str, tuple[str, ...]] = {"units": ("unit",)}
 
 
 def gate_shapes(space: Space, over: str) -> dict[str, tuple[int, ...]]:
@@ -50,10 +50,10 @@ def gate_shapes(space: Space, over: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: there is no such mask, or none of this graph or these units.
     """
-    able = [name for name in OVER if (name == "units") != isinstance(space, Graph)]
-    if over not in able:
-        raise ValueError(f"over={over!r}, but a mask of {space.noun} is over {', '.join(able)}")
-    return {kind: KINDS[kind](space) for kind in OVER[over]}
+    known = OVER if isinstance(space, Graph) else OVER_UNITS
+    if over not in known:
+        raise ValueError(f"over={over!r}, but a mask is over {', '.join(known)}")
+    return {kind: KINDS[kind](space) for kind in known[over]}
 
 
 def part_shares(gates: Gates, space: Space) -> Float[Tensor, "*B *E"]:

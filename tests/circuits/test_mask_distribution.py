@@ -122,7 +122,7 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
 )
 def test_what_is_no_mask_of_the_graph_is_refused(change, message):
     mask = random_mask(GRAPH, "edges")
-    fields = {"graph": GRAPH, "kind": mask.kind, "over": mask.over, "gates": mask.gates}
+    fields = {"space": GRAPH, "kind": mask.kind, "over": mask.over, "gates": mask.gates}
     with pytest.raises(ValueError, match=message):
         MaskDistribution(**{**fields, **change})
 
