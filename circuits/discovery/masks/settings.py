@@ -75,8 +75,9 @@ def final_size(config: MaskTraining, space: Space) -> float:
         )
     if (count := getattr(config, noun)) is not None:
         if not 1 <= count < space.n_parts:
+            whole = "graph" if noun == "edges" else "model"
             raise ValueError(
-                f"method.{noun}={count}, but it must be 1 to {space.n_parts - 1}: there are "
+                f"method.{noun}={count}, but it must be 1 to {space.n_parts - 1}: the {whole} has "
                 f"{space.n_parts} {noun}"
             )
         return float(count)

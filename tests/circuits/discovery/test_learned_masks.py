@@ -514,8 +514,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_the_last_good_mask_is_kept
 ):
     real = training._backward
 
-    def breaking(trainer, gates, step):
-        lost = real(trainer, gates, step)
+    def breaking(trainer, gates, step, constants):
+        lost = real(trainer, gates, step, constants)
         if step < 30:
             return lost
         if broken == "gradient":
