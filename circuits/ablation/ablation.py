@@ -38,6 +38,7 @@ class Ablation(ABC):
 
     name: ClassVar[str]
     per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
+    learned: ClassVar[bool] = False  # whether it was trained, so that a run keeps its `state`
     any_source: ClassVar[bool] = False  # whether it can take values of other things than writers
 
     def __init__(self, source: Source = WRITERS) -> None:

@@ -67,6 +67,7 @@ class Optimal(Ablation):
     """Trained constants."""
 
     name = "optimal"
+    learned = True
     any_source = True
 
     def __init__(
@@ -177,15 +178,18 @@ class Optimal(Ablation):
         constants, scale = (state[name].to(engine.device) for name in ("constants", "scale"))
         by_position = bool(state["by_position"])
         rows, numbers = WRITERS.shape(engine)
-        known = engine.graph.n_positions if by_position else min(constants.shape[1], 2)
-        if constants.shape != (rows, known, numbers) or scale.shape != (rows, 1, numbers):
+        known = (engine.graph.n_positions,) if by_position else (1, 2)
+        if constants.shape not in [(rows, one, numbers) for one in known]:
+            at = f" at {known[0]} positions" if by_position else ""
             raise ValueError(
-                f"constants of shape {tuple(constants.shape)}, but the model has {rows} writers of "
-                f"{numbers} numbers"
-                + (f" at {engine.graph.n_positions} positions" if by_position else "")
+                f"constants of ablation=optimal have shape {tuple(constants.shape)}, but the model "
+                f"has {rows} writers of {numbers} numbers{at}"
             )
-        if not constants.isfinite().all():
-            raise ValueError("the constants of ablation=optimal are not finite")
+        if scale.shape != (rows, 1, numbers) or not (constants.isfinite() & scale.isfinite()).all():
+            raise ValueError(
+                "constants of ablation=optimal, and their scale, must be finite numbers of each "
+                "writer"
+            )
         return cls(constants, scale, AblationConfig(cls.name), by_position=by_position)
 
 
