@@ -38,8 +38,8 @@ class Constants:
     moved: Float[Tensor, "W T D"]
 
     def now(self) -> Optimal:
-        """The ablation, differentiable in `moved` while gradients are taken."""
-        return self.start.at(self.moved if torch.is_grad_enabled() else self.moved.detach())
+        """The ablation, differentiable in `moved`."""
+        return self.start.at(self.moved)
 
 
 @dataclass

@@ -297,6 +297,7 @@ def _stop(config: MaskTraining, state: State, point: Point) -> None:
     )
 
 
+@torch.no_grad()
 def _found(trainer: Trainer, state: State) -> Found:
     """The ranking by all that was kept, and the circuit of a size that was asked for."""
     config, space = trainer.config, trainer.objective.space
