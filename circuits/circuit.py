@@ -22,15 +22,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
-from circuits.files import own_file, read_json, read_tensors, write_tensors, write_text
+from circuits.circuit_files import (
+    TRAINED,
+    check_finite,
+    circuit_file,
+    drawn_masks,
+    said,
+    stored_mask,
+    stored_scores,
+    told_mask,
+)
+from circuits.files import own_file, read_json, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, grouped, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.names import edge_name
 
 FORMAT = 1
-TRAINED, LOG_ALPHA = "trained_mask", "log_alpha."  # what the files call a trained mask
 MOST_CELLS = 2**31  # of a mask of readers by writers (by positions)
 MOST_SCORE = torch.finfo(torch.float32).max
 
@@ -188,15 +196,8 @@ class Circuit:
         Raises:
             ValueError: it was found by no learned mask, or n is under 1.
         """
-        if self.trained is None:
-            raise ValueError(
-                f"the circuit has no trained mask to draw from (method={self.says('method')!r}): "
-                "find it by edge_pruning, subnetwork_probing or ugs"
-            )
-        return [
-            replace(self, kept=kept, about={**self.about, "sample": {"seed": seed, "draw": draw}})
-            for draw, kept in enumerate(self.trained.sample(n, seed))
-        ]
+        drawn = drawn_masks(self, n, seed)
+        return [replace(self, kept=kept, about=about) for kept, about in drawn]
 
     def networkx(self) -> nx.MultiDiGraph:
         """The kept edges as a graph between nodes, keyed by reader, each with its `score`."""
@@ -213,16 +214,14 @@ class Circuit:
         check_finite("edge", self.edges)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        mask, gates = told_mask(self.trained)
         data = {
             "format": FORMAT,
             **self.about,
             "graph": self.graph.to_json(),
             "edges": [{"edge": name, "score": score} for name, score in self.edges],
-        } | {"format": FORMAT}  # whatever `about` says
-        tensors = {"scores": self.scores}
-        if self.trained is not None:
-            data[TRAINED] = {"kind": self.trained.kind, "over": self.trained.over}
-            tensors |= {f"{LOG_ALPHA}{name}": own for name, own in self.trained.gates.items()}
+        } | {"format": FORMAT, **mask}  # whatever `about` says
+        tensors = {"scores": self.scores, **gates}
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
         write_text(folder / "circuit.json", text)
         write_tensors(folder / "scores.safetensors", tensors)
@@ -257,10 +256,8 @@ class Circuit:
         circuit = replace(circuit, about=about)
         if foreign or not tensors.is_file():
             return circuit
-        circuit = replace(circuit, scores=stored_scores(tensors, path, circuit))
-        return (
-            circuit if mask is None else replace(circuit, trained=_trained(tensors, circuit, mask))
-        )
+        scores = stored_scores(tensors, path, circuit)
+        return replace(circuit, scores=scores, trained=stored_mask(tensors, circuit.graph, mask))
 
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:
@@ -313,19 +310,3 @@ def _check_size(graph: Graph) -> None:
             f"its graph has {readers} readers and {writers} writers at {graph.n_positions or 1} "
             f"positions, more than the {MOST_CELLS} pairs that can be held"
         )
-
-
-def _trained(path: Path, circuit: Circuit, mask: Any) -> MaskDistribution:
-    """The trained mask beside a circuit."""
-    gates = {
-        name.removeprefix(LOG_ALPHA): tensor
-        for name, tensor in read_tensors(path).items()
-        if name.startswith(LOG_ALPHA)
-    }
-    try:
-        kind, over = (str(mask[name]) for name in ("kind", "over"))
-        return MaskDistribution(circuit.graph, kind, over, gates)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no mask of {TRAINED} in circuit.json: {error}; restore it, or delete it"
-        ) from error

@@ -6,7 +6,7 @@ Shapes: `*E` the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.files import own_file, read_tensors
+from circuits.mask_distribution import MaskDistribution
 from circuits.space import Space
+
+TRAINED, LOG_ALPHA = "trained_mask", "log_alpha."  # what the files call a trained mask
 
 
 def said(about: Mapping[str, Any], field_name: str) -> str:
@@ -53,6 +56,10 @@ class Scored(Protocol):
     def kept(self) -> Bool[Tensor, "*E"]: ...
     @property
     def scores(self) -> Float[Tensor, "*E"]: ...
+    @property
+    def about(self) -> Mapping[str, Any]: ...
+    @property
+    def trained(self) -> MaskDistribution | None: ...
 
 
 def stored_scores(path: Path, beside: Path, circuit: Scored) -> Tensor:
@@ -84,3 +91,48 @@ def stored_scores(path: Path, beside: Path, circuit: Scored) -> Tensor:
             "circuit.json"
         )
     return scores
+
+
+# ---- trained masks -------------------------------------------------------------------------------
+
+
+def told_mask(mask: MaskDistribution | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `circuit.json` and `scores.safetensors` say of a trained mask; nothing where none is."""
+    if mask is None:
+        return {}, {}
+    tensors = {f"{LOG_ALPHA}{name}": own for name, own in mask.gates.items()}
+    return {TRAINED: {"kind": mask.kind, "over": mask.over}}, tensors
+
+
+def stored_mask(path: Path, space: Space, told: Any) -> MaskDistribution | None:
+    """The trained mask beside scores; ValueError where it is not what `circuit.json` tells."""
+    if told is None:
+        return None
+    gates = {
+        name.removeprefix(LOG_ALPHA): tensor
+        for name, tensor in read_tensors(path).items()
+        if name.startswith(LOG_ALPHA)
+    }
+    try:
+        kind, over = (str(told[name]) for name in ("kind", "over"))
+        return MaskDistribution(space, kind, over, gates)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no mask of {TRAINED} in circuit.json: {error}; restore it, or delete it"
+        ) from error
+
+
+def drawn_masks(circuit: Scored, count: int, seed: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Circuits drawn from a circuit's trained mask: what each keeps, and what `about` says of it.
+
+    Raises:
+        ValueError: it was found by no learned mask, or the count is under 1.
+    """
+    if circuit.trained is None:
+        raise ValueError(
+            "the circuit has no trained mask to draw from "
+            f"(method={said(circuit.about, 'method')!r}): find it by edge_pruning, "
+            "subnetwork_probing or ugs"
+        )
+    for draw, kept in enumerate(circuit.trained.sample(count, seed)):
+        yield kept, {**circuit.about, "sample": {"seed": seed, "draw": draw}}

@@ -122,6 +122,7 @@ def extract(
         cost["exact"] = agreement(objective, found.scores, exact_sample, seed)
     splits = {"discovery": _split(objective.batches.whole), "evaluation": _split(evaluation)}
     del objective  # what it has prepared makes room
+    fitted = (found.ablation or fitted).refined(engine, discovery, kept, memory=memory)
     used = {"discovery": discovery, "evaluation": evaluation}
     how = {
         "method": asdict(method),

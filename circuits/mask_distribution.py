@@ -13,7 +13,7 @@ In both a gate is above 1/2 with probability sigmoid(theta): so often a circuit 
 open, and so it counts in a mask's size.  (Louizos et al. count P(z > 0) = sigmoid(theta - T
 log(-a / b)), which also counts what is hardly open.)
 
-Shapes: writers W, readers R; `*S` positions, where the graph tells edges apart by position.
+Shapes: `*E` the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.gates import edge_shares, gate_shapes
-from circuits.graph import Graph
+from circuits.gates import part_shares, gate_shapes
+from circuits.space import Space
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete
 LEAST = 1e-6  # the narrowest window, and how near to 0 and 1 uniform numbers may be
@@ -54,6 +54,7 @@ KINDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 class MaskDistribution:
     """A trained mask: the parameters of its gates.
 
+    >>> from circuits.graph import Graph
     >>> graph = Graph(n_layers=1, n_heads=1)
     >>> shapes = gate_shapes(graph, "edges")
     >>> gates = {kind: torch.full(shape, 9.0) for kind, shape in shapes.items()}
@@ -62,10 +63,10 @@ class MaskDistribution:
     (8, 8)
 
     Raises:
-        ValueError: no such distribution or units, or gates of other shapes, or not finite.
+        ValueError: no such distribution or mask, or gates of other shapes, or not finite.
     """
 
-    graph: Graph
+    space: Space
     kind: str  # of `KINDS`
     over: str  # of `circuits.gates.OVER`
     gates: Mapping[str, Tensor]  # theta of each gate, by its kind
@@ -73,7 +74,7 @@ class MaskDistribution:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"a distribution {self.kind!r}, but there are {', '.join(KINDS)}")
-        shapes = gate_shapes(self.graph, self.over)
+        shapes = gate_shapes(self.space, self.over)
         given = {name: tuple(theta.shape) for name, theta in self.gates.items()}
         if given != shapes:
             raise ValueError(
@@ -84,16 +85,16 @@ class MaskDistribution:
         if not all(theta.isfinite().all() for theta in self.gates.values()):
             raise ValueError("the parameters of a trained mask are not finite")
 
-    def probabilities(self) -> Float[Tensor, "R W *S"]:
-        """How often each edge is in a circuit that is drawn, dead ends included."""
+    def probabilities(self) -> Float[Tensor, "*E"]:
+        """How often each edge (or unit) is in a circuit that is drawn, dead ends included."""
         open_gates = {name: theta.sigmoid() for name, theta in self.gates.items()}
-        return edge_shares(open_gates, self.graph)
+        return part_shares(open_gates, self.space)
 
     def size(self) -> float:
-        """How many edges a circuit that is drawn has on average, dead ends included."""
+        """How many edges (or units) a circuit that is drawn has on average, dead ends included."""
         return self.probabilities().double().sum().item()
 
-    def sample(self, count: int, seed: int) -> Bool[Tensor, "n R W *S"]:
+    def sample(self, count: int, seed: int) -> Bool[Tensor, "n *E"]:
         """Draws circuits, without dead ends; ValueError for fewer than 1."""
         if count < 1:
             raise ValueError(f"n={count}, but at least 1 circuit can be drawn")
@@ -104,6 +105,6 @@ class MaskDistribution:
                 name: torch.rand(theta.shape, generator=generator) < theta.cpu().sigmoid()
                 for name, theta in self.gates.items()
             }
-            kept = edge_shares(gates, self.graph).bool()
-            drawn.append(self.graph.without_dead_ends(kept))
+            kept = part_shares(gates, self.space).bool()
+            drawn.append(self.space.without_dead_ends(kept))
         return torch.stack(drawn)

@@ -1,18 +1,20 @@
-"""Any prompts of an objective, with what is prepared of them: a minibatch.
+"""Any prompts of an objective, of edges or of units, with what is prepared of them: a minibatch.
 
-Shapes: prompts B, scored positions P, vocabulary V, writers W, positions S, d_model D.
+Shapes: prompts B, scored positions P, vocabulary V, positions S; rows of tensors b, numbers of
+each D.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.engine.masked import Ablated
-from circuits.objective import Batches
+from circuits.objective import Runs
 from circuits.prompts import Prompts
 
 
@@ -21,12 +23,12 @@ class Minibatch:
     """Some prompts with the model's logits and the ablated values on them."""
 
     prompts: Prompts
-    ablated: Ablated
+    ablated: Any  # as `Ablation.values` gives them
     logits: Float[Tensor, "B P V"]
 
 
 @torch.no_grad()
-def minibatch(batches: Batches, rows: Int[Tensor, "B"]) -> Minibatch:
+def minibatch(batches: Runs, rows: Int[Tensor, "B"]) -> Minibatch:
     """Returns the prompts at `rows` of all of them, in ascending order; a row may be there twice.
 
     What is prepared is copied, and the rest, where memory did not hold it, made anew.
@@ -55,15 +57,18 @@ def minibatch(batches: Batches, rows: Int[Tensor, "B"]) -> Minibatch:
     return Minibatch(prompts, _joined([part for part in values if part is not None]), joined)
 
 
-def _parts(ablated: Ablated, rows: Int[Tensor, "b"], width: int) -> list[Tensor]:
+def _parts(ablated: Ablated | Tensor, rows: Int[Tensor, "b"], width: int) -> list[Tensor]:
+    if isinstance(ablated, Tensor):
+        return [_at(ablated, rows, width)]
     parts = [ablated.writers, ablated.base]
     parts += [] if ablated.unread is None else [ablated.unread]
     return [_at(part, rows, width) for part in parts]
 
 
-def _joined(values: list[list[Tensor]]) -> Ablated:
+def _joined(values: list[list[Tensor]]) -> Ablated | Tensor:
     columns = zip(*values, strict=True)
-    return Ablated(*(own[0] if len(own) == 1 else torch.cat(own, -3) for own in columns))
+    parts = [own[0] if len(own) == 1 else torch.cat(own, -3) for own in columns]
+    return parts[0] if len(parts) == 1 else Ablated(*parts)
 
 
 def _at(values: Float[Tensor, "*k B S D"], rows: Int[Tensor, "b"], width: int) -> Tensor:

@@ -51,12 +51,18 @@ class Runs(Protocol):
     def kept(self) -> tuple[Any, ...]: ...
     @property
     def space(self) -> Space: ...
+    @property
+    def work(self) -> int: ...
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 
     def masks_at_once(self, batch: Any) -> int:
         """Under how many masks a batch can be run at once."""
+        ...
+
+    def training(self) -> tuple[int, int]:
+        """Bytes that a step of a mask's training takes for each prompt, and besides."""
         ...
 
     def logits(self, batch: Any, mask: Mask, first_layer: int) -> Float[Tensor, "*K_B_P_V"]:
@@ -141,6 +147,11 @@ class Batches:
         prompts, footprint = len(batch.prompts), self.footprint
         left = self.work - _held(footprint, self.ablation, prompts)
         return max(1, left // (prompts * footprint.masked() + footprint.mask))
+
+    def training(self) -> tuple[int, int]:
+        """Bytes that a step of a mask's training takes for each prompt, and besides."""
+        size, own = self.footprint, self.ablation.per_prompt
+        return size.training(own), size.shared(own) + size.parameters
 
     def logits(self, batch: Batch, mask: Mask, first_layer: int) -> Float[Tensor, "*K_B_P_V"]:
         """The logits of one batch at its scored positions when the model runs under the mask(s)."""

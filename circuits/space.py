@@ -29,6 +29,10 @@ class Space(ABC):
         """How many there are."""
 
     @abstractmethod
+    def to_json(self) -> dict:
+        """What tells it apart from others, as JSON can say it."""
+
+    @abstractmethod
     def part_name(self, *index: int) -> str:
         """The name of the part at an index."""
 

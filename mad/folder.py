@@ -1,6 +1,7 @@
 """A run folder: what is in it, whether it may be written, and reading it back with its model.
 
 DIR/circuit.json, scores.safetensors    the circuit
+DIR/ablation.safetensors                constants that were trained for it, with ablation=optimal
 DIR/metrics.json                        its figures
 DIR/evaluation.json                     all its figures, if `madcap evaluate` was run
 DIR/splits.json                         a hash of every trusted prompt, by its part
@@ -13,6 +14,7 @@ A folder may be a stranger's: docs/run-folders.md says what is and is not done f
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,9 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from circuits.ablation import ABLATIONS, Ablation, restore_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.files import own_file, read_json
+from circuits.files import own_file, read_json, read_tensors
 from circuits.model.load import LoadedModel, load_model
 from mad.calibration import Calibrated
 from mad.detector import Context
@@ -32,6 +35,8 @@ from mad.known_models import remember
 from mad.model_reference import Reference
 from mad.saved_detector import check_weights, detectors_in, load_detector
 from mad.staging import Staged, staged
+
+log = logging.getLogger(__name__)
 
 _PICTURES = {
     "circuit": "svg png pdf",
@@ -42,7 +47,15 @@ _PICTURES = {
 }
 PICTURES = [f"{stem}.{form}" for stem, forms in _PICTURES.items() for form in forms.split()]
 EVALUATION = "evaluation.json"  # what `madcap evaluate` adds
-RUN_FILES = ("circuit.json", "scores.safetensors", "metrics.json", "splits.json", "config.yaml")
+ABLATION = "ablation.safetensors"
+RUN_FILES = (
+    "circuit.json",
+    "scores.safetensors",
+    ABLATION,
+    "metrics.json",
+    "splits.json",
+    "config.yaml",
+)
 RESERVED = "reserved"  # room on the disk for the circuit, held while it is looked for
 DEFAULT_DETECTOR = "fast"  # where a run has several, and none is named
 
@@ -117,6 +130,26 @@ class Opened:
                 f"{self.folder} has several detectors; choose detector={'|'.join(names)}"
             )
         return names[0] if len(names) == 1 else DEFAULT_DETECTOR
+
+    def ablation(self) -> Ablation | None:
+        """The constants that were trained for the circuit; None where its ablation has none.
+
+        Raises:
+            ValueError: they cannot be read, or are of another model.
+        """
+        name = self.circuit.says("ablation")
+        if name not in ABLATIONS or not ABLATIONS[name].learned:
+            return None
+        path = own_file(self.folder, ABLATION)
+        if not path.is_file():
+            log.warning("there is no %s, so that ablation=%s is trained anew", path, name)
+            return None
+        try:
+            return restore_ablation(name, self.engine, read_tensors(path))
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); extract again, or delete it"
+            ) from error
 
     def used(self) -> dict[str, list[str]]:
         """Hashes of the prompts that the circuit was found and measured on; errors as `splits`."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from circuits.ablation import ABLATIONS
+from circuits.ablation import ABLATIONS, Ablation
 from circuits.circuit import Circuit
 from circuits.evaluation.evaluate import Effort, evaluate
 from circuits.metrics import metric_named
@@ -57,14 +57,17 @@ def measure(
     """
     known = None if against is None else _of_its_graph(against, opened.circuit)
     prompts = run_prompts(opened, trusted)
+    own = ablation in (None, opened.circuit.says("ablation"))
+    fitted = opened.ablation() if own else None
     return evaluate(
         opened.circuit,
         opened.engine,
         prompts.evaluation,
-        discovery=_discovery(prompts, effort, ablation or opened.circuit.says("ablation")),
+        discovery=_discovery(prompts, effort, ablation or opened.circuit.says("ablation"), fitted),
         against=known,
         metric=metric,
         ablation=ablation,
+        fitted=fitted,
         effort=effort,
         seed=seed,
         memory=memory,
@@ -78,7 +81,9 @@ def _of_its_graph(against: str, circuit: Circuit) -> Circuit:
         raise ValueError(f"against={against}: {error}") from error
 
 
-def _discovery(prompts: RunPrompts, effort: Effort, ablation: str) -> Prompts | None:
+def _discovery(
+    prompts: RunPrompts, effort: Effort, ablation: str, fitted: Ablation | None
+) -> Prompts | None:
     """The prompts that the circuit was found on; without them those measured have to do."""
     if prompts.discovery is not None:
         return prompts.discovery
@@ -87,7 +92,7 @@ def _discovery(prompts: RunPrompts, effort: Effort, ablation: str) -> Prompts | 
             f"redraws={effort.redraws} needs the prompts that the circuit was found on, which "
             "cannot be had; give redraws=0"
         )
-    if ablation not in ("counterfactual", "zero"):
+    if fitted is None and ablation not in ("counterfactual", "zero"):
         log.warning("ablation=%s is fitted on the prompts that are measured", ablation)
     return None
 

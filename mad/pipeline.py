@@ -13,7 +13,7 @@ from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.extraction import EXACT_SAMPLE, Extraction, extract
 from circuits.faithfulness import faithfulness_scale
-from circuits.files import write_json
+from circuits.files import write_json, write_tensors
 from circuits.metrics import metric_named
 from circuits.model.load import LoadedModel
 from circuits.objective import prepare
@@ -24,7 +24,7 @@ from circuits.selection import Selection
 from mad.calibration import Calibrated, fit, sequence_hashes
 from mad.detector import Context
 from mad.detectors import Fast
-from mad.folder import RESERVED, staged_run, write_config
+from mad.folder import ABLATION, RESERVED, staged_run, write_config
 from mad.known_models import recorded
 from mad.model_reference import model_reference
 from mad.preparation import Prepared, check_settings, metric_of, prepare_run
@@ -127,6 +127,8 @@ def make_run(config: RunConfig) -> Run:
         prepared = prepare_run(config)
         extraction = _extracted(config, prepared, place)
         _write_figures(config, prepared, extraction, place.folder)
+        if extraction.ablation.learned:
+            write_tensors(place.folder / ABLATION, extraction.ablation.state())
         try:
             calibrated = _calibrated(config, prepared, extraction, place.folder)
         except ValueError as error:

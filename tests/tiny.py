@@ -8,6 +8,7 @@ import random
 
 import torch
 
+from circuits.ablation import ABLATIONS
 from circuits.engine import Engine
 from circuits.model.load import LoadedModel, from_bridge, from_module
 from circuits.prompts import Prompts, prompts_from_records
@@ -18,6 +19,8 @@ from tests.modules import (
     llama_module,
     scaled_up,
 )
+
+UNTRAINED = tuple(name for name, kind in ABLATIONS.items() if not kind.learned)
 
 
 def from_tokens(

@@ -6,6 +6,7 @@
     positional_mean   the mean at each position
     counterfactual    the writer's value on the prompt's own corrupt twin
     resample          the writer's value on another prompt of the reference set, drawn at random
+    optimal           a constant, trained so that circuits are as near to the model as can be
 
 Means leave padding out.  Fit once on a reference set, then ask for the values on each batch.
 """
@@ -13,12 +14,12 @@ Means leave padding out.  Fit once on a reference set, then ask for the values o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from circuits.ablation.ablation import Ablation, able_prompts
+from circuits.ablation.ablation import Ablation, AblationConfig, able_prompts
 from circuits.ablation.means import Mean, PositionalMean
+from circuits.ablation.optimal import Optimal
 from circuits.ablation.runs import Counterfactual, Resample
 from circuits.ablation.source import WRITERS, Source
 from circuits.ablation.zero import Zero
@@ -26,7 +27,7 @@ from circuits.engine.engine import Engine
 from circuits.prompts.prompts import Prompts
 
 ABLATIONS: dict[str, type[Ablation]] = {
-    kind.name: kind for kind in (Zero, Mean, PositionalMean, Counterfactual, Resample)
+    kind.name: kind for kind in (Zero, Mean, PositionalMean, Counterfactual, Resample, Optimal)
 }
 
 __all__ = [
@@ -37,14 +38,6 @@ __all__ = [
     "fit_ablation",
     "restore_ablation",
 ]
-
-
-@dataclass
-class AblationConfig:
-    """What removed edges carry."""
-
-    name: str = "counterfactual"  # zero, mean, positional_mean, counterfactual or resample
-    seed: int = 0  # of the donors' draw, for resample
 
 
 def fit_ablation(
@@ -61,14 +54,12 @@ def fit_ablation(
         ValueError: there is none such, or none for such a source.
     """
     kind = _kind(config.name)
-    if source is WRITERS:
-        return kind.fit(engine, reference, seed=config.seed, memory=memory)
-    if not kind.any_source:
+    if source is not WRITERS and not kind.any_source:
         able = ", ".join(name for name, other in ABLATIONS.items() if other.any_source)
         raise ValueError(
             f"ablation={config.name} has values for edges only; use units=edges, or ablation={able}"
         )
-    return kind.fit(engine, reference, seed=config.seed, memory=memory, source=source)
+    return kind.fit(engine, reference, config, memory=memory, source=source)
 
 
 def restore_ablation(name: str, engine: Engine, state: Mapping[str, Tensor]) -> Ablation:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +17,20 @@ from torch import Tensor
 
 from circuits.ablation.source import WRITERS, Source
 from circuits.engine.engine import Engine
-from circuits.engine.masked import Ablated
 from circuits.engine.memory import Footprint
 from circuits.prompts.prompts import Prompts
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class AblationConfig:
+    """What removed edges carry."""
+
+    # zero, mean, positional_mean, counterfactual, resample or optimal
+    name: str = "counterfactual"
+    seed: int = 0  # of the donors' draw, for resample; of what is drawn in training, for optimal
+    steps: int = 300  # of the training, for optimal
 
 
 class Ablation(ABC):
@@ -28,6 +38,7 @@ class Ablation(ABC):
 
     name: ClassVar[str]
     per_prompt: ClassVar[bool] = False  # whether each prompt has values of its own
+    learned: ClassVar[bool] = False  # whether it was trained, so that a run keeps its `state`
     any_source: ClassVar[bool] = False  # whether it can take values of other things than writers
 
     def __init__(self, source: Source = WRITERS) -> None:
@@ -38,8 +49,8 @@ class Ablation(ABC):
         cls,
         engine: Engine,
         reference: Prompts,
+        config: AblationConfig,
         *,
-        seed: int,
         memory: str,
         source: Source = WRITERS,
     ) -> Ablation:
@@ -62,9 +73,18 @@ class Ablation(ABC):
         Of an ablation that was fitted to another source it is what that reads.
         """
 
-    def values(self, engine: Engine, prompts: Prompts) -> Ablated:
-        """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError."""
-        return engine.ablated(self.writers(engine, prompts))
+    def values(self, engine: Engine, prompts: Prompts) -> Any:
+        """What removed edges carry on these prompts, ready for `Engine.masked`, or ValueError.
+
+        Of an ablation that was fitted to another source, ready for runs under masks of that.
+        """
+        return self.source.prepared(engine, self.writers(engine, prompts))
+
+    def refined(
+        self, engine: Engine, prompts: Prompts, kept: Bool[Tensor, "*E"], *, memory: str = "2GB"
+    ) -> Ablation:
+        """The ablation for a circuit that was found on the prompts; most are as good for all."""
+        return self
 
     def shared_bytes(self, size: Footprint) -> int:
         """What its values and a mask take in a run, however many prompts there are."""

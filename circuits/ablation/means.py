@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.ablation.ablation import Ablation
+from circuits.ablation.ablation import Ablation, AblationConfig
 from circuits.ablation.source import WRITERS, Source
 from circuits.batches import in_batches
 from circuits.engine.engine import Engine
@@ -71,8 +71,8 @@ class Mean(Ablation):
         cls,
         engine: Engine,
         reference: Prompts,
+        config: AblationConfig,
         *,
-        seed: int,
         memory: str,
         source: Source = WRITERS,
     ) -> Mean:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.ablation.ablation import Ablation
+from circuits.ablation.ablation import Ablation, AblationConfig
 from circuits.ablation.source import WRITERS, Source
 from circuits.engine.engine import Engine
 from circuits.prompts.errors import InputError
@@ -63,12 +63,12 @@ class Resample(Ablation):
         cls,
         engine: Engine,
         reference: Prompts,
+        config: AblationConfig,
         *,
-        seed: int,
         memory: str,
         source: Source = WRITERS,
     ) -> Resample:
-        return cls(reference.to(engine.device), seed, source)
+        return cls(reference.to(engine.device), config.seed, source)
 
     def able(self, prompts: Prompts) -> Bool[Tensor, "B"]:
         """Those for which a donor is at least as long that is not the prompt itself."""

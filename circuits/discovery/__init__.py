@@ -19,8 +19,12 @@ from circuits.discovery.exact import Exact, exact
 from circuits.discovery.information_flow import InformationFlow, information_flow
 from circuits.discovery.method import Found, Method
 from circuits.discovery.over_units import acdc_units, attribution_units
-from circuits.discovery.subnetwork_probing import SubnetworkProbing, subnetwork_probing
-from circuits.discovery.ugs import UGS, ugs
+from circuits.discovery.subnetwork_probing import (
+    SubnetworkProbing,
+    subnetwork_probing,
+    subnetwork_probing_units,
+)
+from circuits.discovery.ugs import UGS, ugs, ugs_units
 
 METHODS = {
     "acdc": Method(ACDC, acdc, decides=True, over_units=acdc_units),
@@ -34,8 +38,10 @@ METHODS = {
     "information_flow": Method(InformationFlow, information_flow, estimates=True),
     "exact": Method(Exact, exact, over_units=exact),
     "edge_pruning": Method(EdgePruning, edge_pruning),
-    "subnetwork_probing": Method(SubnetworkProbing, subnetwork_probing),
-    "ugs": Method(UGS, ugs),
+    "subnetwork_probing": Method(
+        SubnetworkProbing, subnetwork_probing, over_units=subnetwork_probing_units
+    ),
+    "ugs": Method(UGS, ugs, over_units=ugs_units),
 }
 
 
@@ -86,5 +92,7 @@ __all__ = [
     "exact",
     "information_flow",
     "subnetwork_probing",
+    "subnetwork_probing_units",
     "ugs",
+    "ugs_units",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.ablation import Ablation
 from circuits.mask_distribution import MaskDistribution
 from circuits.objective import Objective
 
@@ -28,6 +29,7 @@ class Found:
     details: dict = field(default_factory=dict)
     # of learned masks: the trained one that a circuit of so many edges was taken from
     trained: Callable[[int], MaskDistribution] | None = None
+    ablation: Ablation | None = None  # with constants that were trained along with a mask
 
 
 @dataclass(frozen=True)

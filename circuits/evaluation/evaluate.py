@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation import ABLATIONS, Ablation, AblationConfig, fit_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.evaluation.areas import rankings_of
@@ -51,6 +51,7 @@ def evaluate(
     against: Circuit | None = None,
     metric: str | None = None,
     ablation: str | None = None,
+    fitted: Ablation | None = None,
     effort: Effort | None = None,
     seed: int = 0,
     memory: str = "2GB",
@@ -66,6 +67,8 @@ def evaluate(
         against: a known circuit, whose kept edges are the true ones.
         metric: None: the circuit's own.
         ablation: None: the circuit's own.
+        fitted: that ablation, where it is there already, as constants are that were trained for
+            the circuit; None: it is fitted.
         effort: how much of each part is measured.
         seed: of all that is drawn at random.
         memory: working memory beside the model's own weights, such as 500MB.
@@ -95,7 +98,7 @@ def evaluate(
     ABLATIONS[config.name].require(prompts)
     chosen = metric_named(metric or _said(circuit, "metric"))
     known = None if against is None else regrouped(against, circuit.graph)
-    fitted = fit_ablation(config, engine, discovery or prompts, memory=memory)
+    fitted = fitted or fit_ablation(config, engine, discovery or prompts, memory=memory)
     scale = faithfulness_scale(prepare(engine, prompts, chosen, fitted, memory=memory))
     kept = circuit.kept
     told = figures(scale, kept, rankings_of(circuit), random_draws=effort.random_draws, seed=seed)

@@ -1,7 +1,8 @@
 """A circuit of units: the kept ones, the scores of all of them, and how they were found.
 
 On disk it is a folder like that of a circuit of edges (`circuits.circuit`): `circuit.json` with the
-kept units, `scores.safetensors` with the scores of all.  Nothing in either can run code.
+kept units, `scores.safetensors` with the scores of all and, of a learned mask, the parameters of
+its gates.  Nothing in either can run code.
 
 Shapes: units U; `*S` positions, where units are told apart by position.
 """
@@ -19,8 +20,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.circuit import FORMAT, MOST_SCORE, Circuit
-from circuits.circuit_files import check_finite, circuit_file, said, stored_scores
+from circuits.circuit_files import (
+    TRAINED,
+    check_finite,
+    circuit_file,
+    drawn_masks,
+    said,
+    stored_mask,
+    stored_scores,
+    told_mask,
+)
 from circuits.files import own_file, read_json, write_tensors, write_text
+from circuits.mask_distribution import MaskDistribution
 from circuits.parts.units import Units
 
 
@@ -39,6 +50,7 @@ class UnitCircuit:
     kept: Bool[Tensor, "U *S"]
     scores: Float[Tensor, "U *S"]
     about: Mapping[str, Any] = field(default_factory=dict)
+    trained: MaskDistribution | None = None  # the mask that it was taken from, if one was learned
 
     def __len__(self) -> int:
         """Number of kept units."""
@@ -78,20 +90,30 @@ class UnitCircuit:
         """1 where a unit is kept, else 0."""
         return self.kept.float()
 
+    def sample(self, n: int, seed: int) -> list[UnitCircuit]:
+        """Draws circuits from the trained mask; all should do what this one does.
+
+        Raises:
+            ValueError: it was found by no learned mask, or n is under 1.
+        """
+        drawn = drawn_masks(self, n, seed)
+        return [replace(self, kept=kept, about=about) for kept, about in drawn]
+
     def save(self, folder: str | Path) -> None:
         """Writes a folder, made if need be; ValueError where a kept unit's score is not finite."""
         check_finite("unit", self.units)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        mask, gates = told_mask(self.trained)
         data = {
             "format": FORMAT,
             **self.about,
             "space": self.space.to_json(),
             "units": [{"unit": name, "score": score} for name, score in self.units],
-        } | {"format": FORMAT}  # whatever `about` says
+        } | {"format": FORMAT, **mask}  # whatever `about` says
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
         write_text(folder / "circuit.json", text)
-        write_tensors(folder / "scores.safetensors", {"scores": self.scores})
+        write_tensors(folder / "scores.safetensors", {"scores": self.scores, **gates})
 
     @classmethod
     def load(cls, path: str | Path) -> UnitCircuit:
@@ -100,7 +122,7 @@ class UnitCircuit:
         Raises:
             FileNotFoundError: there is no circuit.json.
             ValueError: it is broken, of another format, of edges, names units that it has not, or
-                `scores.safetensors` beside it has other scores.
+                `scores.safetensors` beside it has other scores, or no mask that fits.
         """
         path = circuit_file(path)
         try:
@@ -112,9 +134,13 @@ class UnitCircuit:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
         tensors = own_file(path.parent, "scores.safetensors")
+        mask = circuit.about.get(TRAINED)
+        about = {name: value for name, value in circuit.about.items() if name != TRAINED}
+        circuit = replace(circuit, about=about)
         if not tensors.is_file():
             return circuit
-        return replace(circuit, scores=stored_scores(tensors, path, circuit))
+        scores = stored_scores(tensors, path, circuit)
+        return replace(circuit, scores=scores, trained=stored_mask(tensors, circuit.space, mask))
 
     @classmethod
     def _from_json(cls, data: Any) -> UnitCircuit:

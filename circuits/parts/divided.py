@@ -86,6 +86,23 @@ class Divided(Source):
     def footprint(self, size: Footprint) -> int:
         return size.plain + 2 * self.token_bytes * size.tokens
 
+    def space(self, engine: Engine) -> Units:
+        return self.units
+
+    def prepared(
+        self, engine: Engine, values: Float[Tensor, "1 B S Z"]
+    ) -> Float[Tensor, "B_or_1 S_or_1 Z"]:
+        return values[0]
+
+    def under(
+        self, engine: Engine, prompts: Prompts, masks: Float[Tensor, "*B_U_S"], ablated: Tensor
+    ) -> Float[Tensor, "B P V"]:
+        each = masks.ndim > len(self.units.shape)
+        return self.masked(prompts, masks, ablated, per_example=each)
+
+    def gradient(self, size: Footprint) -> int:
+        return max(size.plain, size.attribution) + 7 * self.token_bytes * size.tokens
+
     @property
     def token_bytes(self) -> int:
         """What the numbers of one token take."""

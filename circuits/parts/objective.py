@@ -17,7 +17,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation, able_prompts
 from circuits.engine.engine import Engine
-from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
+from circuits.engine.memory import GATES, Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import Metric
 from circuits.objective import Mask, Objective, prepared_within
 from circuits.parts.divided import Divided
@@ -93,6 +93,14 @@ class UnitBatches:
         each = len(batch.prompts) * _masked(self.divided, self.footprint)
         return max(1, self.work // each)
 
+    def training(self) -> tuple[int, int]:
+        """Bytes that a step of a mask's training takes for each prompt, and besides."""
+        size, divided = self.footprint, self.divided
+        numbers, gates = divided.token_bytes * size.tokens, 4 * GATES * divided.units.n_parts
+        logits = size.element * size.scored * size.vocabulary
+        held = logits + gates + (numbers if self.ablation.per_prompt else 0)
+        return divided.gradient(size) + held, numbers + 2 * gates
+
     def logits(
         self, batch: UnitBatch, mask: Mask, first_layer: int = 0
     ) -> Float[Tensor, "*K_B_P_V"]:
@@ -119,7 +127,7 @@ def prepare_units(
     prompts = able_prompts(ablation, prompts)
     budget, size = parse_memory(memory), footprint(divided.engine, prompts)
     tokens, numbers = size.tokens, divided.token_bytes
-    each = _masked(divided, size) + max(0, size.attribution - size.plain) + numbers * tokens
+    each = divided.gradient(size)
     shared = 0 if ablation.per_prompt else numbers * tokens
     work = budget // 2 if each + shared <= budget // 2 else budget
     parts = tuple(prompts.batches(most_prompts(prompts, each, work, shared)))
@@ -144,5 +152,5 @@ def _masked(divided: Divided, size: Footprint) -> int:
 def _prepared(divided: Divided, prompts: Prompts, ablation: Ablation) -> UnitBatch:
     engine = divided.engine
     prompts = prompts.to(engine.device)
-    ablated = ablation.writers(engine, prompts)[0]
+    ablated = ablation.values(engine, prompts)
     return UnitBatch(prompts, UnitClean(engine.logits(prompts)), ablated)

@@ -15,6 +15,7 @@ from circuits.circuit import Circuit
 from circuits.discovery import METHODS, Found
 from circuits.engine.engine import Engine
 from circuits.graph import Graph
+from circuits.mask_distribution import MaskDistribution
 from circuits.objective import Objective, prepare
 from circuits.parts.circuit import UnitCircuit
 from circuits.parts.divided import Divided
@@ -60,12 +61,16 @@ def over(engine: Engine, units: UnitsConfig | None, prompts: Prompts) -> Over:
 
 
 def _of_edges(graph: Graph, kept: Tensor, found: Found, about: Mapping[str, Any]) -> Circuit:
-    trained = None if found.trained is None else found.trained(int(kept.sum()))
-    return Circuit(graph, kept, found.scores, about, trained)
+    return Circuit(graph, kept, found.scores, about, _trained(kept, found))
 
 
 def _of_units(units: Units, kept: Tensor, found: Found, about: Mapping[str, Any]) -> UnitCircuit:
-    return UnitCircuit(units, kept, found.scores, about)
+    return UnitCircuit(units, kept, found.scores, about, _trained(kept, found))
+
+
+def _trained(kept: Tensor, found: Found) -> MaskDistribution | None:
+    """The mask that a circuit of so many parts was taken from, if one was learned."""
+    return None if found.trained is None else found.trained(int(kept.sum()))
 
 
 def _unexplained(divided: Divided, prompts: Prompts) -> dict[str, float]:

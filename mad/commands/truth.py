@@ -29,7 +29,7 @@ FILES = ("truth.json", "truth.md", "truth.png", "truth.svg")
 class By:
     """The ablation that methods and truth go by."""
 
-    # ablation=NAME: zero, mean, positional_mean, counterfactual or resample
+    # ablation=NAME: zero, mean, positional_mean, counterfactual, resample or optimal
     name: str = "resample"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-WITHOUT_TWIN = ("mean", "positional_mean", "zero")  # ablations that new inputs can have
+WITHOUT_TWIN = ("mean", "positional_mean", "optimal", "zero")  # ablations that new inputs can have
 
 
 def check_ablation(name: str | None) -> None:
@@ -12,7 +12,7 @@ def check_ablation(name: str | None) -> None:
     if name is not None and name not in WITHOUT_TWIN:
         raise ValueError(
             f"detector.ablation={name!r}, but new inputs have no corrupt twin: use mean, "
-            "positional_mean or zero"
+            "positional_mean, optimal or zero"
         )
 
 

@@ -32,7 +32,7 @@ def engine(request) -> Engine:
 
 
 def fitted(engine: Engine, name: str, reference: Prompts = REFERENCE, seed: int = 0) -> Ablation:
-    return fit_ablation(AblationConfig(name, seed), engine, reference)
+    return fit_ablation(AblationConfig(name, seed, steps=2), engine, reference)
 
 
 def alone(engine: Engine, tokens) -> torch.Tensor:

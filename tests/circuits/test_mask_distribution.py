@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from circuits.gates import OVER, edge_shares, gate_shapes
+from circuits.gates import OVER, part_shares, gate_shapes
 from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
 
@@ -106,7 +106,7 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
             state[name][real[name]] = at = torch.tensor(drawn_state)
             open_ = own[name][real[name]]
             chance *= (at * open_ + (1 - at) * (1 - open_)).prod().item()
-        kept = (edge_shares(state, graph) > 0).bool()
+        kept = (part_shares(state, graph) > 0).bool()
         expected += chance * graph.without_dead_ends(kept)
     torch.testing.assert_close(drawn.float().mean(0), expected, atol=0.05, rtol=0)
 
@@ -128,7 +128,7 @@ def test_circuits_are_drawn_with_those_probabilities_and_have_no_dead_ends(over)
 )
 def test_what_is_no_mask_of_the_graph_is_refused(change, message):
     mask = random_mask(GRAPH, "edges")
-    fields = {"graph": GRAPH, "kind": mask.kind, "over": mask.over, "gates": mask.gates}
+    fields = {"space": GRAPH, "kind": mask.kind, "over": mask.over, "gates": mask.gates}
     with pytest.raises(ValueError, match=message):
         MaskDistribution(**{**fields, **change})
 

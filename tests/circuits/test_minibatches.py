@@ -27,7 +27,7 @@ REFERENCE = tiny.prompts(9, seed=4, longest=12)
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_minibatch_is_its_prompts_prepared(name, ablation, rows):
     engine = ENGINES[name]
-    fitted = fit_ablation(AblationConfig(ablation), engine, REFERENCE)
+    fitted = fit_ablation(AblationConfig(ablation, steps=2), engine, REFERENCE)
     four, one = (int(memory_for(size, engine, PROMPTS, fitted)) for size in (4, 1))
     budgets = "2GB", str(four), str(one // 2 + 1)
     held = [prepare(engine, PROMPTS, METRICS["kl"], fitted, memory=memory) for memory in budgets]

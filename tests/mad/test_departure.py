@@ -132,7 +132,8 @@ def test_departures_are_those_of_a_loop(name):
 def test_departures_under_every_ablation(name):
     engine = ENGINES["gpt2"]
     new, mask = prompts(engine, 3, 2), circuit(engine, 0.4)
-    ablation = fit_ablation(AblationConfig(name), engine, tiny.prompts(12, 9, shortest=9))
+    config = AblationConfig(name, steps=2)
+    ablation = fit_ablation(config, engine, tiny.prompts(12, 9, shortest=9))
     equal(departure(engine, mask, ablation, new), slow(engine, mask, ablation, new))
 
 

@@ -5,6 +5,8 @@
     curve               [steps, 5]: the fields of `Point`
     theta.KIND          parameters of gates; mean.KIND and square.KIND those of Adam
     rung.EDGES.KIND     theta as the mask passed a size
+    constants.NAME      of ablation=optimal: where they started, their scale, how far they moved,
+                        and the moments of that
 
 It goes on only with the training that wrote it.
 """
@@ -34,7 +36,7 @@ def fingerprint(config: MaskTraining, objective: Objective, over: str, kind: str
         settings,
         over,
         kind,
-        engine.graph.to_json(),
+        objective.space.to_json(),
         engine.model.weight_hash,
         str(engine.dtype),
         [batches.whole.hash(), list(batches.whole.ids)],
@@ -53,6 +55,16 @@ def save_checkpoint(path: str, state: State, identity: Tensor) -> None:
         "multipliers": state.multipliers,
         "curve": torch.tensor([astuple(point) for point in state.curve], dtype=torch.float64),
     }
+    if state.constants is not None:
+        start, moved = state.constants.start, state.constants.moved
+        moments = state.optimiser.state[moved]
+        tensors |= {
+            "constants.start": start.constants,
+            "constants.scale": start.scale,
+            "constants.moved": moved,
+            "constants.mean": moments["exp_avg"],
+            "constants.square": moments["exp_avg_sq"],
+        }
     for name, theta in state.gates.items():
         moments = state.optimiser.state[theta]
         tensors[f"theta.{name}"] = theta
@@ -95,16 +107,29 @@ def _restore(state: State, tensors: Mapping[str, Tensor]) -> None:
     state.multipliers.copy_(tensors["multipliers"])
     state.curve = [Point(int(step), *numbers) for step, *numbers in tensors["curve"].tolist()]
     for name, theta in state.gates.items():
-        theta.copy_(_like(tensors[f"theta.{name}"], theta))
-        state.optimiser.state[theta] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": _like(tensors[f"mean.{name}"], theta).to(theta.device),
-            "exp_avg_sq": _like(tensors[f"square.{name}"], theta).to(theta.device),
-        }
+        own = [tensors[f"{kind}.{name}"] for kind in ("theta", "mean", "square")]
+        _restore_one(state, theta, *own)
+    if (constants := state.constants) is not None:
+        own = [tensors[f"constants.{kind}"] for kind in ("moved", "mean", "square")]
+        _restore_one(state, constants.moved, *own)
+        start = constants.start
+        known = {"start": start.constants, "scale": start.scale}
+        own = [_like(tensors[f"constants.{kind}"], like) for kind, like in known.items()]
+        constants.start = start.like(*(one.to(start.constants) for one in own))
     sizes = {int(name.split(".")[1]) for name in tensors if name.startswith("rung.")}
     state.rungs = {
         edges: {name: tensors[f"rung.{edges}.{name}"] for name in state.gates}
         for edges in sorted(sizes, reverse=True)
+    }
+
+
+def _restore_one(state: State, own: Tensor, value: Tensor, mean: Tensor, square: Tensor) -> None:
+    """A parameter and its moments."""
+    own.copy_(_like(value, own))
+    state.optimiser.state[own] = {
+        "step": torch.tensor(float(state.step)),
+        "exp_avg": _like(mean, own).to(own.device),
+        "exp_avg_sq": _like(square, own).to(own.device),
     }
 
 

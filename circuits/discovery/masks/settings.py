@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from circuits.graph import Graph
 from circuits.objective import Objective
+from circuits.space import Space
 
 DISTANCE = 20.0  # that theta can go in a training, at most
 
@@ -19,8 +20,9 @@ class MaskTraining:
     # the size at which training ends, and which is then kept; null: training goes down to `down_to`
     # edges, and the selection chooses a size
     edges: int | None = None
-    share: float | None = None  # the same as a share of all edges
-    down_to: float = 0.01  # share of all edges
+    units: int | None = None  # the same of a circuit of units
+    share: float | None = None  # the same as a share of all edges (or units)
+    down_to: float = 0.01  # share of all edges (or units)
     steps: int = 600
     batch: int | None = None  # prompts a step; null: 32, or all where there are fewer
     # masks drawn for each prompt of a batch; 0: one for all of them
@@ -40,7 +42,7 @@ class MaskTraining:
     @property
     def decides(self) -> bool:
         """Whether a size is asked for, so that no selection follows."""
-        return self.edges is not None or self.share is not None
+        return (self.edges, self.units, self.share) != (None, None, None)
 
     @property
     def rate(self) -> float:
@@ -55,28 +57,37 @@ class MaskTraining:
         return replace(self, checkpoint=None, warm_start=own)
 
 
-def final_size(config: MaskTraining, graph: Graph) -> float:
-    """The number of edges at which training ends.
+def final_size(config: MaskTraining, space: Space) -> float:
+    """The number of edges (or units) at which training ends.
 
     Raises:
-        ValueError: out of range, or told twice.
+        ValueError: out of range, told twice, or of edges where there are units, or the reverse.
     """
-    told = [name for name in ("edges", "share", "penalty") if getattr(config, name) is not None]
+    sizes = ("edges", "units", "share", "penalty")
+    told = [name for name in sizes if getattr(config, name) is not None]
     if len(told) > 1:
         values = " and ".join(f"method.{name}={getattr(config, name)}" for name in told)
         raise ValueError(f"{values} contradict each other; give one of them")
-    if config.edges is not None:
-        if not 1 <= config.edges < graph.n_edges:
+    noun, other = ("edges", "units") if isinstance(space, Graph) else ("units", "edges")
+    if (count := getattr(config, other)) is not None:
+        raise ValueError(
+            f"method.{other}={count}, but the circuit is of {noun}; give method.{noun}={count}"
+        )
+    if (count := getattr(config, noun)) is not None:
+        if not 1 <= count < space.n_parts:
+            whole = "graph" if noun == "edges" else "model"
             raise ValueError(
-                f"method.edges={config.edges}, but it must be 1 to {graph.n_edges - 1}: the graph "
-                f"has {graph.n_edges} edges"
+                f"method.{noun}={count}, but it must be 1 to {space.n_parts - 1}: the {whole} has "
+                f"{space.n_parts} {noun}"
             )
-        return float(config.edges)
+        return float(count)
     name = "share" if config.share is not None else "down_to"
     share = config.down_to if config.share is None else config.share
     if not 0 < share < 1:
-        raise ValueError(f"method.{name}={share}, but a share of the edges is above 0 and below 1")
-    return max(1.0, share * graph.n_edges)
+        raise ValueError(
+            f"method.{name}={share}, but a share of the {noun} is above 0 and below 1"
+        )
+    return max(1.0, share * space.n_parts)
 
 
 def batch_size(config: MaskTraining, objective: Objective) -> int:
@@ -105,7 +116,7 @@ def check(config: MaskTraining, objective: Objective) -> None:
             "it; use kl, logit_diff, prob_diff or cross_entropy"
         )
     _check_numbers(config)
-    final_size(config, objective.engine.graph)
+    final_size(config, objective.space)
     batch_size(config, objective)
 
 

@@ -1,4 +1,4 @@
-"""The mask as it passed each size, and the one ranking of edges that follows.
+"""The mask as it passed each size, and the one ranking of edges (or units) that follows.
 
 A mask shrinks while it is trained, and its last state ranks the edges that are long gone badly.  So
 the circuit is kept each time the expected number of edges passes a size of a ladder: as many edges
@@ -6,7 +6,7 @@ as that, the most probable ones.  An edge's score is higher the smaller the circ
 last part of; edges that were last part of the same one go by their probability in it.  Scores are
 evenly spaced, from 1 for the best down to 0 for edges that were in none.
 
-Shapes: writers W, readers R; `*S` positions.
+Shapes: `*E` the axes of a mask, [R, W, *S] of edges and [U, *S] of units.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.discovery.masks.state import State
-from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
 from circuits.selection import sizes
+from circuits.space import Space
 
 RUNGS = 49  # of the ladder
 
@@ -33,18 +33,18 @@ class Snapshot:
     edges: int
     mask: MaskDistribution
 
-    def kept(self) -> Bool[Tensor, "R W *S"]:
+    def kept(self) -> Bool[Tensor, "*E"]:
         """Its most probable edges, ties in edge order; dead ends included."""
-        return most_probable(self.mask.probabilities(), self.mask.graph, self.edges)
+        return most_probable(self.mask.probabilities(), self.mask.space, self.edges)
 
-    def connected(self) -> Bool[Tensor, "R W *S"]:
+    def connected(self) -> Bool[Tensor, "*E"]:
         """The same without dead ends."""
-        return self.mask.graph.without_dead_ends(self.kept())
+        return self.mask.space.without_dead_ends(self.kept())
 
 
-def ladder(graph: Graph) -> tuple[int, ...]:
-    """The sizes at which a mask is kept, from large to small; without the whole graph."""
-    return tuple(size for size in sizes(graph, RUNGS) if size < graph.n_edges)[::-1]
+def ladder(space: Space) -> tuple[int, ...]:
+    """The sizes at which a mask is kept, from large to small; without that of all parts."""
+    return tuple(size for size in sizes(space, RUNGS) if size < space.n_parts)[::-1]
 
 
 def pass_rungs(state: State, rungs: Sequence[int], edges: float) -> None:
@@ -65,27 +65,27 @@ def trained(snapshots: Sequence[Snapshot]) -> Callable[[int], MaskDistribution]:
 
 
 def most_probable(
-    probabilities: Float[Tensor, "R W *S"], graph: Graph, count: int
-) -> Bool[Tensor, "R W *S"]:
+    probabilities: Float[Tensor, "*E"], space: Space, count: int
+) -> Bool[Tensor, "*E"]:
     """The edges of the highest probability, ties in edge order."""
-    exists = graph.exists
+    exists = space.exists
     best = probabilities[exists].sort(descending=True, stable=True).indices[:count]
-    among = torch.zeros(graph.n_edges, dtype=torch.bool)
+    among = torch.zeros(space.n_parts, dtype=torch.bool)
     among[best] = True
     kept = torch.zeros_like(exists)
     kept[exists] = among
     return kept
 
 
-def nested_scores(graph: Graph, snapshots: Sequence[Snapshot]) -> Float[Tensor, "R W *S"]:
+def nested_scores(space: Space, snapshots: Sequence[Snapshot]) -> Float[Tensor, "*E"]:
     """The scores of edges by the smallest circuit that they are part of."""
-    scores = torch.zeros(graph.exists.shape)
+    scores = torch.zeros(space.exists.shape)
     ranked = 0
     for snapshot in sorted(snapshots, key=lambda one: one.edges):
         new = snapshot.kept() & (scores == 0)
         order = snapshot.mask.probabilities()[new].argsort(descending=True, stable=True)
         values = torch.empty(len(order))
-        values[order] = 1 - torch.arange(ranked, ranked + len(order)) / graph.n_edges
+        values[order] = 1 - torch.arange(ranked, ranked + len(order)) / space.n_parts
         scores[new] = values
         ranked += len(order)
     return scores

@@ -24,7 +24,7 @@ from abstraction.ground_truth.programs import (
     sort,
 )
 from abstraction.ground_truth.steps import Attend, Combine, Lookup, Switch, Threshold, at, back
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import prepare
@@ -56,7 +56,7 @@ def worst(compiled: Compiled, engine: Engine, tokens: torch.Tensor) -> float:
 
 
 def objectives(
-    compiled: Compiled, names: tuple[str, ...] = ABLATIONS, engine: Engine | None = None
+    compiled: Compiled, names: tuple[str, ...] = tiny.UNTRAINED, engine: Engine | None = None
 ):
     engine = engine or Engine(compiled.model)
     prompts, reference = (

@@ -23,7 +23,7 @@ from abstraction.ground_truth.effects import (
 from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.planted import KINDS, PLANTED, Planted, plant
 from abstraction.ground_truth.steps import NORMAL
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import Objective, prepare
@@ -130,7 +130,7 @@ def test_a_conjunction_has_no_new_token():
             )
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", tiny.UNTRAINED)
 def test_the_planted_edges_are_idle_on_normal_inputs_and_to_blame_on_triggered_ones(case, ablation):
     planted, compiled, engine = case.planted, case.compiled, case.engine
     blamed = compiled.edges(PLANTED)

@@ -22,7 +22,7 @@ from abstraction.ground_truth.effects import (
 from abstraction.ground_truth.options import Options
 from abstraction.ground_truth.programs import PROGRAMS
 from abstraction.ground_truth.steps import Lookup
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.metrics import metric_named
 from circuits.objective import prepare
@@ -120,7 +120,7 @@ def objectives(made: Compiled, engine: Engine):
     prompts, reference = (
         prompts_from_records(made.records(count, seed)) for seed, count in ((0, 64), (1, 256))
     )
-    for name in ABLATIONS:
+    for name in tiny.UNTRAINED:
         if made.options.norm == "rms" and name not in (
             "mean",
             "counterfactual",

@@ -25,13 +25,13 @@ from abstraction.ground_truth.tracr.conversion import from_tracr
 from abstraction.ground_truth.tracr.edges import BOUND, Effect, derived_edges, effective_edges
 from abstraction.ground_truth.tracr.files import load_tracr, our_name
 from abstraction.ground_truth.tracr.program import TracrProgram
-from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
+from circuits.ablation import AblationConfig, fit_ablation
 from circuits.engine import Engine
 from circuits.prompts import Prompts, prompts_from_records
 from tests import tiny
 
 NAMES = ("reverse", "xproportion")
-WITHOUT_TWIN = [name for name in ABLATIONS if name != "counterfactual"]
+WITHOUT_TWIN = [name for name in tiny.UNTRAINED if name != "counterfactual"]
 
 # What is not among the true edges, of all that the weights make.
 LENGTH = {"input.token->a0.h0<v>", "a0.h0->m0"}  # the same where all inputs are equally long

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from circuits.ablation import ABLATIONS, AblationConfig, fit_ablation
 from circuits.ablation.means import writer_means
+from circuits.ablation.optimal import Optimal
 from circuits.circuit import Circuit
 from circuits.discovery import EAP, EAPIG, SubnetworkProbing, eap, eap_ig
 from circuits.discovery.masks.penalty import Fixed
@@ -164,7 +165,9 @@ def test_as_many_prompts_as_fit_and_never_more_than_64():
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_what_a_prepared_batch_holds_is_known_to_the_byte(engine, ablation):
-    fitted = fit_ablation(AblationConfig(ablation), engine, tiny.prompts(9, seed=4, longest=12))
+    fitted = fit_ablation(
+        AblationConfig(ablation, steps=1), engine, tiny.prompts(9, seed=4, longest=12)
+    )
     (batch,) = prepare(engine, PROMPTS, METRICS["kl"], fitted).batches
     tensors = [batch.clean.writers, batch.clean.logits, batch.ablated.writers, batch.ablated.base]
     tensors += [] if batch.ablated.unread is None else [batch.ablated.unread]
@@ -295,6 +298,9 @@ def measured(request) -> dict[str, tuple[int, int]]:
         with torch.enable_grad():
             return peak(lambda: training_step(trainer, state, Fixed(1.0)))
 
+    optimal = fit_ablation(AblationConfig("optimal", steps=1), engine, prompts)
+    assert isinstance(optimal, Optimal)
+
     hosts, given = prompts.select(range(4)), prompts.select(range(4, 7))
     shorter = (
         long_prompts(length - 9, 3) if graph.n_positions is None else given
@@ -337,6 +343,10 @@ def measured(request) -> dict[str, tuple[int, int]]:
                 training(1),
                 count * size.training(True) + size.parameters,
             ),
+            "constants": (
+                peak(lambda: optimal.trained(engine, prompts)),
+                count * size.explanation + optimal.training_bytes + 3 * size.shared(False),
+            ),
             "departure": (
                 peak(lambda: departure(engine, graph.exists, mean, prompts, memory="100GB")),
                 count * size.observed + size.shared(False) + size.mask,
@@ -373,6 +383,7 @@ WORK = [
     "attribution by a rule",
     "explanation",
     "training",
+    "constants",
     "departure",
     "departure, counterfactual",
     "transplant, one",
