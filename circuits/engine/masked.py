@@ -24,6 +24,18 @@ from circuits.prompts.prompts import Prompts
 
 
 @dataclass(frozen=True)
+class Place:
+    """Which row of some values, and which of their positions, each row n of a run takes at T."""
+
+    rows: Int[Tensor, "n"]
+    positions: Int[Tensor, "n T"]
+
+    def of(self, values: Float[Tensor, "*w B S D"]) -> Float[Tensor, "*w n T D"]:
+        """The values in their places, copied."""
+        return values[..., self.rows[:, None], self.positions, :]
+
+
+@dataclass(frozen=True)
 class Ablated:
     """What removed edges carry, and what a reader sees when all of its edges are removed.
 
@@ -31,11 +43,26 @@ class Ablated:
     sum of the writers and biases before reader group `level` (attention of block l: 2l, its MLP:
     2l + 1, logits: 2L).  With post-norms, `unread` is what each head gives its layer's norm when
     all of its inputs are ablated.
+
+    With a `place`, `writers` and `base` are those of other prompts, and a run takes them from there
+    as it needs them: of all writers, copies for each of its rows could be many times as large.
     """
 
     writers: Float[Tensor, "W B S D"]
     base: Float[Tensor, "levels B S D"]
-    unread: Float[Tensor, "L heads B S D"] | None = None
+    unread: Float[Tensor, "L heads n T D"] | None = None  # of the rows of a run, in their places
+    place: Place | None = None
+
+    def removed(self, writers: slice | Int[Tensor, "c"]) -> Float[Tensor, "c B S D"]:
+        """What edges from some writers carry."""
+        return self._placed(self.writers[writers])
+
+    def level(self, level: int) -> Float[Tensor, "B S D"]:
+        """What a reader group sees."""
+        return self._placed(self.base[level])
+
+    def _placed(self, values: Tensor) -> Tensor:
+        return values if self.place is None else self.place.of(values)
 
 
 @dataclass(frozen=True)
@@ -113,14 +140,13 @@ class MaskedRun:
     ) -> Float[Tensor, "r K b S D"]:
         """What some readers get."""
         mixed = self.differences.mix(readers, at)
-        base = self.differences.align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+        base = self.differences.align(self.ablated.level(level))  # [K|1, b|1, s|1, D]
         base = base if at is None else self.differences.gather(base, at)
         return mixed + base if self.grad else mixed.add_(base)
 
     def _removed(self, columns: slice) -> Tensor:
         """Ablated values of some living writers, broadcastable to [c, B, S, D]."""
-        values = self.ablated.writers
-        return values[columns] if self.todo.all_writers else values[self.columns[columns]]
+        return self.ablated.removed(columns if self.todo.all_writers else self.columns[columns])
 
     def _heads(self, block: Block, layer: int) -> None:
         step, attention = self.todo.layers[layer], block.attention

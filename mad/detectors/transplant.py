@@ -43,7 +43,7 @@ from torch import Tensor
 from circuits.batches import in_batches
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.engine.masked import Ablated
+from circuits.engine.masked import Ablated, Place
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
@@ -219,10 +219,11 @@ def _with_hosts(
         shift = own[:, None] - ends(hosts)[some]
         if per_position:  # each edge has its own place
             shift, reach = torch.zeros_like(shift), prompts.lengths
-        values = aligned(writers, reach, shift, int(hosts.lengths[some].max()))
-        if len(prompts) > 1:  # one prompt's values are the same for all hosts, and stay one row
-            values = values.expand(-1, -1, len(some), -1, -1)
-        yield some, engine.ablated(values.flatten(1, 2))
+        index = aligned(reach, shift, int(hosts.lengths[some].max()))
+        if len(prompts) == 1 and not (index - index[:, :1]).any():  # one row for all hosts
+            index = index[:, :1]
+        rows = torch.arange(len(prompts), device=index.device).repeat_interleave(index.shape[1])
+        yield some, engine.ablated(writers, Place(rows, index.flatten(0, 1)))
 
 
 def _pairs_at_once(
