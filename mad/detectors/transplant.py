@@ -57,7 +57,8 @@ from mad.redrawn import further_circuits, stacked
 
 log = logging.getLogger(__name__)
 
-MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
+# of a prompt and a host at once, and what they take: more gain nothing
+MOST_PAIRS, MOST_BYTES = 128, 256 * 10**6
 
 
 @dataclass
@@ -236,10 +237,21 @@ def _pairs_at_once(
     engine: Engine, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
 ) -> int:
     """How many pairs of a prompt and a host are run at once."""
-    budget, size = parse_memory(memory), footprint(engine, hosts)
-    each = footprint(engine, prompts).clean + cost(size) + size.prepared(True)
-    most_prompts(prompts, each, budget, size.mask)  # refuses what does not fit
-    return min((budget - size.mask) // each, MOST_PAIRS)
+    budget = parse_memory(memory)
+    each, shared = pair_bytes(engine, hosts, prompts, cost)
+    most_prompts(prompts, each, budget, shared)  # refuses what does not fit
+    return max(1, min((min(budget, MOST_BYTES) - shared) // each, MOST_PAIRS))
+
+
+def pair_bytes(
+    engine: Engine, hosts: Prompts, prompts: Prompts, cost: Callable[[Footprint], int]
+) -> tuple[int, int]:
+    """Returns what a pair of a prompt and a host takes at most, and what pairs share.
+
+    `cost` is that of a host's run.  All pairs of a prompt take their values from it.
+    """
+    size, donor = footprint(engine, hosts), footprint(engine, prompts).donor
+    return cost(size) + size.placed + donor // len(hosts), donor + size.mask
 
 
 def _repeated(

@@ -29,6 +29,7 @@ from mad.detectors.transplant import (
     Strict,
     fit_transplant,
     model_logits,
+    pair_bytes,
     restore_transplant,
 )
 from tests import tiny
@@ -152,13 +153,15 @@ def slow(engine: Engine, mask: Tensor, hosts: Prompts, prompts: Prompts) -> Tens
     return result
 
 
+COSTS = {"masked": lambda size: size.masked(), "explanation": explanation_bytes}
+
+
 def budget(
     engine: Engine, hosts: Prompts, prompts: Prompts, pairs: int, work: str = "masked"
 ) -> str:
     """The least memory for so many pairs at once."""
-    size, whole = footprint(engine, hosts), footprint(engine, prompts)
-    cost = size.masked() if work == "masked" else explanation_bytes(size)
-    return str(size.mask + pairs * (whole.clean + cost + size.prepared(True)))
+    each, shared = pair_bytes(engine, hosts, prompts, COSTS[work])
+    return str(shared + pairs * each)
 
 
 # ---- scores --------------------------------------------------------------------------------------
