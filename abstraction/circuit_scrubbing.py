@@ -15,6 +15,8 @@ Shapes: prompts N, batch B, readers R, writers W, resamples K.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -24,7 +26,6 @@ from abstraction.recovery import Recovery, label_marginal
 from abstraction.scrubbing import check_settings, metrics_of
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.engine.masked import Ablated
 from circuits.engine.memory import TooLittleMemory, footprint, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
@@ -75,7 +76,7 @@ def scrub_circuit(
     runs, readers = [], len(engine.graph.readers)
     for _ in tqdm(range(resamples), desc="scrubbing", unit="run", disable=None):
         donors = torch.stack([drawn() for _ in range(readers)] if mode == "each" else [drawn()])
-        ablated = Ablated(pool.writers, pool.base, pool.unread, donors.expand(readers, -1))
+        ablated = replace(pool, donors=donors.expand(readers, -1))
         logits = engine.masked(prompts, circuit.kept, ablated)
         runs.append(metrics_of(prompts, clean.logits, logits, own, metrics))
     empty = [

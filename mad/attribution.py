@@ -6,7 +6,8 @@ circuit (alpha = 0) to the model (alpha = 1):
     part(e) = - integral over alpha of dscore / dm_e    at mask  circuit + alpha (1 - circuit)
 
 (Sundararajan et al. 2017, arXiv 1703.01365).  By completeness the parts sum to the score; the
-integral is a midpoint sum, and what it misses is the residual.
+integral is a midpoint sum, and what it misses is the residual.  Where a score is a mean over runs,
+each run can have points of its own between those of the others: one midpoint sum for all of them.
 
 What is 0 is computed as a difference of nearly equal numbers: the score with every edge kept says
 how much of a score is rounding, and a score of that size has no parts.
@@ -38,23 +39,35 @@ def off_circuit(engine: Engine, kept: Float[Tensor, "R W *S"]) -> Bool[Tensor, "
 def integrated(
     engine: Engine,
     kept: Float[Tensor, "R W *S"],
-    rows: int,
-    steps: int,
+    points: Float[Tensor, "steps n"],
     measure: Callable[[Float[Tensor, "n R W *S"]], Float[Tensor, "n"]],
 ) -> Float[Tensor, "n R W *S"]:
-    """Returns the parts of all edges, 0 on the circuit, for each of so many rows.
+    """Returns the parts of all edges, 0 on the circuit, for each row, from its values of alpha.
 
     `measure` takes one mask per row and runs under all of them.
     """
     kept, off = kept.to(engine.device), off_circuit(engine, kept)
-    total = torch.zeros(rows, *kept.shape, device=engine.device)
-    for step in range(steps):
-        mask = kept + (step + 0.5) / steps * off
-        masks = mask.repeat(rows, *(1 for _ in kept.shape)).requires_grad_()
+    total = torch.zeros(points.shape[1], *kept.shape, device=engine.device)
+    for alphas in points.to(kept.device):
+        masks = (kept + alphas.view(-1, *(1 for _ in kept.shape)) * off).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(measure(masks).sum(), masks)
-        total -= gradient * off / steps
+        total -= gradient * off / len(points)
     return total
+
+
+def midpoints(steps: int, places: Float[Tensor, "n"]) -> Float[Tensor, "steps n"]:
+    """Returns one alpha in each of `steps` equal parts of 0 to 1, at each row's place in the part.
+
+    >>> midpoints(2, torch.tensor([0.5, 0.25])).tolist()
+    [[0.25, 0.125], [0.75, 0.625]]
+    """
+    return (torch.arange(steps, device=places.device)[:, None] + places) / steps
+
+
+def halfway(rows: int) -> Float[Tensor, "n"]:
+    """Returns the places of rows that have the same points."""
+    return torch.full((rows,), 0.5)
 
 
 def explanation_bytes(size: Footprint) -> int:

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.prompts import Prompts
+from circuits.prompts import InputError, Prompts
 from mad.detector import Context, Detector, ExplainingDetector
 from mad.detectors import DETECTORS
 
@@ -217,9 +217,12 @@ def fit(
             they were used for; {} where no prompts were.  Needed when there is a circuit.
         memory: working memory beside the model's own weights, such as 500MB.
 
+    A prompt to calibrate on that the detector has no score for (longer than all that it was fitted
+    on, say) is left out with a warning.
+
     Raises:
         ValueError: the sets overlap each other or those that the circuit was found or evaluated
-            on, or it is not said which these were.
+            on, or it is not said which these were; or a group has no prompt that gets a score.
     """
     groups = _groups(calibration, harmless or {})
     parts = {"fit": trusted, "calibration": calibration, **(harmless or {})}
@@ -235,13 +238,16 @@ def fit(
         )
     _check_unused(parts, used or {})
     detector = DETECTORS[config.name].fit(config, context, trusted, memory=memory)
-    scores = {name: detector.score(prompts, memory=memory) for name, prompts in groups.items()}
+    scores = {}
+    for name, prompts in groups.items():
+        scored, scores[name] = _scored(detector, prompts, name, memory)
+        parts["calibration" if name == TRUSTED else name] = scored
     held = Calibration.of(scores, _noise(detector, trusted, memory))
     if doubt := held.doubt():
         log.warning(doubt)
     about: dict[str, Any] = {name: _described(parts[name]) for name in ("fit", "calibration")}
     if harmless:
-        about["harmless"] = {name: _described(prompts) for name, prompts in harmless.items()}
+        about["harmless"] = {name: _described(parts[name]) for name in harmless}
     return Calibrated(detector, held, about | {"noise": held.noise})
 
 
@@ -253,6 +259,47 @@ def _groups(calibration: Prompts, harmless: Mapping[str, Prompts]) -> dict[str, 
             "another name"
         )
     return {TRUSTED: calibration, **harmless}
+
+
+def _scored(
+    detector: Detector, prompts: Prompts, group: str, memory: str
+) -> tuple[Prompts, Float[Tensor, "B"]]:
+    """The prompts that a detector has scores for, with these; a warning where it leaves some out.
+
+    New inputs of their kind get no score either, so that the p-values of all others hold.
+
+    Raises:
+        InputError: it has a score for none.
+    """
+    try:
+        return prompts, detector.score(prompts, memory=memory)
+    except InputError:
+        faults = [_fault(detector, prompts.select([row]), memory) for row in range(len(prompts))]
+    able = [row for row, fault in enumerate(faults) if fault is None]
+    row, fault = next((row, fault) for row, fault in enumerate(faults) if fault is not None)
+    if not able:
+        raise fault
+    log.warning(
+        "%d of %d %s calibration inputs get no score from detector %s and are left out, the first "
+        "is %r: %s",
+        len(prompts) - len(able),
+        len(prompts),
+        group,
+        detector.config.name,
+        prompts.ids[row],
+        fault,
+    )
+    kept = prompts.select(able)
+    return kept, detector.score(kept, memory=memory)
+
+
+def _fault(detector: Detector, prompt: Prompts, memory: str) -> InputError | None:
+    """Why a prompt gets no score."""
+    try:
+        detector.score(prompt, memory=memory)
+    except InputError as error:
+        return error
+    return None
 
 
 def _noise(detector: Detector, trusted: Prompts, memory: str) -> float | None:

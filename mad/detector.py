@@ -73,8 +73,12 @@ class ExplainingDetector(Detector, Protocol):
         """How much of each prompt's score is rounding, in units of the score; above 0."""
         ...
 
-    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
+    def explain(
+        self, prompts: Prompts, *, scores: Float[Tensor, "B"] | None = None, memory: str = "2GB"
+    ) -> Iterator[Explained]:
         """Yields the explanations of as many prompts at a time as fit in `memory`, in order.
+
+        `scores` are those of the prompts, where they are known: they are not computed again.
 
         Raises:
             InputError: a prompt cannot be scored.

@@ -293,7 +293,8 @@ def _explain(lines: Sequence[_Line], detector: ExplainingDetector, edges: int, m
     assert detector.circuit is not None
     graph, left = detector.circuit.graph, iter(lines)
     prompts = collate([line.prompt for line in lines])
-    for explained in detector.explain(prompts, memory=memory):
+    scores = torch.tensor([line.result["score"] for line in lines])
+    for explained in detector.explain(prompts, scores=scores, memory=memory):
         columns = explained.residual.tolist(), explained.noise.tolist()
         for shares, residual, noise in zip(explained.shares, *columns, strict=True):
             line = next(left)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.engine.live_nodes import live_nodes
-from circuits.engine.masked import Ablated, MaskedRun, Seen, Start
+from circuits.engine.masked import Ablated, MaskedRun, Place, Seen, Start
 from circuits.engine.plain import Edit, Record, Sides, reader_gradients, residual_stream
 from circuits.engine.rules import under
 from circuits.graph import Graph
@@ -165,8 +165,11 @@ class Engine:
 
     # ---- runs under a mask -----------------------------------------------------------------------
 
-    def ablated(self, writers: Float[Tensor, "W B S D"]) -> Ablated:
-        """Prepares what removed edges carry; once per batch, shared by all runs on it."""
+    def ablated(self, writers: Float[Tensor, "W B S D"], place: Place | None = None) -> Ablated:
+        """Prepares what removed edges carry; once per batch, shared by all runs on it.
+
+        Where the values are another prompt's, `place` says where in a run they go.
+        """
         graph = self.graph
         total = writers[: graph.n_inputs].sum(0)
         base = [total]
@@ -182,8 +185,9 @@ class Engine:
             base.append(total)
         levels = torch.stack(base)
         if not any(block.post_norm1 is not None for block in self.architecture.blocks):
-            return Ablated(writers, levels)
-        return Ablated(writers, levels, self._unread(levels))
+            return Ablated(writers, levels, place=place)
+        placed = levels if place is None else place.of(levels)
+        return Ablated(writers, levels, self._unread(placed), place)
 
     def _unread(self, levels: Float[Tensor, "levels B S D"]) -> Float[Tensor, "L heads B S D"]:
         """What each head gives its layer's post-norm when all of its inputs are ablated."""

@@ -24,6 +24,18 @@ from circuits.prompts.prompts import Prompts
 
 
 @dataclass(frozen=True)
+class Place:
+    """Which row of some values, and which of their positions, each row n of a run takes at T."""
+
+    rows: Int[Tensor, "n"]
+    positions: Int[Tensor, "n T"]
+
+    def of(self, values: Float[Tensor, "*w B S D"]) -> Float[Tensor, "*w n T D"]:
+        """The values in their places, copied."""
+        return values[..., self.rows[:, None], self.positions, :]
+
+
+@dataclass(frozen=True)
 class Ablated:
     """What removed edges carry, and what a reader sees when all of its edges are removed.
 
@@ -32,14 +44,29 @@ class Ablated:
     2l + 1, logits: 2L).  With post-norms, `unread` is what each head gives its layer's norm when
     all of its inputs are ablated.
 
+    With a `place`, `writers` and `base` are those of other prompts, and a run takes them from there
+    as it needs them: of all writers, copies for each of its rows could be many times as large.
+
     With `donors` the rows are other prompts: what reader r of prompt b does not keep has the values
     of row `donors[r, b]`.
     """
 
     writers: Float[Tensor, "W B S D"]
     base: Float[Tensor, "levels B S D"]
-    unread: Float[Tensor, "L heads B S D"] | None = None
+    unread: Float[Tensor, "L heads n T D"] | None = None  # of the rows of a run, in their places
+    place: Place | None = None
     donors: Int[Tensor, "R b"] | None = None
+
+    def removed(self, writers: slice | Int[Tensor, "c"]) -> Float[Tensor, "c B S D"]:
+        """What edges from some writers carry."""
+        return self._placed(self.writers[writers])
+
+    def level(self, level: int) -> Float[Tensor, "B S D"]:
+        """What a reader group sees."""
+        return self._placed(self.base[level])
+
+    def _placed(self, values: Tensor) -> Tensor:
+        return values if self.place is None else self.place.of(values)
 
 
 @dataclass(frozen=True)
@@ -118,7 +145,7 @@ class MaskedRun:
         """What some readers get."""
         mixed = self.differences.mix(readers, at)
         if self.ablated.donors is None:
-            base = self.differences.align(self.ablated.base[level])  # [K|1, b|1, s|1, D]
+            base = self.differences.align(self.ablated.level(level))  # [K|1, b|1, s|1, D]
         else:
             base = self._donated(readers, level, self.ablated.donors[readers])
         base = base if at is None else self.differences.gather(base, at)
@@ -134,7 +161,7 @@ class MaskedRun:
         kept = self.differences.masks[:, readers, : self.differences.count]
         values = self._values(slice(0, self.differences.count))
         by_position = "krcs,cnsd->krnsd" if self.differences.by_position else "krc,cnsd->krnsd"
-        rest = self.ablated.base[level] - torch.einsum(by_position, kept, values)
+        rest = self.ablated.level(level) - torch.einsum(by_position, kept, values)
         rows = torch.arange(len(donors), device=rest.device)[:, None]
         return rest[:, rows, donors.to(rest.device)].transpose(0, 1)
 
@@ -148,8 +175,7 @@ class MaskedRun:
 
     def _values(self, columns: slice) -> Tensor:
         """Ablated values of some living writers as they are given."""
-        values = self.ablated.writers
-        return values[columns] if self.todo.all_writers else values[self.columns[columns]]
+        return self.ablated.removed(columns if self.todo.all_writers else self.columns[columns])
 
     def _heads(self, block: Block, layer: int) -> None:
         step, attention = self.todo.layers[layer], block.attention

@@ -15,6 +15,8 @@ takes, with e bytes an element:
     explanation        1.5 e S (3 W D + L (r D + graph) + 2 r D) + logits with their graph,
                        and its mask
     training           explanation + prepared + gates; and the parameters of the mask
+    donor              clean run + e S (2 L + 1) D, of a prompt whose values other prompts are given
+    placed             e S (heads + 1) D + logits, of a prompt that is given them
 
 `block` is what one block holds for a moment, `sides` its queries, keys and values, `graph` what its
 backward pass needs.  Every edge counts as kept and every prompt as long as the longest one, so that
@@ -149,6 +151,18 @@ class Footprint:
     def shared(self, ablated_per_prompt: bool) -> int:
         """Ablated values that are the same for all prompts: what a batch holds on to besides."""
         return 0 if ablated_per_prompt else self._bytes(self.writers * self.width + self._levels)
+
+    @property
+    def donor(self) -> int:
+        """What a prompt holds on to that gives its values to runs on others."""
+        return self.clean + self._bytes((2 * self.layers + 1) * self.width)
+
+    @property
+    def placed(self) -> int:
+        """What a run takes of a donor at a time, and the logits that its own are compared with."""
+        levels = self._levels if self.unread else 0  # all at once, for the heads that are not read
+        taken = (self.query_heads + 1) * self.width + levels
+        return self._bytes(taken) + self.element * self.scored * self.vocabulary
 
     def preparing(self, ablated_per_prompt: bool) -> int:
         """What comes on top while they are made."""

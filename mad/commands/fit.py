@@ -17,7 +17,6 @@ inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from mad.commands.score import Place
 
 if TYPE_CHECKING:
     from circuits.prompts import Prompts
+    from mad.calibration import Calibration
     from mad.folder import Opened
 
 UNNAMED = "harmless"  # the group of lines that name none
@@ -82,11 +82,13 @@ def run(config: Fit) -> None:
             used=opened.used(),
             memory=config.memory,
         )
+        if config.alpha and (problem := calibrated.calibration.problem(config.alpha)):
+            raise ValueError(problem)  # some that were to calibrate have no score
         save_detector(calibrated, place.folder, weight_hash=opened.model.weight_hash)
         place.publish()
     print(
         f"detector {name}: fitted on {len(parts['fit'])} inputs, calibrated on "
-        f"{len(parts['calibration'])}{_listed(harmless)} -> {target}"
+        f"{_listed(calibrated.calibration)} -> {target}"
     )
 
 
@@ -138,5 +140,6 @@ def _harmless(path: str | None, opened: Opened) -> dict[str, Prompts]:
     return found
 
 
-def _listed(harmless: Mapping[str, Prompts]) -> str:
-    return "".join(f" and {len(prompts)} of group {name}" for name, prompts in harmless.items())
+def _listed(calibration: Calibration) -> str:
+    trusted, *others = ((name, len(scores)) for name, scores in calibration.groups.items())
+    return f"{trusted[1]}" + "".join(f" and {count} of group {name}" for name, count in others)

@@ -51,7 +51,9 @@ class Score:
     out: str = "???"  # JSONL file of results
     detector: Fitted = field(default_factory=Fitted)
     alpha: float = 0.01  # inputs with p_value <= alpha are anomalous
-    explain: str = "flagged"  # which results get `because`: flagged, all or none
+    # which results get `because`: flagged, all or none; by fast or strict, one costs about four
+    # times its score
+    explain: str = "flagged"
     edges: int = 8  # how many edges `because` lists
     chunk: int = 64  # input lines that are read, scored and written at a time
     # working memory beside the model's own weights: kB, MB, GB; decides how much runs at once

@@ -1,12 +1,12 @@
 """Where the values that writers have on a prompt go in the prompts that they are put into.
 
-Shapes: prompts B, hosts K, positions S (of prompts) and T (of hosts), d_model D, writers W.
+Shapes: prompts B, hosts K, positions T of hosts.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from circuits.engine import Engine
@@ -15,23 +15,17 @@ from circuits.prompts.errors import quote
 
 
 def aligned(
-    writers: Float[Tensor, "W B S D"],
-    lengths: Int[Tensor, "B"],
-    shift: Int[Tensor, "B K"],
-    n_positions: int,
-) -> Float[Tensor, "W B own T D"]:
-    """Returns what writers write on prompts, at the place of each position of the hosts; own is 1
-    if all are alike.
+    lengths: Int[Tensor, "B"], shift: Int[Tensor, "B K"], n_positions: int
+) -> Int[Tensor, "B K T"]:
+    """Returns the position of a prompt that stands where each position of a host does.
 
     Position p of a host takes position p + shift of a prompt of m tokens, within 1 to m - 1;
     position 0 takes position 0.
     """
-    if not shift.any() and bool((lengths >= n_positions).all()):
-        return writers[:, :, None, :n_positions]
-    index = torch.arange(n_positions, device=writers.device) + shift[..., None]  # [B, K, T]
+    index = torch.arange(n_positions, device=shift.device) + shift[..., None]
     index = index.clamp(min=1).minimum((lengths - 1)[:, None, None])
     index[..., 0] = 0
-    return writers[:, torch.arange(len(lengths), device=writers.device)[:, None, None], index]
+    return index
 
 
 def ends(prompts: Prompts) -> Int[Tensor, "B"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits.batches import over_batches
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, off_circuit
+from mad.attribution import explanation_bytes, halfway, integrated, midpoints, off_circuit
 from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.output_deviation import deviation_from
 from mad.detectors.settings import check_ablation, check_at_least_one, check_choice
@@ -56,7 +56,8 @@ def effects(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tens
 
     def work(batch: Prompts) -> Tensor:
         kl = partial(deviation_from(engine, ablation, batch, "kl"), per_example=True)
-        return integrated(engine, kept, len(batch), steps, kl)[:, removed].abs().cpu()
+        points = midpoints(steps, halfway(len(batch)))
+        return integrated(engine, kept, points, kl)[:, removed].abs().cpu()
 
     return over_batches(
         work,

@@ -28,7 +28,7 @@ from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, rounding, shares
+from mad.attribution import explanation_bytes, halfway, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.measured import chosen_or_means
 from mad.detectors.settings import check_ablation, check_at_least_one
@@ -97,8 +97,10 @@ class DeviationDetector:
             shared=self.ablation.shared_bytes,
         )
 
-    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
-        """Yields shares of the score by edge, batch by batch."""
+    def explain(
+        self, prompts: Prompts, *, scores: Tensor | None = None, memory: str = "2GB"
+    ) -> Iterator[Explained]:
+        """Yields shares of the score by edge, batch by batch; `scores` is not needed."""
         for batch in in_batches(
             self.engine,
             prompts,
@@ -114,9 +116,9 @@ class DeviationDetector:
             scores, noise = self._scores(measure), self._noise(measure)
         measure_each = partial(measure, per_example=True)
         total = torch.zeros(len(prompts), *self.circuit.kept.shape, device=self.engine.device)
+        points = midpoints(self.config.explain_steps, halfway(len(prompts)))
         for mask in self.masks:
-            steps = self.config.explain_steps
-            total += integrated(self.engine, mask, len(prompts), steps, measure_each)
+            total += integrated(self.engine, mask, points, measure_each)
         return shares(total / len(self.masks), scores, noise)
 
     def _deviation(self, prompts: Prompts) -> Measure:

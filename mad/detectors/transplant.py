@@ -24,7 +24,9 @@ is scored at one position has the score of what it is up to there.  Where a host
 further positions, these take what stands before.
 
 An explanation shares the score out over the edges off the circuit (`mad.attribution`), from C(y; x)
-to M(y), where the score is 0.
+to M(y), where the score is 0.  Each host has its own points of the integral, so that with as many
+points as hosts it costs one forward and one backward pass of each: with the run that tells
+rounding, some four times what the score does.
 
 Shapes: prompts B, hosts K, positions S (of x) and T (of hosts), d_model D, readers R, writers W.
 """
@@ -43,11 +45,11 @@ from torch import Tensor
 from circuits.batches import in_batches
 from circuits.circuit import Circuit
 from circuits.engine import Engine
-from circuits.engine.masked import Ablated
+from circuits.engine.masked import Ablated, Place
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
-from mad.attribution import explanation_bytes, integrated, rounding, shares
+from mad.attribution import explanation_bytes, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
 from mad.detectors.settings import check_at_least_one
@@ -55,7 +57,8 @@ from mad.redrawn import further_circuits, stacked
 
 log = logging.getLogger(__name__)
 
-MOST_PAIRS = 128  # of a prompt and a host at once: more gain nothing
+# of a prompt and a host at once, and what they take: more gain nothing
+MOST_PAIRS, MOST_BYTES = 128, 256 * 10**6
 
 
 @dataclass
@@ -67,7 +70,9 @@ class Fast:
     # that trusted inputs move a lot can hide a whole backdoor (docs/does-it-work.md)
     hosts: int = 16
     circuits: int = 1  # the first is the one that was extracted
-    explain_steps: int = 16  # points of the integral when a score is explained
+    # points of the integral when a score is explained, spread over the hosts, at least one of each:
+    # forward and backward passes of one host, by each circuit
+    explain_steps: int = 16
 
     def check(self) -> None:
         """Raises ValueError when a setting is out of range."""
@@ -116,13 +121,13 @@ class TransplantDetector:
         moved = transplanted(self.engine, every, self.hosts, prompts, self.reference, memory=memory)
         return rounding(self.engine, moved.abs().mean((0, 2)))
 
-    def explain(self, prompts: Prompts, *, memory: str = "2GB") -> Iterator[Explained]:
-        """Yields shares of the score by edge, for prompts that are run at once.
-
-        One forward and backward pass per point of the integral, circuit and host.
-        """
-        engine, steps = self.engine, self.config.explain_steps
-        scores = self.score(prompts, memory=memory).to(engine.device)
+    def explain(
+        self, prompts: Prompts, *, scores: Float[Tensor, "B"] | None = None, memory: str = "2GB"
+    ) -> Iterator[Explained]:
+        """Yields shares of the score by edge, for prompts that are run at once."""
+        engine, n_hosts = self.engine, len(self.hosts)
+        scores = self.score(prompts, memory=memory) if scores is None else scores
+        scores = scores.to(engine.device)
         noise = self.noise(prompts, memory=memory).to(engine.device)
         for rows, pairs in _pairs(engine, self.hosts, prompts, memory, explanation_bytes):
             total = torch.zeros(len(rows), *engine.graph.exists.shape, device=engine.device)
@@ -131,10 +136,12 @@ class TransplantDetector:
                 moved = functools.partial(
                     _moved, engine, run=run, ablated=ablated, reference=reference, per_example=True
                 )
+                steps = -(-self.config.explain_steps // n_hosts)  # of each host
+                points = midpoints(steps, ((columns + 0.5) / n_hosts).repeat(len(rows)))
                 for mask in self.masks:
-                    parts = integrated(engine, mask, len(run), steps, moved)
+                    parts = integrated(engine, mask, points, moved)
                     of_prompts = parts.unflatten(0, (len(rows), -1)).sum(1)
-                    total += of_prompts / len(self.hosts) / len(self.masks)
+                    total += of_prompts / n_hosts / len(self.masks)
             yield shares(total, scores[rows], noise[rows])
 
     def state(self) -> dict[str, Tensor]:
@@ -219,20 +226,32 @@ def _with_hosts(
         shift = own[:, None] - ends(hosts)[some]
         if per_position:  # each edge has its own place
             shift, reach = torch.zeros_like(shift), prompts.lengths
-        values = aligned(writers, reach, shift, int(hosts.lengths[some].max()))
-        if len(prompts) > 1:  # one prompt's values are the same for all hosts, and stay one row
-            values = values.expand(-1, -1, len(some), -1, -1)
-        yield some, engine.ablated(values.flatten(1, 2))
+        index = aligned(reach, shift, int(hosts.lengths[some].max()))
+        if len(prompts) == 1 and not (index - index[:, :1]).any():  # one row for all hosts
+            index = index[:, :1]
+        rows = torch.arange(len(prompts), device=index.device).repeat_interleave(index.shape[1])
+        yield some, engine.ablated(writers, Place(rows, index.flatten(0, 1)))
 
 
 def _pairs_at_once(
     engine: Engine, hosts: Prompts, prompts: Prompts, memory: str, cost: Callable[[Footprint], int]
 ) -> int:
     """How many pairs of a prompt and a host are run at once."""
-    budget, size = parse_memory(memory), footprint(engine, hosts)
-    each = footprint(engine, prompts).clean + cost(size) + size.prepared(True)
-    most_prompts(prompts, each, budget, size.mask)  # refuses what does not fit
-    return min((budget - size.mask) // each, MOST_PAIRS)
+    budget = parse_memory(memory)
+    each, shared = pair_bytes(engine, hosts, prompts, cost)
+    most_prompts(prompts, each, budget, shared)  # refuses what does not fit
+    return max(1, min((min(budget, MOST_BYTES) - shared) // each, MOST_PAIRS))
+
+
+def pair_bytes(
+    engine: Engine, hosts: Prompts, prompts: Prompts, cost: Callable[[Footprint], int]
+) -> tuple[int, int]:
+    """Returns what a pair of a prompt and a host takes at most, and what pairs share.
+
+    `cost` is that of a host's run.  All pairs of a prompt take their values from it.
+    """
+    size, donor = footprint(engine, hosts), footprint(engine, prompts).donor
+    return cost(size) + size.placed + donor // len(hosts), donor + size.mask
 
 
 def _repeated(

@@ -463,3 +463,34 @@ def test_harmless_inputs_that_cannot_calibrate_are_refused(run, tmp_path, capsys
     words += ["detector=token_count", f"calibration={tmp_path / 'hard.jsonl'}", "overwrite=true"]
     assert main(["fit", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_calibration_inputs_that_get_no_score_are_left_out_by_name(run, tmp_path, capsys, caplog):
+    """One is longer than all that the means by position were taken from."""
+    from mad.commands.main import main
+
+    folder, _ = run
+    long = [{"clean": [*range(9)], "id": "long"}, {"clean": [*range(1, 9)], "id": "longer"}]
+    hard = [{"clean": r["clean"]} for r in records(4, 78)]
+    files = {"trusted": records(40, 77), "hard": [*hard[:2], long[0], *hard[2:]], "all": long}
+    for name, own in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    circuit, trusted = f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}"
+    words = ["fit", circuit, trusted, "detector=deviation", "detector.ablation=positional_mean"]
+    words += ["overwrite=true", "alpha=0.17"]
+    assert main([*words, f"calibration={tmp_path / 'hard.jsonl'}"]) == 1
+    error = capsys.readouterr().err
+    assert "alpha=0.17 needs at least 5 calibration inputs, but there are 4 of group" in error
+    (told,) = [record.message for record in caplog.records if "get no score" in record.message]
+    assert told.startswith("1 of 5 harmless calibration inputs get no score from detector deviat")
+    assert "'long': ablation=positional_mean: prompts reach position 8, but the means" in told
+    assert not (folder / "run/detector/deviation").exists()
+    assert main([*words[:-1], f"calibration={tmp_path / 'hard.jsonl'}"]) == 0
+    assert "calibrated on 20 and 4 of group harmless" in capsys.readouterr().out
+    again = open_run(folder / "run")
+    calibrated = again.detector("deviation")
+    expected = calibrated.score(again.model.prompts(hard)).double().sort().values
+    torch.testing.assert_close(calibrated.calibration.groups["harmless"], expected)
+    assert calibrated.about["harmless"]["harmless"]["prompts"] == 4
+    assert main([*words[:-1], f"calibration={tmp_path / 'all.jsonl'}"]) == 1, "none gets a score"
+    assert "prompts reach position 8, but the means" in capsys.readouterr().err

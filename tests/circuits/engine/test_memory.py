@@ -42,7 +42,7 @@ from circuits.prompts import Prompts, prompts_from_records
 from mad.attribution import explanation_bytes
 from mad.benchmark.speed import peak_of_eap
 from mad.departure import departure
-from mad.detectors.transplant import Strict, TransplantDetector, model_logits
+from mad.detectors.transplant import Strict, TransplantDetector, model_logits, pair_bytes
 from tests import tiny
 from tests.budget import memory_for
 
@@ -311,7 +311,8 @@ def measured(request) -> dict[str, tuple[int, int]]:
     detector = TransplantDetector(
         config, engine, circuit, masks, hosts, model_logits(engine, hosts)
     )
-    pair = size.clean + size.masked() + size.prepared(True)
+    pair, other = pair_bytes(engine, hosts, shorter, lambda size: size.masked())
+    explained, _ = pair_bytes(engine, hosts, shorter, explanation_bytes)
 
     halves = (
         torch.rand(4, *graph.exists.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -359,16 +360,16 @@ def measured(request) -> dict[str, tuple[int, int]]:
             ),
             "transplant, one": (
                 peak(lambda: detector.score(shorter.select([0]))),
-                4 * pair + size.mask,
+                4 * pair + other,
             ),
-            "transplant, three": (peak(lambda: detector.score(shorter)), 12 * pair + size.mask),
+            "transplant, three": (peak(lambda: detector.score(shorter)), 12 * pair + other),
             "transplant, in parts": (
-                peak(lambda: detector.score(shorter, memory=str(3 * pair + size.mask))),
-                3 * pair + size.mask,
+                peak(lambda: detector.score(shorter, memory=str(3 * pair + other))),
+                3 * pair + other,
             ),
             "transplant, explained": (
                 peak(lambda: list(detector.explain(shorter))),
-                12 * (pair - size.masked() + explanation_bytes(size)) + size.mask,
+                12 * explained + other,
             ),
         }
 
