@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.gates import part_shares, gate_shapes
+from circuits.gates import gate_shapes, part_shares
 from circuits.space import Space
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete

@@ -295,9 +295,7 @@ def circuits_of_any_size(space: Space) -> Draw:
 
 
 @torch.no_grad()
-def _scale(
-    engine: Engine, prompts: Prompts, memory: str, source: Source
-) -> Float[Tensor, "W 1 D"]:
+def _scale(engine: Engine, prompts: Prompts, memory: str, source: Source) -> Float[Tensor, "W 1 D"]:
     """The root mean square of each number on some prompts, but no less than a part of its row's."""
     few = next(iter(in_batches(engine, prompts, source.footprint, memory=memory)))
     read = source.read(engine, few)[:, few.key_mask].float()  # [W, tokens, D]

@@ -9,7 +9,6 @@ of a mask.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-
 from typing import Any
 
 from jaxtyping import Float

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from circuits.gates import OVER, part_shares, gate_shapes
+from circuits.gates import OVER, gate_shapes, part_shares
 from circuits.graph import Graph
 from circuits.mask_distribution import KINDS, MaskDistribution
 

@@ -84,9 +84,7 @@ def final_size(config: MaskTraining, space: Space) -> float:
     name = "share" if config.share is not None else "down_to"
     share = config.down_to if config.share is None else config.share
     if not 0 < share < 1:
-        raise ValueError(
-            f"method.{name}={share}, but a share of the {noun} is above 0 and below 1"
-        )
+        raise ValueError(f"method.{name}={share}, but a share of the {noun} is above 0 and below 1")
     return max(1.0, share * space.n_parts)
 
 

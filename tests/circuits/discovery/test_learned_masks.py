@@ -25,7 +25,7 @@ from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory
 from circuits.extraction import extract, rediscover
 from circuits.files import read_tensors, write_tensors
-from circuits.gates import OVER, part_shares, gate_shapes
+from circuits.gates import OVER, gate_shapes, part_shares
 from circuits.mask_distribution import KINDS, MaskDistribution
 from circuits.metrics import METRICS
 from circuits.objective import Objective, prepare
@@ -346,7 +346,9 @@ def test_a_start_from_nothing_known_is_refused(source):
 def test_scores_of_another_graph_are_refused(tmp_path):
     other = FAMILIES["grouped queries"].graph
     Circuit(other, other.exists, other.exists.float()).save(tmp_path)
-    with pytest.raises(ValueError, match="has scores of .* edges, of another model than this with 46 edges"):
+    with pytest.raises(
+        ValueError, match="has scores of .* edges, of another model than this with 46 edges"
+    ):
         learn("ugs", warm_start=str(tmp_path))
 
 
