@@ -68,7 +68,10 @@ def _parts(ablated: Ablated | Tensor, rows: Int[Tensor, "b"], width: int) -> lis
 def _joined(values: list[list[Tensor]]) -> Ablated | Tensor:
     columns = zip(*values, strict=True)
     parts = [own[0] if len(own) == 1 else torch.cat(own, -3) for own in columns]
-    return parts[0] if len(parts) == 1 else Ablated(*parts)
+    if len(parts) == 1:
+        return parts[0]
+    writers, base, *unread = parts
+    return Ablated(writers, base, unread[0] if unread else None)
 
 
 def _at(values: Float[Tensor, "*k B S D"], rows: Int[Tensor, "b"], width: int) -> Tensor:
