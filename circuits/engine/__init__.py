@@ -3,6 +3,7 @@
 engine       `Engine`, the only way into a model
 masked       one run under masks
 live_nodes   which work a mask leaves
+incremental  runs of circuits that lack a few edges of one that was run
 memory       how much of it fits in a budget
 """
 

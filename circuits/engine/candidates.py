@@ -74,10 +74,12 @@ class Candidates:
         """The edges that a candidate lacks."""
         return [self.edges[number] for number in np.flatnonzero(self.removed[candidate])]
 
-    def lost_into(self, reader: int) -> tuple[list[Edge], Bool[np.ndarray, "K e"]]:
-        """The edges into a reader, and which candidates lack them."""
-        numbers = self.into[reader]
-        return [self.edges[number] for number in numbers], self.removed[:, numbers]
+    def lost_into(self, reader: int) -> Bool[np.ndarray, "K W *S"]:
+        """Which of a reader's edges each candidate lacks."""
+        lost = np.zeros((len(self), *self.present.kept.shape[1:]), bool)
+        for number in self.into[reader]:
+            lost[(slice(None), *self.edges[number][1:])] = self.removed[:, number]
+        return lost
 
     def _read(self) -> Bool[Tensor, "K W s"]:
         """Which writers the logits depend on under each candidate."""

@@ -103,7 +103,7 @@ class Incremental:
         self.work += inputs.numel() * places.count
         for number, reader in enumerate(readers):
             if reader in candidates.into:
-                places.take_away(inputs[number], *candidates.lost_into(reader))
+                places.take_away(inputs[number], candidates.lost_into(reader))
         return inputs
 
     def _hand_on(self, step: Step, written: Float[Tensor, "w K B s D"]) -> None:

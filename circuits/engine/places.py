@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.engine.candidates import Edge
-
 
 class Places:
     """Some positions of each prompt; `positions` says which, None: all."""
@@ -89,37 +87,30 @@ class Places:
             return present if at_least == 1 else present.repeat(1, at_least, 1, 1, 1)
         return self._sum(shares, self.changes[: self.count]).add_(present)
 
-    def take_away(
-        self, inputs: Float[Tensor, "K B s D"], edges: list[Edge], lost: Bool[np.ndarray, "K e"]
-    ) -> None:
+    def take_away(self, inputs: Float[Tensor, "K B s D"], lost: Bool[np.ndarray, "K W *S"]) -> None:
         """Takes from what a reader gets under each candidate what it would over edges it lacks."""
-        writers = [edge[1] for edge in edges]
-        differences, shares, where = self.differences[self._index(writers)], self._numbers(lost), ""
-        if len(edges[0]) == 3:
-            here = self._positions() == self._index([edge[2] for edge in edges])[:, None, None]
-            shares, where = shares[:, :, None, None] * here, "bs"
-        inputs -= torch.einsum(f"ke{where},ebsd->kbsd", shares, differences)
-        changed = [number for number, writer in enumerate(writers) if writer in self.row_of]
-        if changed:
-            changes = self.changes[[self.row_of[writers[number]] for number in changed]]
-            inputs -= torch.einsum(f"ke{where},ekbsd->kbsd", shares[:, changed], changes)
+        writers = np.flatnonzero(lost.reshape(*lost.shape[:2], -1).any(2).any(0)).tolist()
+        inputs -= self._sum(lost[:, writers], self.differences[self._index(writers)][:, None])[:, 0]
+        if changed := [writer for writer in writers if writer in self.row_of]:
+            changes = self.changes[[self.row_of[writer] for writer in changed]]
+            shares = self._shares(lost[:, changed])
+            inputs -= torch.einsum("kcbs,ckbsd->kbsd", shares, changes)
 
     def _sum(
         self, kept: Bool[np.ndarray, "r c *S"], values: Float[Tensor, "c k B s D"]
     ) -> Float[Tensor, "r k B s D"]:
-        """The sum of values over kept edges."""
-        shares = self._numbers(kept)
+        """The sum of values over some edges."""
+        shares = self._shares(kept)
+        if kept.ndim == 2:
+            return (shares[..., 0, 0] @ values.flatten(1)).view(len(shares), *values.shape[1:])
+        return torch.einsum("rcbs,ckbsd->rkbsd", shares, values)
+
+    def _shares(self, kept: Bool[np.ndarray, "r c *S"]) -> Float[Tensor, "r c b s"]:
+        """1 for an edge and 0 for none, at these positions; b and s 1 where they are alike."""
+        shares = torch.from_numpy(kept).to(self.differences.device, self.differences.dtype)
         if shares.ndim == 2:
-            return (shares @ values.flatten(1)).view(len(shares), *values.shape[1:])
-        return torch.einsum("rcbs,ckbsd->rkbsd", shares[:, :, self._positions()], values)
-
-    def _positions(self) -> Int[Tensor, "b s"]:
-        if self.positions is not None:
-            return self.positions
-        return torch.arange(self.differences.shape[2], device=self.differences.device)[None]
-
-    def _numbers(self, kept: Bool[np.ndarray, "*any"]) -> Float[Tensor, "*any"]:
-        return torch.from_numpy(kept).to(self.differences.device, self.differences.dtype)
+            return shares[:, :, None, None]
+        return shares[:, :, None] if self.positions is None else shares[:, :, self.positions]
 
     def _index(self, rows: Sequence[int] | Int[np.ndarray, "n"]) -> Int[Tensor, "n"]:
         return torch.as_tensor(rows, dtype=torch.long, device=self.differences.device)

@@ -401,7 +401,8 @@ def test_formulas_are_upper_bounds_and_not_far_above(measured, work):
     shared = work.startswith(
         "transplant"
     )  # where lengths are equal, the values that hosts are given are one row
-    assert taken <= predicted <= (2.8 if shared else 2.2) * taken
+    alike = work == "removals"  # where readers get the same under all candidates
+    assert taken <= predicted <= (3.6 if alike else 2.8 if shared else 2.2) * taken
 
 
 # ---- results do not depend on the budget ---------------------------------------------------------
