@@ -96,7 +96,7 @@ def test_from_extraction_to_scores_by_the_command_line(tmp_path):
     run, lines, scored = tmp_path / "run", tmp_path / "new.jsonl", tmp_path / "scored.jsonl"
     few = "splits={discovery:8,evaluation:8,fit:16,calibration:20}"
     words = [f"model={folder()}", "task=ioi", "method=eap_ig", f"selection.edges={EDGES}", few]
-    assert main(["extract", *words, "random_draws=1", f"out={run}"]) == 0
+    assert main(["extract", *words, "random_draws=0", f"out={run}"]) == 0
     circuit = circuits.Circuit.load(run)
     assert 0 < len(circuit) <= EDGES
     assert main(["plot", f"circuit={run}", "formats=[svg]"]) == 0
@@ -107,7 +107,8 @@ def test_from_extraction_to_scores_by_the_command_line(tmp_path):
         "Water boils at 100 degrees Celsius at sea level; on a mountain",
     ]
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert main(["score", f"circuit={run}", f"inputs={lines}", f"out={scored}", "alpha=0.05"]) == 0
+    told = [f"circuit={run}", f"inputs={lines}", f"out={scored}", "alpha=0.05", "explain=none"]
+    assert main(["score", *told]) == 0
     results = [json.loads(line) for line in scored.read_text().splitlines()]
     assert [set(result) >= {"score", "p_value", "anomalous"} for result in results] == [True] * 3
     assert results[2]["score"] > max(result["score"] for result in results[:2])
