@@ -466,9 +466,7 @@ def test_explanations_do_not_depend_on_the_memory(name, pairs):
             explain(detector, new, memory=str(int(few) - 1))
 
 
-def test_an_explanation_takes_a_pass_of_each_host_and_no_score_that_is_known(
-    context, monkeypatch
-):
+def test_an_explanation_takes_a_pass_of_each_host_and_no_score_that_is_known(context, monkeypatch):
     """Counted in rows: 5 of a score; then 5 for rounding, and 5 that are differentiated."""
     engine, real, rows = context.engine, Engine.masked, []
     detector, new = fit_transplant(Fast(hosts=5), context, hosts_of(engine)), some(engine, [7], 11)
