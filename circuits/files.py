@@ -14,6 +14,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
+from jaxtyping import Shaped, jaxtyped
 from torch import Tensor
 
 from circuits.prompts.errors import quote
@@ -86,6 +88,45 @@ def restored(schema: type[Config], data: Any, where: str) -> Config:
             raise ValueError(f"{where}.{name} is {quote(value)}, but it must be {declared}")
         values[name] = value
     return schema(**values)
+
+
+def restored_tensors(schema: type[Config], tensors: Mapping[str, Tensor], **sizes: int) -> Config:
+    """A dataclass of tensors from what a file holds, each of its declared kind and shape.
+
+    >>> from circuits.ablation.means import Means
+    >>> rows, count = torch.zeros(3, 2), torch.ones(4, dtype=torch.int64)
+    >>> state = {"first": rows, "rest": rows, "positional": torch.zeros(3, 4, 2), "count": count}
+    >>> len(restored_tensors(Means, state, W=3, D=2).count)
+    4
+
+    Args:
+        schema: its fields are annotated by jaxtyping.
+        tensors: by the names of the fields.
+        sizes: of axes that are known.
+
+    Raises:
+        TypeError: a tensor is missing or too many, is of another type or shape, or not finite.
+    """
+    hints = {field.name: get_type_hints(schema)[field.name] for field in fields(schema)}  # pyright: ignore[reportArgumentType]
+    if other := sorted(set(hints) ^ set(tensors)):
+        raise TypeError(f"{other[0]} is {'missing' if other[0] in hints else 'not known'}")
+    with jaxtyped("context"):  # in which the name of an axis has one size
+        for axis, size in sizes.items():
+            assert isinstance(torch.empty(size, device="meta"), Shaped[Tensor, axis])
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, hints[name]):
+                raise TypeError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but it must be "
+                    f"{hints[name].__name__}" + "".join(f", {a}={n}" for a, n in sizes.items())
+                )
+            refuse_not_finite(name, tensor)
+    return schema(**tensors)
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """Raises TypeError where a tensor holds no numbers that can be computed with."""
+    if not torch.isfinite(tensor).all():
+        raise TypeError(f"{name} is not finite")
 
 
 def write_text(path: Path, text: str) -> None:

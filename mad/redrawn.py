@@ -8,7 +8,7 @@ Shapes: circuits C, readers R, writers W; `*S` positions, where edges are told a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,23 @@ def further_circuits(
     n_prompts = min(len(trusted), discovery.get("prompts", len(trusted)))
     draws = (redrawn(trusted, n_prompts, seed) for seed in range(1, count + 1))
     return [rediscover(circuit, engine, drawn, memory=memory) for drawn in draws]
+
+
+def restored_masks(
+    circuit: Circuit, circuits: int, state: Mapping[str, Tensor]
+) -> Float[Tensor, "C R W *S"]:
+    """Returns the masks of a circuit and of the further ones that were saved.
+
+    Raises:
+        TypeError: there are not so many circuits, or they are of another graph.
+    """
+    shape = (circuits - 1, *circuit.mask.shape)
+    masks = state.get("masks", torch.zeros(0, *shape[1:], dtype=torch.bool))
+    if masks.shape != shape or masks.dtype != torch.bool:
+        raise TypeError(
+            f"masks is {masks.dtype} of shape {tuple(masks.shape)}, not bool of {shape}"
+        )
+    return stacked(circuit, [*masks])
 
 
 def stacked(circuit: Circuit, further: Sequence[Tensor]) -> Float[Tensor, "C R W *S"]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 ROUNDING = 1e-6  # a deviation below this share of the largest is no more than float32's rounding
@@ -29,6 +29,11 @@ ROUNDING = 1e-6  # a deviation below this share of the largest is no more than f
 @runtime_checkable
 class Usual(Protocol):
     """What trusted rows are like; its fields are tensors."""
+
+    @property
+    def columns(self) -> int | None:
+        """How many numbers a row has; None: any."""
+        ...
 
     def unusual(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B"]:
         """How unusual each row is."""
@@ -40,15 +45,20 @@ class Summary:
     """A way to compare rows with trusted ones."""
 
     fit: Callable[[Float[Tensor, "n c"]], Usual] | None  # None: trusted rows are not looked at
-    restore: Callable[..., Usual]  # from its tensors, by name
+    kind: type[Usual]  # a dataclass of tensors
 
 
 @dataclass(frozen=True)
 class Standard:
     """Mean and scale of each column; the scale of a column without spread is 0."""
 
-    mean: Float[Tensor, "c"]
-    scale: Float[Tensor, "c"]  # one over the standard deviation
+    mean: Float64[Tensor, "c"]
+    scale: Float64[Tensor, "c"]  # one over the standard deviation
+
+    @property
+    def columns(self) -> int:
+        """How many there are."""
+        return len(self.mean)
 
     def z(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B c"]:
         """Standardised rows; 0 in columns without spread."""
@@ -83,11 +93,16 @@ class Gaussian:
     thousands, and trusted rows span few of their directions.
     """
 
-    mean: Float[Tensor, "c"]
-    scale: Float[Tensor, "c"]  # what columns are multiplied by first
-    directions: Float[Tensor, "c k"]
-    inverse: Float[Tensor, "k"]
-    elsewhere: Float[Tensor, ""]  # 0 where the directions are all there are
+    mean: Float64[Tensor, "c"]
+    scale: Float64[Tensor, "c"]  # what columns are multiplied by first
+    directions: Float64[Tensor, "c k"]
+    inverse: Float64[Tensor, "k"]
+    elsewhere: Float64[Tensor, ""]  # 0 where the directions are all there are
+
+    @property
+    def columns(self) -> int:
+        """How many there are."""
+        return len(self.mean)
 
     def squared_distance(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B"]:
         """Squared Mahalanobis distances from the mean."""
@@ -183,10 +198,17 @@ class Tails:
 
     ordered: Float[Tensor, "c n"]
 
+    @property
+    def columns(self) -> int:
+        """How many there are."""
+        return len(self.ordered)
+
     def unusual(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B"]:
         """How many columns are larger than they usually are, and how rarely they are as large."""
         n = self.ordered.shape[1]
-        smaller = torch.searchsorted(self.ordered, rows.T.contiguous())  # [c, B]
+        smaller = torch.searchsorted(
+            self.ordered, rows.T.to(self.ordered.dtype).contiguous()
+        )  # [c, B]
         return -((1 + n - smaller) / (n + 1)).log().sum(0)
 
 
@@ -198,6 +220,8 @@ def tails(rows: Float[Tensor, "n c"]) -> Tails:
 @dataclass(frozen=True)
 class Total:
     """Nothing needs to be known of trusted rows."""
+
+    columns = None
 
     def unusual(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B"]:
         """The sum of each row."""

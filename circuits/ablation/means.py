@@ -16,6 +16,7 @@ from circuits.ablation.ablation import Ablation, AblationConfig
 from circuits.ablation.source import WRITERS, Source
 from circuits.batches import in_batches
 from circuits.engine.engine import Engine
+from circuits.files import restored_tensors
 from circuits.prompts.errors import InputError
 from circuits.prompts.prompts import Prompts
 
@@ -98,7 +99,9 @@ class Mean(Ablation):
 
     @classmethod
     def restore(cls, engine: Engine, state: Mapping[str, Tensor]) -> Mean:
-        tensors = {name: tensor.to(engine.device) for name, tensor in state.items()}
+        rows, numbers = WRITERS.shape(engine)
+        kept = vars(restored_tensors(Means, state, W=rows, D=numbers))
+        tensors = {name: tensor.to(engine.device) for name, tensor in kept.items()}
         values = {name: tensors[name].to(engine.dtype) for name in ("first", "rest", "positional")}
         return cls(Means(**values, count=tensors["count"]))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from circuits.batches import over_batches
 from circuits.engine import Engine
+from circuits.files import refuse_not_finite
 from circuits.metrics import METRICS
 from circuits.model.huggingface import quietly
 from circuits.model.load import local_path
@@ -121,6 +122,9 @@ def restore_fine_tuned(
     config.check()
     tuned = _copy(context.engine).requires_grad_(False)
     for name, weight in tuned.named_parameters():
+        if state[name].shape != weight.shape or not state[name].is_floating_point():
+            raise TypeError(f"{name} is {state[name].dtype} of shape {tuple(state[name].shape)}")
+        refuse_not_finite(name, state[name])
         weight.copy_(state[name])
     return FineTunedDetector(config, context.engine, tuned)
 

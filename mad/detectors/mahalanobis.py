@@ -24,6 +24,7 @@ from torch import Tensor
 from circuits.batches import in_batches
 from circuits.engine import Engine
 from circuits.engine.memory import Footprint
+from circuits.files import refuse_not_finite, restored_tensors
 from circuits.prompts import Prompts
 from mad.detector import Context, labelled, part
 from mad.detectors.settings import check_choice, check_shrinkage
@@ -124,8 +125,14 @@ def restore_mahalanobis(
     if "precision" in state:  # version 0.1: the last layer alone
         gaussians = {layers[0]: from_precision(state["mean"], state["precision"])}
         return MahalanobisDetector(config, context.engine, gaussians, state["mean"].new_ones(1))
-    gaussians = {layer: Gaussian(**part(str(layer), state)) for layer in layers}
-    return MahalanobisDetector(config, context.engine, gaussians, state["typical"])
+    width, typical = context.engine.architecture.width, state["typical"]
+    if typical.shape != (len(layers),) or typical.dtype != torch.float64:
+        raise TypeError(f"typical is {typical.dtype} of shape {tuple(typical.shape)}")
+    refuse_not_finite("typical", typical)
+    gaussians = {
+        layer: restored_tensors(Gaussian, part(str(layer), state), c=width) for layer in layers
+    }
+    return MahalanobisDetector(config, context.engine, gaussians, typical)
 
 
 def _distances(

@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.ablation import Ablation, AblationConfig, fit_ablation, restore_ablation
 from circuits.circuit import Circuit
 from circuits.engine import Engine
+from circuits.files import restored_tensors
 from circuits.prompts import Prompts
 from mad.detector import Context, DetectorKind, labelled, part
 from mad.statistics import Summary, Usual
@@ -67,7 +68,13 @@ class MeasuringDetector:
 
     def score(self, prompts: Prompts, *, memory: str = "2GB") -> Float[Tensor, "B"]:
         """How unusual a prompt's numbers are."""
-        return self.usual.unusual(self.measure(self.instrument, prompts, memory)).float()
+        rows, columns = self.measure(self.instrument, prompts, memory), self.usual.columns
+        if columns not in (None, rows.shape[1]):  # nothing that is saved tells how many there are
+            raise ValueError(
+                f"detector {self.config.name} knows what {columns} numbers of trusted inputs are "
+                f"like, but measures {rows.shape[1]}; fit the detector again"
+            )
+        return self.usual.unusual(rows).float()
 
     def state(self) -> Mapping[str, Tensor]:
         """The ablation's values, and what trusted inputs are like."""
@@ -109,7 +116,7 @@ def measuring(
             values = fit_ablation(chosen, engine, trusted, memory=memory)
         instrument, compared = Instrument(config, engine, circuit, values), summary(config)
         if compared.fit is None:
-            return MeasuringDetector(instrument, measure, compared.restore())
+            return MeasuringDetector(instrument, measure, compared.kind())
         rows = measure(instrument, trusted.select(slice(most_trusted)), memory)
         return MeasuringDetector(instrument, measure, compared.fit(rows))
 
@@ -119,7 +126,7 @@ def measuring(
         circuit, engine, values = circuit_of(config, context), context.engine, None
         if ablation is not None:
             values = restore_ablation(ablation(config, engine), engine, part("ablation", state))
-        usual = summary(config).restore(**part("usual", state))
+        usual = restored_tensors(summary(config).kind, part("usual", state))
         return MeasuringDetector(Instrument(config, engine, circuit, values), measure, usual)
 
     return DetectorKind(schema, fit, restore)

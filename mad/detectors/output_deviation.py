@@ -32,7 +32,7 @@ from mad.attribution import explanation_bytes, halfway, integrated, midpoints, r
 from mad.detector import Context, Explained
 from mad.detectors.measured import chosen_or_means
 from mad.detectors.settings import check_ablation, check_at_least_one
-from mad.redrawn import further_circuits, stacked
+from mad.redrawn import further_circuits, restored_masks, stacked
 
 Measure = Callable[..., Float[Tensor, "B"]]  # how far runs of some prompts are, given the mask
 
@@ -188,6 +188,7 @@ def restore_deviation(
     """Returns a saved detector."""
     config.check()
     circuit, engine = context.circuit_for(config.name), context.engine
-    ablation = restore_ablation(chosen_or_means(config, engine), engine, state)
-    masks = stacked(circuit, list(state.get("masks", [])))
+    means = {name: tensor for name, tensor in state.items() if name != "masks"}
+    ablation = restore_ablation(chosen_or_means(config, engine), engine, means)
+    masks = restored_masks(circuit, config.circuits, state)
     return DeviationDetector(config, engine, circuit, masks, ablation)

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from circuits.batches import in_batches
@@ -47,13 +47,14 @@ from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.masked import Ablated, Place
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
+from circuits.files import restored_tensors
 from circuits.metrics import METRICS
 from circuits.prompts import Prompts
 from mad.attribution import explanation_bytes, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
 from mad.detectors.settings import check_at_least_one
-from mad.redrawn import further_circuits, stacked
+from mad.redrawn import further_circuits, restored_masks, stacked
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,7 @@ def fit_transplant(
     config = _with_hosts_that_are_there(config, len(trusted))
     hosts, rest = trusted.select(slice(config.hosts)), trusted.select(slice(config.hosts, None))
     further = further_circuits(circuit, engine, rest, config.circuits - 1, memory=memory)
-    return _build(config, context, hosts.bare(), further, memory)
+    return _build(config, context, hosts.bare(), stacked(circuit, further), memory)
 
 
 def _with_hosts_that_are_there(config: Fast, n_trusted: int) -> Fast:
@@ -320,17 +321,47 @@ def restore_transplant(
 ) -> TransplantDetector:
     """Returns a saved detector."""
     config.check()
-    hosts = Prompts.from_tokens(
-        state["clean"], lengths=state["lengths"], positions=state["positions"]
-    )
-    return _build(config, context, hosts, list(state.get("masks", [])), memory)
+    engine = context.engine
+    hosts = _restored_hosts(engine, config.hosts, state)
+    masks = restored_masks(context.circuit_for(config.name), config.circuits, state)
+    return _build(config, context, hosts, masks, memory)
+
+
+def _restored_hosts(engine: Engine, count: int, state: Mapping[str, Tensor]) -> Prompts:
+    """The saved hosts; TypeError where they are no prompts of the model."""
+    kept = {name: state[name] for name in ("clean", "lengths", "positions")}
+    hosts = restored_tensors(_Hosts, kept, K=count)
+    tokens, lengths, positions = hosts.clean, hosts.lengths, hosts.positions
+    width, vocabulary = tokens.shape[1], engine.model.vocabulary
+    for name, values, low, high in (
+        ("clean", tokens, 0, vocabulary - 1),
+        ("lengths", lengths, 1, min(width, engine.architecture.context)),
+        ("positions", positions, -1, lengths[:, None] - 1),
+        (
+            "the last of positions",
+            positions.amax(1) if positions.numel() else lengths - 2,
+            0,
+            width,
+        ),
+    ):
+        if bool(((values < low) | (values > high)).any()):
+            raise TypeError(f"{name} holds what no token of the model, or place in a prompt, is")
+    return Prompts.from_tokens(tokens, lengths=lengths, positions=positions)
+
+
+@dataclass(frozen=True)
+class _Hosts:
+    """Hosts as they are saved."""
+
+    clean: Int64[Tensor, "K S"]
+    lengths: Int64[Tensor, "K"]
+    positions: Int64[Tensor, "K P"]
 
 
 def _build(
-    config: Fast, context: Context, hosts: Prompts, further: Sequence[Tensor], memory: str
+    config: Fast, context: Context, hosts: Prompts, masks: Float[Tensor, "C R W *S"], memory: str
 ) -> TransplantDetector:
     circuit, engine = context.circuit_for(config.name), context.engine
     hosts = hosts.to(engine.device)
     reference = model_logits(engine, hosts, memory=memory)
-    masks = stacked(circuit, further)
     return TransplantDetector(config, engine, circuit, masks, hosts, reference)
