@@ -398,10 +398,10 @@ WORK = [
 def test_formulas_are_upper_bounds_and_not_far_above(measured, work):
     """What they leave is for the allocator (see the module's docstring), which is not seen here."""
     taken, predicted = measured[work]
-    shared = work.startswith(
-        "transplant"
-    )  # where lengths are equal, the values that hosts are given are one row
-    assert taken <= predicted <= (2.8 if shared else 2.2) * taken
+    # where lengths are equal, the values that hosts are given are one row; what a backward rule
+    # makes anew is not held
+    less = work.startswith("transplant") or work == "attribution by a rule"
+    assert taken <= predicted <= (2.8 if less else 2.2) * taken
 
 
 # ---- results do not depend on the budget ---------------------------------------------------------
