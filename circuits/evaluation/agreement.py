@@ -83,8 +83,8 @@ def _spearman(one: Float[Tensor, "n"], other: Float[Tensor, "n"]) -> float | Non
 
     if len(one) < 2 or bool((one == one[0]).all()) or bool((other == other[0]).all()):
         return None
-    correlation, _ = spearmanr(one.numpy(), other.numpy())
-    return round(float(correlation), 12)  # type: ignore[arg-type]
+    found: Any = spearmanr(one.numpy(), other.numpy())
+    return round(float(found.statistic), 12)
 
 
 def drawn(space: Space, sample: int, seed: int) -> Int[Tensor, "n axes"]:
