@@ -28,7 +28,7 @@ class TrainingPoint:
     step: int
     loss: float  # with the penalty
     faithfulness: float  # of the batch, under masks that were drawn
-    edges: float  # expected
+    edges: float  # expected, or units
 
 
 def draw_training(
@@ -36,12 +36,13 @@ def draw_training(
     path: Path,
     *,
     edges_kept: int | None = None,
+    noun: str = "edges",
     title: str = "",
     caption: str = "",
 ) -> Path:
-    """Return the file drawn: loss, faithfulness and expected edges (log axis) by step.
+    """Return the file drawn: loss, faithfulness and expected size (log axis) by step.
 
-    A dotted rule marks the size of the circuit that was kept.
+    A dotted rule marks the size of the circuit that was kept; `noun` is what it is made of.
 
     Raises:
         ValueError: fewer than two points, or a value that is not finite, or no edges.
@@ -54,7 +55,7 @@ def draw_training(
         for place, name, colour in zip(axes, panels, SERIES_COLOURS, strict=False):
             values = [getattr(point, name) for point in points]
             place.plot(steps, values, color=colour, linewidth=1.1, gid=f"training:{name}")
-            place.set_ylabel(name if name != "edges" else "edges expected")
+            place.set_ylabel(name if name != "edges" else f"{noun} expected")
         axes[2].set_xlabel("step")
         _draw_sizes(axes[2], edges_kept)
     return Path(path)

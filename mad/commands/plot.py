@@ -227,8 +227,9 @@ def _draw_training(
             points,
             folder / f"training.{form}",
             edges_kept=len(circuit),
+            noun=circuit.space.noun,
             title=f"{title}: training",
-            caption="of batches, under masks that were drawn; dotted: the edges kept",
+            caption=f"of batches, under masks that were drawn; dotted: the {circuit.space.noun} kept",
         )
         for form in ("png", "svg")
     ]
