@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from circuits.discovery import ACDC
+from circuits.discovery import ACDC, EAPIG, AtPStar
 from circuits.prompts import write_jsonl
 from circuits.tasks.file import File
 from mad.calibration import fit, sequence_hashes
@@ -214,6 +214,10 @@ def test_a_circuit_that_says_nothing_is_said_to(run, tmp_path, caplog):  # noqa:
     for changes, message in (
         ({"selection": dataclasses.replace(config.selection, edges=0)}, "edges=0"),
         ({"random_draws": -1}, "random_draws=-1"),
+        ({"exact_sample": 1}, "exact_sample=1"),
+        ({"method": AtPStar(), "metric": "kl"}, "metric=kl has zero gradient"),
+        ({"method": EAPIG(), "metric": "accuracy"}, "metric=accuracy has no gradient"),
+        ({"method": EAPIG(rule="lrp")}, "rule='lrp'"),
         ({"method": ACDC()}, "decides itself"),
     ):
         with pytest.raises(ValueError, match=message):
