@@ -88,7 +88,7 @@ def _least(run: Callable[[Tensor], Tensor], constants: Tensor) -> float:
 
 
 def one_residual_for_all(constants: Tensor) -> Tensor:
-    """What the model says where nothing is kept: the same everywhere, by its final norm and head."""
+    """What the model says where nothing is kept: the same everywhere, by its norm and head."""
     bridge = ENGINE.model.bridge
     logits = bridge.unembed.original_component(bridge.ln_final.original_component(constants))
     return logits.expand(*PROMPTS.positions.shape, -1)
