@@ -122,7 +122,10 @@ def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Tenso
         if expected is not None and _file_hash(path) != expected:
             raise ValueError("it was changed after detector.json was written")
         state = read_tensors(path)
-        return state, state.pop("calibration")
+        scores = state.pop("calibration")
+        if scores.ndim != 1 or not scores.is_floating_point():
+            raise TypeError(f"calibration is {scores.dtype} of shape {tuple(scores.shape)}")
+        return state, scores
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fit the detector again") from error
 

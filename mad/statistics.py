@@ -45,7 +45,7 @@ class Summary:
     """A way to compare rows with trusted ones."""
 
     fit: Callable[[Float[Tensor, "n c"]], Usual] | None  # None: trusted rows are not looked at
-    kind: type[Usual]  # a dataclass of tensors
+    kind: type  # of what it makes, a dataclass of tensors
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,8 @@ class Tails:
     def unusual(self, rows: Float[Tensor, "B c"]) -> Float[Tensor, "B"]:
         """How many columns are larger than they usually are, and how rarely they are as large."""
         n = self.ordered.shape[1]
-        smaller = torch.searchsorted(
-            self.ordered, rows.T.to(self.ordered.dtype).contiguous()
-        )  # [c, B]
+        columns = rows.T.to(self.ordered.dtype).contiguous()
+        smaller = torch.searchsorted(self.ordered, columns)  # [c, B]
         return -((1 + n - smaller) / (n + 1)).log().sum(0)
 
 

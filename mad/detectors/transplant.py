@@ -49,7 +49,7 @@ from circuits.engine.masked import Ablated, Place
 from circuits.engine.memory import Footprint, footprint, most_prompts, parse_memory
 from circuits.files import restored_tensors
 from circuits.metrics import METRICS
-from circuits.prompts import Prompts
+from circuits.prompts import NONE, Prompts
 from mad.attribution import explanation_bytes, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
@@ -333,19 +333,16 @@ def _restored_hosts(engine: Engine, count: int, state: Mapping[str, Tensor]) -> 
     hosts = restored_tensors(_Hosts, kept, K=count)
     tokens, lengths, positions = hosts.clean, hosts.lengths, hosts.positions
     width, vocabulary = tokens.shape[1], engine.model.vocabulary
-    for name, values, low, high in (
-        ("clean", tokens, 0, vocabulary - 1),
-        ("lengths", lengths, 1, min(width, engine.architecture.context)),
-        ("positions", positions, -1, lengths[:, None] - 1),
-        (
-            "the last of positions",
-            positions.amax(1) if positions.numel() else lengths - 2,
-            0,
-            width,
-        ),
-    ):
-        if bool(((values < low) | (values > high)).any()):
-            raise TypeError(f"{name} holds what no token of the model, or place in a prompt, is")
+    bounds = {
+        "clean": (tokens, 0, vocabulary - 1),
+        "lengths": (lengths, 1, min(width, engine.architecture.context)),
+        "positions": (positions, NONE, lengths[:, None] - 1),
+    }
+    for name, (values, least, most) in bounds.items():
+        if ((values < least) | (values > most)).any():
+            raise TypeError(f"{name} is out of range")
+    if not (positions != NONE).any(1).all():
+        raise TypeError("positions names none in some host")
     return Prompts.from_tokens(tokens, lengths=lengths, positions=positions)
 
 
