@@ -17,8 +17,8 @@ circuits.  So there is one set of constants for all, the minimum of an average:
 
 C is drawn anew for each prompt: of a share uniform on [0, 1] of edges, or of writers with all that
 they write, and in one of eight nothing.  `refined` goes on with a circuit that was found in every
-other prompt; masks that are learned train the constants along with the mask, as the paper does.  For
-a circuit itself the result is an upper bound of loss(C), which tests compare with.
+other prompt; masks that are learned train the constants along with the mask, as the paper does.
+For a circuit itself the result is an upper bound of loss(C), which tests compare with.
 
 Constants start from the means, in units of which Adam moves them.  They are the same at all
 positions but the first, and one for each where edges are told apart by position.

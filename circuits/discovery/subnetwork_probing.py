@@ -28,7 +28,8 @@ def subnetwork_probing_units(config: SubnetworkProbing, objective: Objective) ->
     """Returns the ranking of a mask over units; ValueError as `train`, or for over=nodes."""
     if config.over != "edges":
         raise ValueError(
-            f"method.over={config.over!r} is for circuits of edges; leave it out, and say units=nodes"
+            f"method.over={config.over!r} is for circuits of edges; leave it out, and say "
+            "units=nodes"
         )
     return train(config, objective, "units", "hard_concrete")
 

@@ -1,5 +1,5 @@
-"""Uniform gradient sampling: a mask over edges or units whose gates have a gradient as often as is useful
-(Li and Janson 2024, arXiv 2409.09951).
+"""Uniform gradient sampling: a mask over edges or units whose gates have a gradient as often as is
+useful (Li and Janson 2024, arXiv 2409.09951).
 
 A gate is strictly between 0 and 1, where it has a gradient, with probability p (1 - p): most often
 where it is least decided.  The paper's ablation is the optimal one (ablation=optimal), whose

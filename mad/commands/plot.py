@@ -229,7 +229,8 @@ def _draw_training(
             edges_kept=len(circuit),
             noun=circuit.space.noun,
             title=f"{title}: training",
-            caption=f"of batches, under masks that were drawn; dotted: the {circuit.space.noun} kept",
+            caption="of batches, under masks that were drawn; dotted: "
+            f"the {circuit.space.noun} kept",
         )
         for form in ("png", "svg")
     ]
