@@ -345,7 +345,8 @@ def _refuse_everything(size: float, space: Space, steps: int) -> None:
     if size > MOST_KEPT * total:
         raise ValueError(
             f"after {steps} steps the mask still keeps {size:.0f} of {total} {space.noun} "
-            "(expected); raise method.steps, method.learning_rate or method.penalty, or lower method.initial"
+            "(expected); raise method.steps, method.learning_rate or method.penalty, or lower "
+            "method.initial"
         )
 
 
