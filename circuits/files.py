@@ -109,7 +109,7 @@ def restored_tensors(schema: type[Config], tensors: Mapping[str, Tensor], **size
     """
     hints = {field.name: get_type_hints(schema)[field.name] for field in fields(schema)}  # pyright: ignore[reportArgumentType]
     if other := sorted(set(hints) ^ set(tensors)):
-        raise TypeError(f"{other[0]} is {'missing' if other[0] in hints else 'not known'}")  # pyright: ignore
+        raise TypeError(f"{other[0]} is {'missing' if other[0] in hints else 'not known'}")
     with jaxtyped("context"):  # in which the name of an axis has one size
         for axis, size in sizes.items():
             assert isinstance(torch.empty(size, device="meta"), Shaped[Tensor, axis])  # pyright: ignore
