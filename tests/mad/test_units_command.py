@@ -117,9 +117,10 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_learned_masks_are_of_edges_only(tmp_path, capsys):
-    assert extracted(tmp_path / "run", "units=nodes", "method=ugs") == 1
-    assert "method=ugs finds circuits of edges only; use units=edges, or" in capsys.readouterr().err
+def test_a_mask_over_edges_and_writers_has_no_units(tmp_path, capsys):
+    assert extracted(tmp_path / "run", "units=nodes", "method=edge_pruning") == 1
+    error = capsys.readouterr().err
+    assert "method=edge_pruning finds circuits of edges only; use units=edges, or" in error
 
 
 def test_a_dictionary_for_another_width_is_refused(tmp_path, capsys):
