@@ -86,7 +86,9 @@ def test_a_mask_keeps_the_units_that_matter_and_is_saved_with_them(name, tmp_pat
     circuit.save(tmp_path)
     again = UnitCircuit.load(tmp_path)
     drawn, expected = again.sample(3, seed=1), circuit.sample(3, seed=1)
-    assert all(torch.equal(one.kept, other.kept) for one, other in zip(drawn, expected, strict=True))
+    assert all(
+        torch.equal(one.kept, other.kept) for one, other in zip(drawn, expected, strict=True)
+    )
     assert len({len(one) for one in drawn}) > 1 and drawn[2].about["sample"]["draw"] == 2
     started = replace(METHODS[name].schema(steps=5), warm_start=str(tmp_path))
     ours = objective("gpt2", UnitsConfig("neurons", nodes=True), "kl", memory="2GB")
