@@ -6,8 +6,8 @@ removed edges carry the constants a, one for each writer w,
 
     loss(C) = min over a of  E_x KL( M(x) || M_C(x, a) )
 
-so that only what a removed edge tells is lost, and nothing by what stands in its place: no mean is
-off the values that the model has ever seen.  The paper's loss is KL too, and it stays so whatever
+so that only what a removed edge tells is lost, and nothing by what stands in its place, as by a
+mean that no reader has ever met.  The paper's loss is KL too, and it stays so whatever
 the metric, because constants that served a logit difference would give the answer themselves.
 
 The minimum of each circuit is another one, but a sweep, a ranking or a faithfulness compares many
@@ -20,8 +20,8 @@ they write, and in one of eight nothing.  `refined` goes on with a circuit that 
 other prompt; masks that are learned train the constants along with the mask, as the paper does.
 For a circuit itself the result is an upper bound of loss(C), which tests compare with.
 
-Constants start from the means, in units of which Adam moves them.  They are the same at all
-positions but the first, and one for each where edges are told apart by position.
+Constants start from the means; Adam moves each in units of its number's root mean square.  They
+are the same at all positions but the first, or one for each where edges are told apart by it.
 
 Shapes: prompts B, positions S, d_model D, writers W, scored positions P, vocabulary V; T 2
 constants of a writer, of the first and of later positions (1 where there are none), or S; `*E` the
