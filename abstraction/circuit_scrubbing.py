@@ -49,6 +49,18 @@ def scrub_circuit(
 
     Of the zero points `unconditional` is the empty circuit: the model on another prompt.
 
+    >>> from abstraction import PROGRAMS, compile
+    >>> compiled = compile(PROGRAMS["same_ends"]())
+    >>> prompts = compiled.model.prompts(compiled.program.records(40, seed=0))
+    >>> engine = Engine(compiled.model)
+    >>> names = compiled.edges()
+    >>> kept = torch.zeros_like(engine.graph.exists)
+    >>> for name in names:
+    ...     kept[engine.graph.edge_index(name)] = True
+    >>> found = scrub_circuit(engine, prompts, Circuit(engine.graph, kept, kept.float()))
+    >>> round(found.recovered("accuracy").value, 3)
+    1.0
+
     Raises:
         ValueError: the circuit is of another graph, an unknown mode, a prompt with a length of its
             own.

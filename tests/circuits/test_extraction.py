@@ -48,7 +48,7 @@ DISCOVERY, EVALUATION = (
 MEMORY = memory_for(
     5, ENGINE, DISCOVERY, fit_ablation(AblationConfig("counterfactual"), ENGINE, DISCOVERY)
 )
-TIMES = ("seconds", "forwards")
+TIMES = ("seconds", "forwards", "batched_runs", "candidates")  # what memory decides
 
 
 def run(method=None, selection: Selection | None = None, **changes) -> Extraction:
@@ -111,7 +111,7 @@ def test_an_extraction_is_discovery_selection_and_evaluation(tmp_path):
         **about,
         "method": {"name": "eap_ig", "rule": "plain", "steps": 5},
         "metric": "kl",
-        "ablation": {"name": "counterfactual", "seed": 0},
+        "ablation": {"name": "counterfactual", "seed": 0, "steps": 300},
         "selection": {
             "how": "greedy",
             "edges": 20,

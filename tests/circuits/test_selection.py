@@ -114,7 +114,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "parallel" in n else ()) for n in SMALL],
+)
 @settings(max_examples=4)
 @given(seed=SCORES, absolute=st.booleans(), levels=st.sampled_from([None, 2]))
 def test_one_order_sliced_is_the_search_begun_anew_for_every_size(name, seed, absolute, levels):

@@ -478,13 +478,14 @@ def test_calibration_inputs_that_get_no_score_are_left_out_by_name(run, tmp_path
     circuit, trusted = f"circuit={folder / 'run'}", f"trusted={tmp_path / 'trusted.jsonl'}"
     words = ["fit", circuit, trusted, "detector=deviation", "detector.ablation=positional_mean"]
     words += ["overwrite=true", "alpha=0.17"]
+    there = (folder / "run/detector/deviation").exists()  # another test's
     assert main([*words, f"calibration={tmp_path / 'hard.jsonl'}"]) == 1
     error = capsys.readouterr().err
     assert "alpha=0.17 needs at least 5 calibration inputs, but there are 4 of group" in error
     (told,) = [record.message for record in caplog.records if "get no score" in record.message]
     assert told.startswith("1 of 5 harmless calibration inputs get no score from detector deviat")
     assert "'long': ablation=positional_mean: prompts reach position 8, but the means" in told
-    assert not (folder / "run/detector/deviation").exists()
+    assert (folder / "run/detector/deviation").exists() == there
     assert main([*words[:-1], f"calibration={tmp_path / 'hard.jsonl'}"]) == 0
     assert "calibrated on 20 and 4 of group harmless" in capsys.readouterr().out
     again = open_run(folder / "run")

@@ -129,7 +129,7 @@ def test_gradients_at_the_clean_run_miss_attention_that_is_saturated():
     [
         (
             {"methods": {"edge": None}},
-            "method 'edge' is unknown; the methods are acdc, eap, eap_ig",
+            "method 'edge' is unknown; the methods are acdc, eap, clean_corrupt, eap_ig",
         ),
         (
             {"programs": ["sorting"]},

@@ -35,6 +35,13 @@ MODELS = {
 MADE: dict[tuple[str, torch.dtype], LoadedModel] = {}
 
 
+def quick(*names: str) -> list:
+    """The names of all models, of which others than these are slow."""
+    return [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MODELS
+    ]
+
+
 def engine_of(name: str, dtype: torch.dtype = torch.float64, *, positions: bool = False) -> Engine:
     model = MADE.setdefault((name, dtype), MODELS[name](dtype))
     return Engine(model, n_positions=TOKENS if positions else None)
@@ -93,7 +100,7 @@ def assert_sequential(objective: Objective, tau: float, seed: int | None, bound:
     return sweep
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick("gpt2", "post-norm"))
 @settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     tau=st.sampled_from([3e-3, 0.02, 0.1]),
@@ -184,7 +191,7 @@ def test_taus_that_say_nothing_or_two_things_are_refused(settings_, said):
 
 
 @pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick("grouped queries"))
 def test_incremental_runs_are_those_under_whole_masks(name, positions):
     """From random circuits, by removals of any edges at once, whichever comes first."""
     engine = engine_of(name, positions=positions)

@@ -580,6 +580,7 @@ def test_eap_per_position_is_the_gradient_of_the_mask_per_position(templated):
     assert_equal_scores(found.sum(-1), together.double())
 
 
+@pytest.mark.slow
 def test_acdc_per_position_is_the_sequential_sweep(templated):
     per_position, _, prompts = templated
     graph, ours = per_position.graph, objective(per_position, "kl", "mean", prompts)

@@ -601,6 +601,7 @@ def test_a_circuit_is_found_again_on_other_prompts_without_its_files(tmp_path):
     assert torch.equal(rediscover(replace(circuit, about=about), ENGINE, records(3)), kept)
 
 
+@pytest.mark.slow
 def test_few_steps_recover_trained_and_compiled_circuits_exactly():
     methods = {name: method.schema(steps=120) for name, method in LEARNED.items()}
     compiled = list(put_to_the_test(methods, ("greater_than",), ("plain",), prompts=32))
