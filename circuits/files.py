@@ -40,10 +40,14 @@ def own_file(folder: Path, name: str) -> Path:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; ValueError where it is none, or nested too deep to be one of ours."""
+    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    if "\\ud" in text.lower():  # half of a character, which nothing can write or draw
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -53,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: too large for memory
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

@@ -86,7 +86,10 @@ class Calibration:
             raise ValueError(
                 f"{len(scores)} calibration scores, but {noted + sum(harmless.values())} inputs"
             )
-        return cls.of(dict(zip(sizes, scores.split([*sizes.values()]))), about.get("noise"))
+        noise = about.get("noise")
+        if noise is not None and not math.isfinite(noise):
+            raise ValueError(f"noise={noise}, but it must be finite")
+        return cls.of(dict(zip(sizes, scores.split([*sizes.values()]))), noise)
 
     @property
     def scores(self) -> Float[Tensor, "n"]:

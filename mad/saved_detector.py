@@ -119,6 +119,8 @@ def _config(told: Any, path: Path) -> tuple[DetectorKind, Any]:
 def _read_tensors(folder: Path, expected: Any) -> tuple[dict[str, Tensor], Tensor]:
     path = own_file(folder, "detector.safetensors")
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("it is no file")
         if expected is not None and _file_hash(path) != expected:
             raise ValueError("it was changed after detector.json was written")
         state = read_tensors(path)

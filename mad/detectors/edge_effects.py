@@ -22,7 +22,7 @@ from circuits.prompts import Prompts
 from mad.attribution import explanation_bytes, halfway, integrated, midpoints, off_circuit
 from mad.detectors.measured import Instrument, chosen_or_means, measuring
 from mad.detectors.output_deviation import deviation_from
-from mad.detectors.settings import check_ablation, check_at_least_one, check_choice
+from mad.detectors.settings import check_ablation, check_choice, check_steps
 from mad.statistics import LARGEST, TAILS, TOTAL
 
 MOST_TRUSTED = 300  # prompts that effects are compared with: each takes gradients
@@ -45,7 +45,7 @@ class Effects:
         """Raises ValueError when a setting is out of range."""
         check_choice("summary", self.summary, SUMMARIES)
         check_ablation(self.ablation)
-        check_at_least_one(self, "steps")
+        check_steps(self, "steps")
 
 
 def effects(instrument: Instrument, prompts: Prompts, memory: str) -> Float[Tensor, "B E"]:

@@ -31,7 +31,7 @@ from circuits.prompts import Prompts
 from mad.attribution import explanation_bytes, halfway, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.measured import chosen_or_means
-from mad.detectors.settings import check_ablation, check_at_least_one
+from mad.detectors.settings import check_ablation, check_at_least_one, check_steps
 from mad.redrawn import further_circuits, restored_masks, stacked
 
 Measure = Callable[..., Float[Tensor, "B"]]  # how far runs of some prompts are, given the mask
@@ -58,7 +58,8 @@ class Deviation:
                 f"deviation={self.deviation!r}, but the deviations are {', '.join(DEVIATIONS)}"
             )
         check_ablation(self.ablation)
-        check_at_least_one(self, "circuits", "explain_steps")
+        check_at_least_one(self, "circuits")
+        check_steps(self, "explain_steps")
 
 
 @dataclass(frozen=True)

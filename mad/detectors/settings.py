@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_STEPS = 10_000
 WITHOUT_TWIN = ("mean", "positional_mean", "optimal", "zero")  # ablations that new inputs can have
 
 
@@ -21,6 +22,13 @@ def check_at_least_one(config: object, *names: str) -> None:
     for name in names:
         if (value := vars(config)[name]) < 1:
             raise ValueError(f"{name}={value}, but at least 1 is needed")
+
+
+def check_steps(config: object, name: str) -> None:
+    """Raises ValueError when a number of points of an integral is under 1, or absurd."""
+    check_at_least_one(config, name)
+    if (value := vars(config)[name]) > MOST_STEPS:
+        raise ValueError(f"{name}={value}, but at most {MOST_STEPS} can be waited for")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

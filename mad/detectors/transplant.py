@@ -53,7 +53,7 @@ from circuits.prompts import NONE, Prompts
 from mad.attribution import explanation_bytes, integrated, midpoints, rounding, shares
 from mad.detector import Context, Explained
 from mad.detectors.alignment import aligned, check_positions, ends
-from mad.detectors.settings import check_at_least_one
+from mad.detectors.settings import check_at_least_one, check_steps
 from mad.redrawn import further_circuits, restored_masks, stacked
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class Fast:
 
     def check(self) -> None:
         """Raises ValueError when a setting is out of range."""
-        check_at_least_one(self, "hosts", "circuits", "explain_steps")
+        check_at_least_one(self, "hosts", "circuits")
+        check_steps(self, "explain_steps")
 
 
 @dataclass

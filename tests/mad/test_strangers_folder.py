@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import pickle
 import shutil
 import sys
@@ -378,6 +380,50 @@ def test_tensors_that_a_detector_lacks_are_refused(stranger, run, left_out):  # 
     save_file(state, path)
     stranger("detector/fast/detector.json", tensors_hash=_file_hash(path))
     with pytest.raises(ValueError, match="fit the detector again"):
+        open_run(folder, model=str(run[0] / "model")).detector("fast")
+
+
+def test_a_pipe_in_place_of_tensors_is_not_waited_for(stranger, run):  # noqa: F811
+    path = stranger("metrics.json") / "detector" / "fast" / "detector.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"detector\.safetensors cannot be read \(it is no file\)"):
+        open_run(path.parents[2], model=str(run[0] / "model")).detector("fast")
+
+
+@pytest.mark.parametrize("noise", ["x", [1], 1e999, math.nan, {}])
+def test_rounding_is_a_number(stranger, run, noise):  # noqa: F811
+    folder = stranger("detector/fast/detector.json", noise=noise)
+    with pytest.raises(ValueError, match="its calibration cannot be read.*fit the detector again"):
+        open_run(folder, model=str(run[0] / "model")).detector("fast")
+
+
+def test_no_setting_keeps_one_waiting_for_ever(stranger, run):  # noqa: F811
+    folder = stranger("detector/fast/detector.json", config__explain_steps=10**9)
+    with pytest.raises(ValueError, match="explain_steps=1000000000, but at most 10000"):
+        open_run(folder, model=str(run[0] / "model")).detector("fast")
+
+
+def test_tensors_that_no_memory_holds_are_refused(stranger, run):  # noqa: F811
+    """A file that takes no room on the disk, and says that it is of 8 TB."""
+    path = stranger("metrics.json") / "scores.safetensors"
+    size = 2**43
+    told = {"scores": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    header = json.dumps(told).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + size)
+        except OSError:
+            pytest.skip("this disk has no files of that size")
+    with pytest.raises(ValueError, match=r"scores\.safetensors"):
+        open_run(path.parent, model=str(run[0] / "model"))
+
+
+@pytest.mark.parametrize("name", ["circuit.json", "detector/fast/detector.json"])
+def test_half_a_character_is_no_text(stranger, run, name):  # noqa: F811
+    folder = stranger(name, task="\ud800")
+    with pytest.raises(ValueError, match="surrogates not allowed"):
         open_run(folder, model=str(run[0] / "model")).detector("fast")
 
 
