@@ -27,7 +27,7 @@ from abstraction.scrubbing import check_settings, metrics_of
 from circuits.circuit import Circuit
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory, footprint, parse_memory
-from circuits.metrics import METRICS
+from circuits.metrics import metrics_for
 from circuits.prompts import Prompts
 
 MODES = ("each", "joint")
@@ -50,13 +50,11 @@ def scrub_circuit(
     Of the zero points `unconditional` is the empty circuit: the model on another prompt.
 
     >>> from abstraction import PROGRAMS, compile
+    >>> from abstraction.ground_truth.effects import mask_of
     >>> compiled = compile(PROGRAMS["same_ends"]())
     >>> prompts = compiled.model.prompts(compiled.program.records(40, seed=0))
     >>> engine = Engine(compiled.model)
-    >>> names = compiled.edges()
-    >>> kept = torch.zeros_like(engine.graph.exists)
-    >>> for name in names:
-    ...     kept[engine.graph.edge_index(name)] = True
+    >>> kept = mask_of(engine.graph, compiled.edges())
     >>> found = scrub_circuit(engine, prompts, Circuit(engine.graph, kept, kept.float()))
     >>> round(found.recovered("accuracy").value, 3)
     1.0
@@ -80,7 +78,7 @@ def scrub_circuit(
     clean = engine.clean(prompts)
     pool = engine.ablated(clean.writers)
     generator, own = torch.Generator().manual_seed(seed), torch.arange(count)
-    metrics = [metric for metric in METRICS.values() if not metric.lacks(prompts)]
+    metrics = metrics_for(prompts)
 
     def drawn() -> Int[Tensor, " N"]:
         return of_length.draw(own, generator, exclude_self=exclude_self)

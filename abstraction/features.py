@@ -115,10 +115,20 @@ def _values(prompts: Prompts, feature: str, given: Given) -> list[Hashable]:
 
 
 def _tokens(prompts: Prompts, feature: str, position: int) -> list[Hashable]:
-    at = position + (prompts.lengths if position < 0 else torch.zeros_like(prompts.lengths))
-    if short := ((at < 0) | (at >= prompts.lengths)).nonzero()[:, 0].tolist():
+    at, short = from_the_first(prompts, (position,))
+    if short is not None:
         raise ValueError(
-            f"feature {feature!r}: prompt {prompts.ids[short[0]]!r} has only "
-            f"{int(prompts.lengths[short[0]])} tokens"
+            f"feature {feature!r}: prompt {prompts.ids[short]!r} has only "
+            f"{int(prompts.lengths[short])} tokens"
         )
-    return prompts.clean.gather(1, at[:, None])[:, 0].tolist()
+    return prompts.clean.gather(1, at)[:, 0].tolist()
+
+
+def from_the_first(
+    prompts: Prompts, positions: Sequence[int]
+) -> tuple[Int[Tensor, "n p"], int | None]:
+    """Positions of prompts, negative ones counted from the end; and the first that lacks one."""
+    given, lengths = torch.tensor(positions), prompts.lengths[:, None]
+    at = torch.where(given < 0, given + lengths, given)
+    short = ((at < 0) | (at >= lengths)).any(1).nonzero()[:, 0].tolist()
+    return at, short[0] if short else None

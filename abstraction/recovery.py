@@ -124,18 +124,18 @@ class Recovery:
         """Figures of each metric, and how inputs were drawn; per-prompt values are not told."""
         figures = {}
         for metric, values in self.scrubbed.items():
-            shares = {}
-            for zero in ZEROS:
-                if self.zero(zero, metric) is not None:
-                    try:
-                        shares[zero] = asdict(self.recovered(metric, zero))
-                    except ValueError:
-                        shares[zero] = None
             zeros = {zero: self.zero(zero, metric) for zero in ZEROS}
+            zeros = {zero: nothing for zero, nothing in zeros.items() if nothing is not None}
+            shares = {}
+            for zero in zeros:
+                try:
+                    shares[zero] = asdict(self.recovered(metric, zero))
+                except ValueError:
+                    shares[zero] = None
             figures[metric] = {
                 "model": self.model[metric].mean().item(),
                 "scrubbed": values.mean().item(),
-                "zero": {k: v.mean().item() for k, v in zeros.items() if v is not None},
+                "zero": {zero: nothing.mean().item() for zero, nothing in zeros.items()},
                 "recovered": shares,
                 "mean_difference": self.difference(metric).mean().item(),
             }

@@ -25,19 +25,21 @@ scored positions P, vocabulary V.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from abstraction.draws import MODES, Draws, Visit
-from abstraction.features import Classes, Given, classes
+from abstraction.features import Classes, Given, classes, from_the_first
 from abstraction.hypothesis import Claim, Hypothesis
 from abstraction.recovery import NodeDraws, Recovery, label_marginal
 from circuits.batches import in_batches
 from circuits.engine import Engine
 from circuits.engine.memory import TooLittleMemory, footprint, parse_memory
-from circuits.metrics import METRICS, Metric
+from circuits.metrics import Metric, metrics_for
 from circuits.model.attention import attend
 from circuits.names import LOGITS, parse_node, split_reader
 from circuits.prompts import Prompts
@@ -139,10 +141,19 @@ class Scrubber:
 
     # ---- scrubbed runs -----------------------------------------------------------------------
 
-    @torch.no_grad()
     def scrubbed(self, visit: Visit) -> Float[Tensor, "M P V"]:
         """The logits at the scored positions of each reference."""
-        self._pools: dict[int, Tensor] = {}
+        return torch.cat([logits for _, logits in self.runs(visit)])
+
+    @torch.no_grad()
+    def runs(self, visit: Visit) -> Iterator[tuple[Int[Tensor, " m"], Float[Tensor, "m P V"]]]:
+        """Yields references, as many as fit at once, and their logits at the scored positions."""
+        self._pools: dict[int, Tensor] = {}  # of this visit's nodes, whatever part of it is run
+        for start in range(0, len(visit.references), self.at_once):
+            part = visit.part(slice(start, start + self.at_once))
+            yield part.references, self._run_of(part)
+
+    def _run_of(self, visit: Visit) -> Float[Tensor, "m P V"]:
         device = self.engine.device
         at = self.prompts.positions.to(device)[visit.references.to(device)].clamp(min=0)
         return self.architecture.logits(self._inputs(visit, at)[""])
@@ -282,13 +293,11 @@ def _plus(x: Tensor, at: Tensor | None, change: Tensor, positions: Tensor | None
 
 def _positions(prompts: Prompts, name: str, claim: Claim) -> Int[Tensor, "N p"]:
     """A node's positions in each prompt, from the first token."""
-    given = torch.tensor(claim.positions)
-    at = torch.where(given < 0, given + prompts.lengths[:, None], given)
-    outside = ((at < 0) | (at >= prompts.lengths[:, None])).any(1).nonzero()[:, 0].tolist()
-    if outside:
+    at, short = from_the_first(prompts, claim.positions or ())
+    if short is not None:
         raise ValueError(
             f"node {name!r} is at positions {list(claim.positions or ())}, but prompt "
-            f"{prompts.ids[outside[0]]!r} has {int(prompts.lengths[outside[0]])} tokens"
+            f"{prompts.ids[short]!r} has {int(prompts.lengths[short])} tokens"
         )
     return at
 
@@ -340,16 +349,16 @@ def scrub(
     dropped = Draws(
         hypothesis, dict.fromkeys(agreeing, of_length), of_length, exclude_self, seed + 1
     )
-    metrics = [metric for metric in METRICS.values() if not metric.lacks(prompts)]
+    metrics = metrics_for(prompts)
+    visits = draws.visits(resamples, mode)
     with tqdm(total=2 * resamples * len(prompts), desc="scrubbing", disable=None) as progress:
         runs = [
-            _measured(scrubber, each.visits(resamples, mode), metrics, resamples, progress)
-            for each in (draws, dropped)
+            _measured(scrubber, each, metrics, resamples, progress)
+            for each in (visits, dropped.visits(resamples, mode))
         ]
     generator = torch.Generator().manual_seed(seed + 2)
     own = torch.arange(len(prompts))
     other = of_length.draw(own, generator, exclude_self=True)
-    visits = draws.visits(resamples, mode)
     return Recovery(
         hypothesis=hypothesis,
         mode=mode,
@@ -396,13 +405,11 @@ def _measured(
 ) -> dict[str, Float[Tensor, "N resamples"]]:
     """Each metric of each prompt in each of its runs."""
     values: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
-    for start in range(0, len(visit.references), scrubber.at_once):
-        part = visit.part(slice(start, start + scrubber.at_once))
-        logits = scrubber.scrubbed(part)
-        found = metrics_of(scrubber.prompts, scrubber.logits, logits, part.references, metrics)
+    for references, logits in scrubber.runs(visit):
+        found = metrics_of(scrubber.prompts, scrubber.logits, logits, references, metrics)
         for name, value in found.items():
             values[name].append(value)
-        progress.update(len(part.references))
+        progress.update(len(references))
     return {name: torch.cat(parts).view(resamples, -1).T for name, parts in values.items()}
 
 

@@ -23,16 +23,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.circuit_files import (
-    TRAINED,
     check_finite,
     circuit_file,
     drawn_masks,
     said,
-    stored_mask,
-    stored_scores,
     told_mask,
+    with_stored,
 )
-from circuits.files import own_file, read_json, write_tensors, write_text
+from circuits.files import read_json, write_tensors, write_text
 from circuits.foreign import EAP_IG, from_eap_ig, grouped, is_eap_ig
 from circuits.graph import Graph
 from circuits.mask_distribution import MaskDistribution
@@ -250,14 +248,7 @@ class Circuit:
             ) from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
-        tensors = own_file(path.parent, "scores.safetensors")
-        mask = circuit.about.get(TRAINED)
-        about = {name: value for name, value in circuit.about.items() if name != TRAINED}
-        circuit = replace(circuit, about=about)
-        if foreign or not tensors.is_file():
-            return circuit
-        scores = stored_scores(tensors, path, circuit)
-        return replace(circuit, scores=scores, trained=stored_mask(tensors, circuit.graph, mask))
+        return with_stored(circuit, path, scored=not foreign)
 
     @classmethod
     def _from_json(cls, data: Any) -> Circuit:

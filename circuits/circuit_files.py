@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -60,6 +61,26 @@ class Scored(Protocol):
     def about(self) -> Mapping[str, Any]: ...
     @property
     def trained(self) -> MaskDistribution | None: ...
+
+
+Loaded = TypeVar("Loaded", bound=Scored)
+
+
+def with_stored(circuit: Loaded, path: Path, *, scored: bool = True) -> Loaded:
+    """A circuit as `circuit.json` at a path tells it, with what `scores.safetensors` beside it has.
+
+    `scored` is false of a circuit to which such a file does not belong.  Errors as `stored_scores`
+    and `stored_mask`.
+    """
+    tensors = own_file(path.parent, "scores.safetensors")
+    mask = circuit.about.get(TRAINED)
+    about = {name: value for name, value in circuit.about.items() if name != TRAINED}
+    circuit = replace(circuit, about=about)  # type: ignore[type-var]
+    if not scored or not tensors.is_file():
+        return circuit
+    scores = stored_scores(tensors, path, circuit)
+    trained = stored_mask(tensors, circuit.space, mask)
+    return replace(circuit, scores=scores, trained=trained)  # type: ignore[type-var]
 
 
 def stored_scores(path: Path, beside: Path, circuit: Scored) -> Tensor:

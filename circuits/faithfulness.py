@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuits.batches import joined
 from circuits.evaluation.bootstrap import Resampled
-from circuits.metrics import METRICS
+from circuits.metrics import METRICS, metrics_for
 from circuits.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Measured:
 
 def under_each_metric(objective: Objective, kept: Bool[Tensor, "*E"]) -> dict[str, Measured]:
     """Returns every metric that the prompts allow, of the same two runs under a mask."""
-    metrics = [one for one in METRICS.values() if not one.lacks(objective.batches.prompts[0])]
+    metrics = metrics_for(objective.batches.prompts[0])
     parts: dict[str, list[Measured]] = {metric.name: [] for metric in metrics}
     for batch in objective.batches:
         clean = batch.clean.logits

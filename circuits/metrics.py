@@ -145,6 +145,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def metrics_for(prompts: Prompts) -> list[Metric]:
+    """Returns all metrics that the prompts allow."""
+    return [metric for metric in METRICS.values() if not metric.lacks(prompts)]
+
+
 def metric_named(name: str) -> Metric:
     """Returns a metric by name; raises ValueError where there is none."""
     if name not in METRICS:

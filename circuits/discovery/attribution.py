@@ -117,15 +117,18 @@ def eap_ig_activations(config: EAPIGActivations, objective: Objective[Batches]) 
     _check_steps(config.steps)
     check_differentiable(objective.metric)
     graph = objective.engine.graph
-    places = [(place, k) for place in _groups(graph) for k in range(config.steps)]
+    groups = _groups(graph)
 
     def work(batch: Contrast, scores: Tensor) -> None:
-        for place, k in places:
-            away = batch.values[_groups(graph)[place]].sum(0) * (k / config.steps - 1)
-            gradients = _gradients(config, objective, batch, batch.embedded, _moved(place, away))
-            add_products(scores, graph, gradients, batch.values)
+        for place, writers in groups.items():
+            difference = batch.values[writers].sum(0)
+            for k in range(config.steps):
+                edit = _moved(place, difference * (k / config.steps - 1))
+                gradients = _gradients(config, objective, batch, batch.embedded, edit)
+                add_products(scores, graph, gradients, batch.values)
 
-    return Found(over_contrasts(objective, config.name, work) / len(places))
+    scores = over_contrasts(objective, config.name, work)
+    return Found(scores / (len(groups) * config.steps))
 
 
 def _groups(graph: Graph) -> dict[str, slice]:

@@ -51,11 +51,9 @@ def information_flow(config: InformationFlow, objective: Objective[Batches]) -> 
         n_prompts += len(prompts)
         real, scored = prompts.key_mask, _scored(prompts)
         writers = engine.clean(prompts).writers
+        levels = engine.ablated(writers).base
         for first, last, level in _levels(graph):
-            count = graph.upstream[first]
-            y = writers[:count].sum(0)
-            for block in engine.architecture.blocks[:level]:
-                y = y if block.attention.o.bias is None else y + block.attention.o.bias
+            count, y = graph.upstream[first], levels[level]
             counted = scored if first == len(graph.readers) - 1 else real
             shares = _shares(writers[:count], y) * counted
             if graph.n_positions is None:
@@ -77,12 +75,12 @@ def _scored(prompts: Prompts) -> Bool[Tensor, "B S"]:
 
 
 def _levels(graph: Graph) -> list[tuple[int, int, int]]:
-    """Readers that read the same, from one to before another, and the attention layers before."""
+    """Readers that read the same, from one to before another, and their level of `Ablated.base`."""
     levels = []
     for layer in range(graph.n_layers):
         first, after = graph.first_reader(layer), graph.first_reader(layer + 1)
         mlp = after - (not graph.attention_only)
-        levels.append((first, mlp, layer))
+        levels.append((first, mlp, 2 * layer))
         if mlp < after:
-            levels.append((mlp, after, layer if graph.parallel else layer + 1))
-    return [*levels, (len(graph.readers) - 1, len(graph.readers), graph.n_layers)]
+            levels.append((mlp, after, 2 * layer + 1))
+    return [*levels, (len(graph.readers) - 1, len(graph.readers), 2 * graph.n_layers)]

@@ -50,7 +50,7 @@ class Removals:
         values = []
         for number, batch in enumerate(self.objective.batches):
             held = number < self.held
-            logits = self.runs[number].logits if held else self._masked(batch, self.kept)
+            logits = self.runs[number].logits if held else self.objective.logits(batch, self.kept)
             values.append(self._metric(batch, logits))
         return torch.cat(values, -1)
 
@@ -63,7 +63,8 @@ class Removals:
             if number < self.held:
                 logits = self.runs[number].without(edges, removed)
             else:
-                logits = self._masked(batch, torch.stack([self._lacking(row) for row in removed]))
+                masks = torch.stack([self._lacking(row) for row in removed])
+                logits = self.objective.logits(batch, masks)
                 self.whole += len(removed)
             values.append(self._metric(batch, logits))
         return torch.cat(values, -1)
@@ -96,9 +97,6 @@ class Removals:
     @torch.no_grad()
     def _run(self, batch: Batch) -> Incremental:
         return Incremental(self.objective.engine, batch.prompts, self.kept, batch.ablated)
-
-    def _masked(self, batch: Batch, masks: Bool[Tensor, "*K_R_W_S"]) -> Float[Tensor, "*K_B_P_V"]:
-        return self.objective.logits(batch, masks)
 
     @torch.no_grad()
     def _metric(self, batch: Batch, logits: Float[Tensor, "*K B P V"]) -> Float[Tensor, "*K B"]:

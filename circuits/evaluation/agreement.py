@@ -46,11 +46,9 @@ def agreement(
     exact = effects(objective, parts).double()
     told = {"sampled": len(parts), "seed": seed, **rank_correlations(own, exact)}
     for name, kind in _kinds(space).items():
-        of = [kind(space, *part) for part in parts.tolist()]
         told[f"by_{name}"] = {
-            one: {"sampled": of.count(one), **rank_correlations(own[rows], exact[rows])}
-            for one in sorted(set(of))
-            for rows in [torch.tensor([place for place, other in enumerate(of) if other == one])]
+            one: {"sampled": len(rows), **rank_correlations(own[rows], exact[rows])}
+            for one, rows in _rows_by_kind(space, parts, kind).items()
         }
     return told
 
@@ -93,18 +91,25 @@ def drawn(space: Space, sample: int, seed: int) -> Int[Tensor, "n axes"]:
     if sample >= len(parts):
         return parts
     kind = next(iter(_kinds(space).values()))
-    kinds = [kind(space, *part) for part in parts.tolist()]
+    rows = _rows_by_kind(space, parts, kind)
     generator = torch.Generator().manual_seed(seed)
-    rows = {
-        one: torch.tensor([place for place, other in enumerate(kinds) if other == one])
-        for one in sorted(set(kinds))
-    }
     chosen, left = [], sample
     for after, own in enumerate(sorted(rows.values(), key=len)):  # rare kinds first
         share = min(len(own), left // (len(rows) - after))
         chosen.append(own[torch.randperm(len(own), generator=generator)[:share]])
         left -= share
     return parts[torch.cat(chosen).sort().values]
+
+
+def _rows_by_kind(
+    space: Space, parts: Int[Tensor, "n axes"], kind: Callable[..., str]
+) -> dict[str, Int[Tensor, "m"]]:
+    """Which of the parts are of each kind."""
+    kinds = [kind(space, *part) for part in parts.tolist()]
+    return {
+        one: torch.tensor([row for row, other in enumerate(kinds) if other == one])
+        for one in sorted(set(kinds))
+    }
 
 
 def _reader_kind(graph: Graph, reader: int, writer: int, *position: int) -> str:

@@ -21,16 +21,14 @@ from torch import Tensor
 
 from circuits.circuit import FORMAT, MOST_SCORE, Circuit
 from circuits.circuit_files import (
-    TRAINED,
     check_finite,
     circuit_file,
     drawn_masks,
     said,
-    stored_mask,
-    stored_scores,
     told_mask,
+    with_stored,
 )
-from circuits.files import own_file, read_json, write_tensors, write_text
+from circuits.files import read_json, write_tensors, write_text
 from circuits.mask_distribution import MaskDistribution
 from circuits.parts.units import Units
 
@@ -133,14 +131,7 @@ class UnitCircuit:
             ) from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no circuit file that can be read: {error}") from error
-        tensors = own_file(path.parent, "scores.safetensors")
-        mask = circuit.about.get(TRAINED)
-        about = {name: value for name, value in circuit.about.items() if name != TRAINED}
-        circuit = replace(circuit, about=about)
-        if not tensors.is_file():
-            return circuit
-        scores = stored_scores(tensors, path, circuit)
-        return replace(circuit, scores=scores, trained=stored_mask(tensors, circuit.space, mask))
+        return with_stored(circuit, path)
 
     @classmethod
     def _from_json(cls, data: Any) -> UnitCircuit:
